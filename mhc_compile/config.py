@@ -1,0 +1,164 @@
+"""`MHCConfig`: every option of the backend, checked at construction."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import ConfigMismatchError, MHCOptionError
+
+MAX_STREAMS = 8
+INITS = ("preserve", "paper")
+READOUTS = ("mean", "learned")
+FUSIONS = ("auto", "site", "inductor")
+PLANNED_FUSIONS = ("paper", "boundary")
+BOUNDARIES = ("error", "collapse")
+
+# The options that decide which parameters exist and what they mean. The rest may change from one
+# compilation to the next without touching a checkpoint.
+STRUCTURAL = ("n_streams", "manifold", "init", "readout", "sites", "min_sites")
+
+SiteFilter = str | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class MHCConfig:
+    """The options of `backend="mhc"`; the same names are the keys of `options=`.
+
+    Args:
+        n_streams: number of parallel residual streams, 1 to 8.
+        manifold: where the mixing matrices live: "sinkhorn" (doubly stochastic, arXiv 2512.24880 Eq. 8-9),
+            "none" (unconstrained, arXiv 2409.19606), "identity", or a name that was added to
+            `mhc_compile.kernels.manifolds`.
+        sinkhorn_iters: Sinkhorn-Knopp iterations, at least 1 (the paper uses 20).
+        init: "preserve" starts from exactly the original model; "paper" starts from scale 0.01 and random phi.
+        readout: how a chain's streams become one value at its end: "mean", or "learned" (sigmoid-weighted).
+        fusion: "auto" or "site" call one opaque operator per site and direction; "inductor" inlines the
+            plain ATen mathematics and leaves the fusion to Inductor.
+        recompute: "auto" and "none" store what autograd asks for.
+        sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
+        min_sites: a chain with fewer sites stays as it is.
+        inner: the Dynamo backend that compiles the rewritten graph.
+        on_boundary: what to do where a graph break or a DDP bucket cuts the stream; "error" raises.
+        strict: raise when nothing was found to rewrite.
+
+    Raises:
+        MHCOptionError: a value is out of its range; the message names the range.
+    """
+
+    n_streams: int = 4
+    manifold: str = "sinkhorn"
+    sinkhorn_iters: int = 20
+    init: str = "preserve"
+    readout: str = "mean"
+    fusion: str = "auto"
+    recompute: str | int = "auto"
+    sites: SiteFilter = None
+    min_sites: int = 2
+    inner: str = "inductor"
+    on_boundary: str = "error"
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value; a bad one never gets further than this."""
+        from .kernels.manifolds import MANIFOLDS
+
+        _check_int("n_streams", self.n_streams, 1, MAX_STREAMS)
+        _check_int("sinkhorn_iters", self.sinkhorn_iters, 1, None)
+        _check_int("min_sites", self.min_sites, 1, None)
+        _check_choice("manifold", self.manifold, tuple(MANIFOLDS))
+        _check_choice("init", self.init, INITS)
+        _check_choice("readout", self.readout, READOUTS)
+        _check_choice("on_boundary", self.on_boundary, BOUNDARIES)
+        if self.fusion in PLANNED_FUSIONS:
+            raise MHCOptionError(
+                f"fusion={self.fusion!r} has no kernels in this version. Use one of {_listed(FUSIONS)}."
+            )
+        _check_choice("fusion", self.fusion, FUSIONS)
+        if self.recompute not in ("auto", "none"):
+            raise MHCOptionError(
+                f"recompute={self.recompute!r}: this version stores the streams; use 'auto' or 'none'. "
+                "torch.utils.checkpoint around a block still works."
+            )
+        if self.on_boundary == "collapse":
+            raise MHCOptionError(
+                "on_boundary='collapse' is not in this version. Use 'error' and take away the graph break "
+                "that the error names."
+            )
+        if not isinstance(self.strict, bool):
+            raise MHCOptionError(f"strict={self.strict!r}: must be True or False.")
+        if not isinstance(self.inner, str):
+            raise MHCOptionError(
+                f"inner={self.inner!r}: must be the name of a Dynamo backend, such as 'inductor' or 'aot_eager'."
+            )
+        if self.sites is not None and not isinstance(self.sites, str) and not callable(self.sites):
+            raise MHCOptionError(
+                f"sites={self.sites!r}: must be a glob such as '*.mlp', or a callable that takes a site's name."
+            )
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, Any] | None, attached: MHCConfig | None = None
+    ) -> MHCConfig:
+        """Build a config from `options=`; options left out come from the config already attached, if any.
+
+        Raises:
+            MHCOptionError: an unknown name (the message lists near matches) or a bad value.
+            ConfigMismatchError: a given option would need other parameters than the attached ones.
+        """
+        options = dict(options or {})
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=3)
+                hint = f"Did you mean {_listed(near)}?" if near else f"Known options: {_listed(known)}."
+                raise MHCOptionError(f"unknown option {name!r}. {hint}")
+        if attached is None:
+            return cls(**options)
+        cls(**options)
+        for name in STRUCTURAL:
+            if name in options and options[name] != getattr(attached, name):
+                raise ConfigMismatchError(
+                    f"this model's mHC parameters were made with {name}={getattr(attached, name)!r}, but "
+                    f"{name}={options[name]!r} is asked for now. Leave the option out to use what is attached, "
+                    "or call mhc_compile.detach(model) first and attach again (trained mHC parameters are "
+                    "dropped: save them before)."
+                )
+        return replace(attached, **options)
+
+    def wants(self, site_name: str) -> bool:
+        """Tell whether the `sites` option picks the site of this name."""
+        if self.sites is None:
+            return True
+        if isinstance(self.sites, str):
+            return fnmatch.fnmatchcase(site_name, self.sites)
+        return bool(self.sites(site_name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a dictionary; a callable `sites` is shown by its name."""
+        return {
+            key: getattr(value, "__name__", repr(value)) if callable(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    bound = f"between {low} and {high}" if high is not None else f"at least {low}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise MHCOptionError(f"{name}={value!r}: must be an integer, {bound}.")
+    if value < low or (high is not None and value > high):
+        raise MHCOptionError(f"{name}={value}: must be {bound}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=2)
+        hint = f" Did you mean {_listed(near)}?" if near else ""
+        raise MHCOptionError(f"{name}={value!r}: must be one of {_listed(choices)}.{hint}")

@@ -1,0 +1,1 @@
+"""The passes over the captured graph, one pass a file."""
