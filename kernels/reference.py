@@ -1,0 +1,273 @@
+"""The operators in plain PyTorch: the definition, the CPU path and the test oracle.
+
+Notation of arXiv 2512.24880, section 4. One token has streams X [n, C]. A site has `phi` [rows, n·C], `scale` and
+`bias`, rows ordered pre (n) | post (n) | res (n·n, row-major, `res[out, in]`). `*` is any leading shape.
+
+Everything accumulates in float32, or in float64 when the streams are float64. The forward functions can be
+differentiated by autograd, which is how the hand-written backward functions beside them are tested.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
+
+NORM_EPS = 1e-6
+
+
+class PreOutput(NamedTuple):
+    """What `pre` returns: layer_input [*, C], post [*, n], res [*, n, n]."""
+
+    layer_input: Tensor
+    post: Tensor
+    res: Tensor
+
+
+class _Projection(NamedTuple):
+    """A token's affine logits and what their derivative needs."""
+
+    flat: Tensor
+    inverse_rms: Tensor
+    projected: Tensor
+    logits: Tensor
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that coefficients and sums are held in: float64 for float64 streams, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def sinkhorn(logits: Tensor, iters: int = 20, eps: float = 0.0) -> Tensor:
+    """Project [*, n, n] logits onto the doubly stochastic matrices; rows (dim -1) sum to 1 (Eq. 9)."""
+    return sinkhorn_project(logits.to(accumulation_dtype(logits)), iters, eps).to(logits.dtype)
+
+
+def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Return the gradient of `sinkhorn` with respect to its logits."""
+    dtype = accumulation_dtype(logits)
+    return sinkhorn_project_backward(grad_res.to(dtype), logits.to(dtype), iters, eps).to(logits.dtype)
+
+
+def pre(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int = 20,
+    norm_eps: float = NORM_EPS,
+    eps: float = 0.0,
+    manifold: str = "sinkhorn",
+) -> PreOutput:
+    """Compute a site's coefficients and collapse its streams into the branch's input (Eq. 5, 7, 8).
+
+    Args:
+        streams: [*, n, C], any floating dtype.
+        phi: [rows, n·C] projection.
+        scale: [3] (pre, post, res), or [2] for a manifold that does not mix.
+        bias: [rows].
+        iters: Sinkhorn iterations.
+        norm_eps: added to the mean square before the root; keeps all-zero tokens finite.
+        eps: added to pre, and inside Sinkhorn; 0 keeps the sums exact, DeepSeek-V4 uses 1e-6.
+        manifold: a name of `MANIFOLDS`.
+
+    Returns:
+        layer_input [*, C] in the streams' dtype; post [*, n] and res [*, n, n] in the accumulation dtype.
+    """
+    family = MANIFOLDS[manifold]
+    n = streams.shape[-2]
+    logits = _project(streams, phi, scale, bias, norm_eps, _groups(family, n)).logits
+    pre_logits, post_logits, res_logits = _split(logits, family, n)
+    weights = torch.sigmoid(pre_logits) + eps if family.gated else pre_logits
+    post_weights = 2.0 * torch.sigmoid(post_logits) if family.gated else post_logits
+    layer_input = _weighted_sum(streams, weights)
+    return PreOutput(layer_input, post_weights.contiguous(), family.project(res_logits, iters, eps))
+
+
+def pre_backward(
+    grad_layer_input: Tensor,
+    grad_post: Tensor,
+    grad_res: Tensor,
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `pre` with respect to streams, phi, scale and bias, recomputing its coefficients."""
+    family = MANIFOLDS[manifold]
+    dtype = accumulation_dtype(streams)
+    n = streams.shape[-2]
+    groups = _groups(family, n)
+    projection = _project(streams, phi, scale, bias, norm_eps, groups)
+    pre_logits, post_logits, res_logits = _split(projection.logits, family, n)
+
+    grad_input = grad_layer_input.to(dtype)
+    grad_pre = (streams.to(dtype) @ grad_input.unsqueeze(-1)).squeeze(-1)
+    grad_post = grad_post.to(dtype)
+    if family.gated:
+        pre_gate, post_gate = torch.sigmoid(pre_logits), torch.sigmoid(post_logits)
+        weights = pre_gate + eps
+        grad_pre = grad_pre * pre_gate * (1.0 - pre_gate)
+        grad_post = grad_post * 2.0 * post_gate * (1.0 - post_gate)
+    else:
+        weights = pre_logits
+    grad_logits = [grad_pre, grad_post]
+    if family.mixes:
+        grad_logits.append(family.project_backward(grad_res.to(dtype), res_logits, iters, eps).flatten(-2))
+    grad_flat, *grad_mapping = _project_backward(
+        torch.cat(grad_logits, dim=-1), projection, phi, scale, groups
+    )
+    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:]) + weights.unsqueeze(-1) * grad_input.unsqueeze(-2)
+    grad_phi, grad_scale, grad_bias = grad_mapping
+    return (
+        grad_streams.to(streams.dtype),
+        grad_phi.to(phi.dtype),
+        grad_scale.to(scale.dtype),
+        grad_bias.to(bias.dtype),
+    )
+
+
+def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    """Mix the streams and write the branch's output into each (Eq. 3): X'_o = Σ_i res[o, i] X_i + post_o · branch.
+
+    Args:
+        streams: [*, n, C].
+        branch: [*, C], any floating dtype.
+        post: [*, n].
+        res: [*, n, n], `res[out, in]`.
+
+    Returns:
+        [*, n, C] in the streams' dtype.
+    """
+    dtype = accumulation_dtype(streams)
+    mixed = res.to(dtype) @ streams.to(dtype)
+    written = post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)
+    return (mixed + written).to(streams.dtype)
+
+
+def post_backward(
+    grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `post` with respect to streams, branch, post and res."""
+    dtype = accumulation_dtype(streams)
+    grad = grad_streams.to(dtype)
+    post_wide, branch_wide = post.to(dtype), branch.to(dtype)
+    return (
+        (res.to(dtype).mT @ grad).to(streams.dtype),
+        (post_wide.unsqueeze(-2) @ grad).squeeze(-2).to(branch.dtype),
+        (grad @ branch_wide.unsqueeze(-1)).squeeze(-1).to(post.dtype),
+        (grad @ streams.to(dtype).mT).to(res.dtype),
+    )
+
+
+def head(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_eps: float = NORM_EPS,
+    eps: float = 0.0,
+) -> Tensor:
+    """Read the streams out by a learned, sigmoid-weighted sum (the head of DeepSeek-V4).
+
+    Args:
+        streams: [*, n, C].
+        phi: [n, n·C].
+        scale: [1].
+        bias: [n].
+        norm_eps: as in `pre`.
+        eps: added to the weights.
+
+    Returns:
+        [*, C] in the streams' dtype.
+    """
+    n = streams.shape[-2]
+    logits = _project(streams, phi, scale, bias, norm_eps, (n,)).logits
+    return _weighted_sum(streams, torch.sigmoid(logits) + eps)
+
+
+def head_backward(
+    grad_output: Tensor,
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `head` with respect to streams, phi, scale and bias."""
+    dtype = accumulation_dtype(streams)
+    groups = (streams.shape[-2],)
+    projection = _project(streams, phi, scale, bias, norm_eps, groups)
+    gate = torch.sigmoid(projection.logits)
+    grad = grad_output.to(dtype)
+    grad_weights = (streams.to(dtype) @ grad.unsqueeze(-1)).squeeze(-1)
+    grad_flat, grad_phi, grad_scale, grad_bias = _project_backward(
+        grad_weights * gate * (1.0 - gate), projection, phi, scale, groups
+    )
+    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:]) + (gate + eps).unsqueeze(-1) * grad.unsqueeze(-2)
+    return (
+        grad_streams.to(streams.dtype),
+        grad_phi.to(phi.dtype),
+        grad_scale.to(scale.dtype),
+        grad_bias.to(bias.dtype),
+    )
+
+
+def _groups(family: Manifold, n: int) -> tuple[int, ...]:
+    return (n, n, n * n) if family.mixes else (n, n)
+
+
+def _split(logits: Tensor, family: Manifold, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a token's logits into pre [*, n], post [*, n] and res [*, n, n]."""
+    if family.mixes:
+        pre_logits, post_logits, res_logits = logits.split((n, n, n * n), dim=-1)
+        return pre_logits, post_logits, res_logits.unflatten(-1, (n, n))
+    pre_logits, post_logits = logits.split((n, n), dim=-1)
+    identity = torch.eye(n, dtype=logits.dtype, device=logits.device)
+    return pre_logits, post_logits, identity.expand(*logits.shape[:-1], n, n)
+
+
+def _spread(scale: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Repeat each group's scale over the group's rows: [groups] -> [rows]."""
+    return torch.cat([scale[index].expand(rows) for index, rows in enumerate(groups)])
+
+
+def _project(
+    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, groups: tuple[int, ...]
+) -> _Projection:
+    dtype = accumulation_dtype(streams)
+    flat = streams.to(dtype).flatten(-2)
+    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    # 1/RMS after the matmul: it must not scale the bias, and the product then reads raw streams once.
+    projected = flat @ phi.to(dtype).mT
+    logits = projected * inverse_rms * _spread(scale.to(dtype), groups) + bias.to(dtype)
+    return _Projection(flat, inverse_rms, projected, logits)
+
+
+def _project_backward(
+    grad_logits: Tensor, projection: _Projection, phi: Tensor, scale: Tensor, groups: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients with respect to the flat streams, phi, scale and bias."""
+    flat, inverse_rms, projected, _ = projection
+    rows = grad_logits.shape[-1]
+    grad_normed = grad_logits * _spread(scale.to(flat.dtype), groups)
+    grad_projected = grad_normed * inverse_rms
+    grad_inverse_rms = (grad_normed * projected).sum(-1, keepdim=True)
+    grad_flat = grad_projected @ phi.to(flat.dtype) - grad_inverse_rms * inverse_rms**3 / flat.shape[-1] * flat
+    grad_phi = grad_projected.reshape(-1, rows).mT @ flat.reshape(-1, flat.shape[-1])
+    per_row = (grad_logits * projected * inverse_rms).reshape(-1, rows).sum(0)
+    grad_scale = torch.stack([part.sum() for part in per_row.split(groups)])
+    return grad_flat, grad_phi, grad_scale, grad_logits.reshape(-1, rows).sum(0)
+
+
+def _weighted_sum(streams: Tensor, weights: Tensor) -> Tensor:
+    dtype = accumulation_dtype(streams)
+    return (weights.unsqueeze(-2) @ streams.to(dtype)).squeeze(-2).to(streams.dtype)

@@ -1,0 +1,35 @@
+"""The `TORCH_LOGS` artifacts of the package: `mhc_report` and `mhc_graph`.
+
+`autoload` runs inside `import torch` (entry point group "torch.backends"), just before TORCH_LOGS is parsed. An
+exception there would break `import torch` itself, so it stays tiny and swallows what it cannot do.
+"""
+
+from __future__ import annotations
+
+import logging
+
+ARTIFACTS = {
+    "mhc_report": "What backend='mhc' rewrote, what it left alone and why, per graph",
+    "mhc_graph": "The graph before and after backend='mhc' rewrote it",
+}
+
+
+def autoload() -> None:
+    """Register the artifacts, if this version of torch lets us."""
+    try:
+        from torch._logging._internal import register_artifact
+
+        for name, description in ARTIFACTS.items():
+            register_artifact(name, description, visible=True, off_by_default=True)
+    except Exception:
+        logging.getLogger(__name__).debug("the TORCH_LOGS artifacts are not available", exc_info=True)
+
+
+def artifact(name: str) -> logging.Logger:
+    """Return the logger of an artifact; with autoloading switched off, a plain logger of the same name."""
+    from torch._logging import getArtifactLogger
+
+    try:
+        return getArtifactLogger(__name__, name)
+    except ValueError:
+        return logging.getLogger(f"mhc_compile.{name}")
