@@ -1,0 +1,124 @@
+"""What the passes hand to each other and to the report: sites, chains and rejections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch.fx import Node
+
+
+class Reason(Enum):
+    """Why an add stays as it is; the value is the phrase that the report shows."""
+
+    BROADCAST = "adds operands of different shapes"
+    NO_MIXING = "adds per-element functions of one value"
+    INDEPENDENT = "neither operand is computed from the other"
+    GATE = "the other operand is the skip times a gate"
+    SHORTCUT_UNUSED = "a projection beside another path, with no residual stream behind it"
+    BRANCH_LOCAL = "feeds only the branch of a residual add with the same skip"
+    IN_PLACE_ALIAS = "changes in place a value that is read elsewhere"
+    DYNAMIC_WIDTH = "the number of features is not static"
+    INSIDE_REGION = "lies inside a higher-order region (activation checkpointing, autocast)"
+    SHORT_CHAIN = "its chain has fewer sites than min_sites"
+    NOT_SELECTED = "the sites option leaves it out"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An add that was looked at and left alone.
+
+    Attributes:
+        add: the add's node name in the captured graph.
+        location: "file:line  source text" of the add.
+        reason: why.
+        detail: what in particular, possibly empty.
+    """
+
+    add: str
+    location: str
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rewritten residual add.
+
+    Attributes:
+        name: stable dotted name, the prefix of its parameters: "model.layers.0.mhc.self_attn".
+        owner: path of the module whose forward holds the add.
+        location: "file:line  source text".
+        norm: where the block normalises: "pre", "post" (on the stream, after the add) or "none".
+        shape: the stream's shape in the traced call; symbolic sizes are strings.
+        dtype: the stream's dtype, such as "float32".
+        width: number of features C.
+    """
+
+    name: str
+    owner: str
+    location: str
+    norm: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A maximal run of sites on one residual stream.
+
+    Attributes:
+        sites: in the order in which the stream passes them.
+        head: location at which the stream begins and is expanded.
+        tail: location of the last site, behind which the stream is collapsed.
+    """
+
+    sites: tuple[Site, ...]
+    head: str
+    tail: str
+
+
+@dataclass(frozen=True)
+class ResidualAdd:
+    """A residual add as `find_residuals` sees it in the graph.
+
+    Attributes:
+        add: the add.
+        skip: the operand that carries the stream.
+        branch: the other operand.
+        fork: the stream value that the branch reads, an ancestor of `skip` over carriers; None where the branch
+            does not read this stream (a projection shortcut opens it).
+        feature_dim: the dimension of the stream that holds features, counted from the front.
+        norm: "pre", "post" or "none".
+        module_path: paths of the modules around the add, outermost first, each with its `nn_module_stack` key.
+        label: name of the owner's child modules whose output the add writes into the stream, or "add".
+        location: "file:line  source text".
+    """
+
+    add: Node
+    skip: Node
+    branch: Node
+    fork: Node | None
+    feature_dim: int
+    norm: str
+    module_path: tuple[tuple[str, str], ...]
+    label: str
+    location: str
+
+
+@dataclass(frozen=True)
+class ResidualChain:
+    """Residual adds joined by carriers, in graph order."""
+
+    adds: tuple[ResidualAdd, ...]
+    head: Node
+    head_location: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that `find_residuals` learned about one graph."""
+
+    chains: tuple[ResidualChain, ...]
+    rejections: tuple[Rejection, ...]

@@ -1,0 +1,318 @@
+"""What a node of a captured graph does to a residual stream: the vocabulary of the finder.
+
+Everything here reads; nothing mutates. Sizes are compared as expressions, never as SymInt values: comparing two
+SymInts would add a guard, and with it a recompilation, to the user's model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+ADD_TARGETS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+PRODUCT_NAMES = {"mul", "imul", "mul_", "multiply", "div", "truediv", "itruediv", "div_", "true_divide"}
+_SUM_NAMES = {"add", "iadd", "add_", "sub", "isub", "sub_", "rsub", "subtract"}
+
+# Mixes over features with learned weights, or over tokens.
+_MIXING_NAMES = {
+    "linear", "matmul", "imatmul", "bmm", "mm", "mv", "addmm", "baddbmm", "addbmm", "einsum", "bilinear", "tensordot",
+    "multi_head_attention_forward", "scaled_dot_product_attention", "_transformer_encoder_layer_fwd",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "embedding_bag", "fold", "grid_sample",
+}  # fmt: skip
+_MIXING_MARKS = ("conv", "pool", "fft_", "attention", "grouped_mm")
+
+_NORM_NAMES = {
+    "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "local_response_norm",
+    "native_layer_norm",
+}  # fmt: skip
+_CAST_NAMES = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
+_VIEW_NAMES = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "moveaxis", "squeeze", "unsqueeze",
+    "swapaxes", "t", "view_as", "reshape_as", "contiguous", "clone", "alias", "detach", "swapdims", "rearrange",
+}  # fmt: skip
+_DROPOUT_NAMES = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+_ACTIVATION_NAMES = {
+    "relu", "relu_", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardtanh",
+    "hardsigmoid", "tanh", "sigmoid", "softplus", "log_sigmoid", "prelu", "clamp", "clip", "clamp_", "nan_to_num",
+    "clamp_min", "clamp_max", "relu6_", "square",
+}  # fmt: skip
+# Nodes of the longest written-out norm seen; the search for one stops there.
+_LONGEST_NORM = 24
+
+_SHAPE_READERS = {
+    "size", "dim", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
+    "new_ones", "new_empty", "new_full", "sym_size",
+}  # fmt: skip
+_LIKE_SECOND = {"expand_as", "view_as", "reshape_as", "type_as"}
+_REDUCTION_NAMES = {"mean", "var", "std", "norm", "linalg_vector_norm", "vector_norm", "var_mean", "sum"}
+
+
+class Path(IntEnum):
+    """How a value reached a node, as bits: unmixed, unmixed but normalised, mixed."""
+
+    PLAIN = 1
+    NORMED = 2
+    MIXED = 4
+
+
+def op_name(node: Node) -> str:
+    """Return the bare name of the operation: "linear", "add", "scaled_dot_product_attention"."""
+    target = node.target
+    if isinstance(target, str):
+        return target.rsplit(".", 1)[-1]
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rsplit("::", 1)[-1]
+    return getattr(target, "__name__", str(target))
+
+
+def tensor_of(node: Any) -> Tensor | None:
+    """Return the example value of a tensor node, else None."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def sizes_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the shape with symbolic sizes as expressions, comparable without guards."""
+    return tuple(size if isinstance(size, int) else size.node.expr for size in tensor.shape)
+
+
+def is_float(node: Node) -> bool:
+    """Tell whether a node holds a real floating-point tensor."""
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.dtype.is_floating_point
+
+
+def operands(node: Node) -> tuple[Any, Any]:
+    """Return the two operands of a binary node, whether given by position or by name."""
+    arguments = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
+    return (arguments[0], arguments[1]) if len(arguments) > 1 else (arguments[0] if arguments else None, None)
+
+
+def is_add(node: Node) -> bool:
+    """Tell whether a node adds two values."""
+    return node.op in ("call_function", "call_method") and node.target in ADD_TARGETS
+
+
+def is_higher_order(node: Node) -> bool:
+    """Tell whether a node runs a body graph of its own."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def data_inputs(node: Node) -> list[Node]:
+    """Return the inputs whose values matter: `expand_as(x, like)` reads only the shape of `like`."""
+    name = op_name(node)
+    if name in _SHAPE_READERS:
+        return []
+    if name in _LIKE_SECOND:
+        return [source for source in node.args[:1] if isinstance(source, Node)]
+    return node.all_input_nodes
+
+
+def bodies(node: Node, graph_module: GraphModule) -> Iterator[GraphModule]:
+    """Yield the body graphs that a higher-order node runs."""
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr":
+            body = getattr(graph_module, str(argument.target), None)
+            if isinstance(body, GraphModule):
+                yield body
+
+
+def mixes(node: Node, graph_module: GraphModule) -> bool:
+    """Tell whether a node mixes features with learned weights, or mixes tokens."""
+    if node.op == "call_module":
+        return any(True for _ in graph_module.get_submodule(str(node.target)).parameters())
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if is_higher_order(node):
+        return any(mixes(inner, body) for body in bodies(node, graph_module) for inner in body.graph.nodes)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim"):
+        return True
+    return _is_mixing_name(node)
+
+
+def _is_mixing_name(node: Node) -> bool:
+    name = op_name(node).lower()
+    return name in _MIXING_NAMES or any(mark in name for mark in _MIXING_MARKS)
+
+
+def normalises(node: Node) -> bool:
+    """Tell whether a node is a norm: a functional one, or the last product of one that is written out.
+
+    Written out, a norm is a value times (or minus) a per-token number computed from that same value, such as
+    x * rsqrt(mean(x²) + eps); the products with its weight that follow are a part of it.
+    """
+    if op_name(node) in _NORM_NAMES:
+        return True
+    return norm_input(node) is not None
+
+
+def norm_input(node: Node) -> Node | None:
+    """Return the value that a written-out norm normalises, if the node ends one."""
+    name = op_name(node)
+    if name not in PRODUCT_NAMES and name not in _SUM_NAMES:
+        return None
+    left, right = operands(node)
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return None
+    for value, factor in ((left, right), (right, left)):
+        if name in _SUM_NAMES and factor is left:
+            continue
+        if _is_statistic_of(factor, value):
+            return value
+    return None
+
+
+def _is_statistic_of(factor: Node, value: Node) -> bool:
+    """Tell whether `factor` is one number per token, reduced from `value` or from what `value` was cast from."""
+    factor_tensor, value_tensor = tensor_of(factor), tensor_of(value)
+    if factor_tensor is None or value_tensor is None or factor_tensor.dim() != value_tensor.dim():
+        return False
+    pairs = zip(sizes_of(factor_tensor), sizes_of(value_tensor), strict=True)
+    if not any(small == 1 and large != 1 for small, large in pairs):
+        return False
+    origins = set(_behind_norms(value))
+    stack, seen, reduced, found = [factor], {factor}, False, False
+    while stack and len(seen) <= _LONGEST_NORM:
+        node = stack.pop()
+        if _is_mixing_name(node):
+            return False
+        reduced |= op_name(node) in _REDUCTION_NAMES
+        for source in data_inputs(node):
+            if source in origins:
+                found = True
+            elif source not in seen and source.op in ("call_function", "call_method"):
+                seen.add(source)
+                stack.append(source)
+    return found and reduced
+
+
+def _behind_norms(value: Node) -> Iterator[Node]:
+    """Yield a value, and what it was cast from or centred from: x, x - mean(x), x.float() are one origin."""
+    node: Any = value
+    while isinstance(node, Node):
+        yield node
+        if op_name(node) in _CAST_NAMES | {"contiguous", "clone"} and node.args:
+            node = node.args[0]
+        elif op_name(node) in _SUM_NAMES:
+            node = norm_input(node)
+        else:
+            return
+
+
+def is_parameter_expression(node: Any, limit: int = 8) -> bool:
+    """Tell whether a value depends on parameters, buffers and constants alone.
+
+    Dynamo marks the tensors that belong to modules as static inputs; it marks no others.
+    """
+    if not isinstance(node, Node):
+        return True
+    if node.op == "get_attr":
+        return True
+    if node.op == "placeholder":
+        return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    if limit == 0 or node.op not in ("call_function", "call_method") or not node.all_input_nodes:
+        return False
+    return all(is_parameter_expression(source, limit - 1) for source in node.all_input_nodes)
+
+
+def is_linear_map(node: Node) -> bool:
+    """Tell whether a node is a linear map or a pooling: what a projection shortcut is made of."""
+    name = op_name(node).lower()
+    return name in ("linear", "addmm", "matmul") or "conv" in name or "pool" in name
+
+
+def is_activation(node: Node) -> bool:
+    """Tell whether a node is a pointwise nonlinearity or a softmax."""
+    return op_name(node) in _ACTIVATION_NAMES | {"softmax"}
+
+
+def is_dropout(node: Node) -> bool:
+    """Tell whether a node is a dropout."""
+    return op_name(node) in _DROPOUT_NAMES
+
+
+def is_cast(node: Node) -> bool:
+    """Tell whether a node only changes dtype or device."""
+    return op_name(node) in _CAST_NAMES
+
+
+def carried_from(node: Node) -> Node | None:
+    """Return the stream value that a carrier was computed from; None if the node is no carrier.
+
+    Carriers may stand on the stream between two residual adds: casts, views, dropout, a constant factor, a norm, an
+    activation. Each stream passes them alone.
+    """
+    if node.op not in ("call_function", "call_method") or not is_float(node):
+        return None
+    name = op_name(node)
+    source: Any = None
+    if name in _CAST_NAMES | _VIEW_NAMES | _DROPOUT_NAMES | _ACTIVATION_NAMES | _NORM_NAMES:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+    elif name in PRODUCT_NAMES:
+        source = _carried_through_product(node)
+    elif name in _SUM_NAMES:
+        source = _carried_through_sum(node)
+    if isinstance(source, Node) and is_float(source) and source.op != "get_attr":
+        return source
+    return None
+
+
+def _carried_through_product(node: Node) -> Node | None:
+    left, right = operands(node)
+    normalised = norm_input(node)
+    if normalised is not None:
+        return normalised
+    for value, factor in ((left, right), (right, left)):
+        if not isinstance(value, Node):
+            continue
+        if factor is right or op_name(node) in ("mul", "imul", "mul_", "multiply"):
+            if _is_number(factor) or (is_parameter_expression(factor) and _has_one_element(factor)):
+                return value
+            if is_parameter_expression(factor) and _is_normalised(value):
+                return value
+    return None
+
+
+def _carried_through_sum(node: Node) -> Node | None:
+    left, right = operands(node)
+    normalised = norm_input(node)
+    if normalised is not None:
+        return normalised
+    for value, term in ((left, right), (right, left)):
+        if isinstance(value, Node) and isinstance(term, Node):
+            if is_parameter_expression(term) and _is_normalised(value):
+                return value
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int | float):
+        return True
+    tensor = tensor_of(value)
+    return tensor is not None and isinstance(value, Node) and value.op == "get_attr" and _has_one_element(value)
+
+
+def _has_one_element(value: Any) -> bool:
+    tensor = tensor_of(value)
+    return tensor is not None and all(size == 1 for size in sizes_of(tensor))
+
+
+def _is_normalised(node: Node) -> bool:
+    """Tell whether a value came from a norm over casts and the norm's own weight."""
+    for _ in range(4):
+        if normalises(node):
+            return True
+        if op_name(node) in PRODUCT_NAMES | _CAST_NAMES:
+            left, right = operands(node) if op_name(node) in PRODUCT_NAMES else (node.args[0], None)
+            inner = right if is_parameter_expression(left) else left
+            if isinstance(inner, Node):
+                node = inner
+                continue
+        return False
+    return False

@@ -1,0 +1,272 @@
+"""Find the residual adds of a graph, by dataflow alone. Reads only.
+
+A residual add is an add whose one operand, the *skip*, is (up to carriers) an ancestor of the other, the *branch*,
+where every way from the skip to the branch mixes or at least normalises, and one mixes. No name of a module, class or
+file is looked at.
+
+Cost: for each add, one walk back from the branch to the skip. Walks overlap only where residuals are nested, so the
+whole is linear in the number of nodes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch.fx import GraphModule, Node
+
+from mhc_compile.residual import Findings, Reason, Rejection, ResidualAdd, ResidualChain
+
+from .dataflow import (
+    Path,
+    bodies,
+    carried_from,
+    data_inputs,
+    is_activation,
+    is_add,
+    is_float,
+    is_higher_order,
+    is_linear_map,
+    mixes,
+    normalises,
+    operands,
+    sizes_of,
+    tensor_of,
+)
+from .provenance import branch_label, feature_dim_of, location_of, module_path_of
+
+
+def find_residuals(graph_module: GraphModule) -> Findings:
+    """Return the residual chains of a normalized graph, and every float add that is none, with the reason."""
+    return _Finder(graph_module).run()
+
+
+class _Finder:
+    """The state of one search: node order, and what has been found so far."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        self.order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        self.mixing = {node for node in self.order if mixes(node, graph_module)}
+        self.found: dict[Node, ResidualAdd] = {}
+        self.rejected: dict[Node, Rejection] = {}
+
+    def run(self) -> Findings:
+        shortcuts: list[tuple[Node, Node, Node]] = []
+        for node in self.order:
+            if is_higher_order(node):
+                self._note_bodies(node)
+            if not is_add(node) or not is_float(node):
+                continue
+            left, right = operands(node)
+            if not isinstance(left, Node) or not isinstance(right, Node) or not (is_float(left) and is_float(right)):
+                continue
+            if not _same_shape(node, left, right):
+                self._reject(node, Reason.BROADCAST)
+                continue
+            shortcut = self._consider(node, left, right)
+            if shortcut is not None:
+                shortcuts.append((node, *shortcut))
+        self._drop_branch_local()
+        self._keep_useful_shortcuts(shortcuts)
+        return Findings(chains=tuple(self._chains()), rejections=tuple(self.rejected.values()))
+
+    def _reject(self, node: Node, reason: Reason, detail: str = "") -> None:
+        self.rejected[node] = Rejection(node.name, location_of(node), reason, detail)
+
+    def _note_bodies(self, node: Node) -> None:
+        for body in bodies(node, self.graph_module):
+            inner = find_residuals(body)
+            for chain in inner.chains:
+                for add in chain.adds:
+                    self.rejected[add.add] = Rejection(add.add.name, add.location, Reason.INSIDE_REGION, node.name)
+
+    def _consider(self, node: Node, left: Node, right: Node) -> tuple[Node, Node] | None:
+        """Record a residual add, or reject it; return (skip, branch) of what may be a projection shortcut."""
+        reason = Reason.INDEPENDENT
+        for skip, branch in ((left, right), (right, left)):
+            trunk = list(self._trunk(skip))
+            ways = self._ways_to(branch, min(self.order[value] for value in trunk))
+            fork = next((value for value in trunk if ways.get(value)), None)
+            if fork is None:
+                continue
+            if not ways[fork] & Path.MIXED:
+                reason = Reason.NO_MIXING
+            elif ways[fork] & Path.PLAIN:
+                reason = Reason.GATE
+            else:
+                self._record(node, skip, branch, fork)
+                return None
+        if reason is Reason.INDEPENDENT:
+            for skip, branch in ((left, right), (right, left)):
+                if self._is_projection_beside(skip, branch):
+                    return skip, branch
+        self._reject(node, reason)
+        return None
+
+    def _record(self, node: Node, skip: Node, branch: Node, fork: Node | None) -> None:
+        feature_dim = feature_dim_of(node, branch)
+        tensor = tensor_of(node)
+        assert tensor is not None
+        if not isinstance(tensor.shape[feature_dim], int):
+            self._reject(node, Reason.DYNAMIC_WIDTH)
+            return
+        path = module_path_of(node)
+        self.found[node] = ResidualAdd(
+            add=node,
+            skip=skip,
+            branch=branch,
+            fork=fork,
+            feature_dim=feature_dim,
+            norm="none",
+            module_path=path,
+            label=branch_label(branch, path, self.mixing),
+            location=location_of(node),
+        )
+
+    def _trunk(self, skip: Node) -> Iterator[Node]:
+        """Yield the stream values behind `skip`: over carriers, and over an add that nothing else reads.
+
+        The second lets x + a(x) + b(x) be two sites on one stream although b reads x.
+        """
+        value: Node | None = skip
+        while value is not None:
+            yield value
+            if value in self.found:
+                value = self.found[value].skip if len(value.users) == 1 else None
+            else:
+                value = carried_from(value)
+
+    def _ways_to(self, branch: Node, floor: int) -> dict[Node, int]:
+        """For each node from position `floor` on, tell how it reaches `branch`: an or of `Path` bits.
+
+        Walks backwards, latest node first, so that a node's bits are complete when it is its turn.
+        """
+        ways = {branch: int(Path.PLAIN)}
+        queue = [(-self.order[branch], branch.name, branch)]
+        while queue:
+            _, _, node = heapq.heappop(queue)
+            bits = ways[node]
+            if node in self.mixing:
+                bits = int(Path.MIXED)
+            elif bits & Path.PLAIN and normalises(node):
+                bits = (bits & ~Path.PLAIN) | Path.NORMED
+            if tensor_of(node) is not None and not is_float(node):
+                bits &= ~Path.PLAIN
+            for source in data_inputs(node):
+                if self.order[source] < floor:
+                    continue
+                if source not in ways:
+                    heapq.heappush(queue, (-self.order[source], source.name, source))
+                ways[source] = ways.get(source, 0) | bits
+        return ways
+
+    def _is_projection_beside(self, skip: Node, branch: Node) -> bool:
+        """Tell whether `skip` is a linear projection of a value that `branch` computes something deeper from.
+
+        LoRA's base(x) + lora(x) and parallel convolutions are none: no nonlinearity stands in the branch.
+        """
+        source, projected = skip, False
+        line = [skip]
+        while True:
+            if source in self.mixing and is_linear_map(source):
+                projected = True
+                step = next((value for value in data_inputs(source) if is_float(value)), None)
+            else:
+                step = None if is_activation(source) else carried_from(source)
+            if step is None or step in self.found:
+                line += [step] if step is not None else []
+                break
+            line.append(step)
+            source = step
+        if not projected:
+            return False
+        ways = self._ways_to(branch, min(self.order[value] for value in line))
+        shared = next((value for value in line if ways.get(value, 0) & Path.MIXED), None)
+        return shared is not None and any(
+            is_activation(node) for node in ways if self.order[node] > self.order[shared] and node is not shared
+        )
+
+    def _keep_useful_shortcuts(self, shortcuts: list[tuple[Node, Node, Node]]) -> None:
+        """Keep a projection shortcut where another site continues its stream; it opens a chain."""
+        continued = {self._previous(site.skip)[0] for site in self.found.values()}
+        for node, skip, branch in reversed(shortcuts):
+            if node in continued:
+                self._record(node, skip, branch, fork=None)
+            else:
+                self._reject(node, Reason.SHORTCUT_UNUSED)
+
+    def _previous(self, skip: Node) -> tuple[Node, list[Node]]:
+        """Return what the stream was before its carriers, and the carriers passed, nearest first."""
+        carriers: list[Node] = []
+        value = skip
+        while value not in self.found:
+            source = carried_from(value)
+            if source is None:
+                break
+            carriers.append(value)
+            value = source
+        return value, carriers
+
+    def _drop_branch_local(self) -> None:
+        """Reject an add that feeds only the branch of another add with the same skip (Zamba's h + T(h))."""
+        by_fork: dict[Node, list[ResidualAdd]] = {}
+        for site in self.found.values():
+            by_fork.setdefault(site.skip, []).append(site)
+        for sharers in by_fork.values():
+            for inner in sharers:
+                for outer in sharers:
+                    if outer is not inner and self._feeds_only(inner.add, outer.branch):
+                        del self.found[inner.add]
+                        self._reject(inner.add, Reason.BRANCH_LOCAL)
+                        break
+
+    def _feeds_only(self, add: Node, branch: Node) -> bool:
+        """Tell whether every way onward from `add` ends in `branch`."""
+        limit = self.order[branch]
+        stack, seen = [add], {add}
+        while stack:
+            for user in stack.pop().users:
+                if user is branch:
+                    continue
+                if self.order.get(user, limit + 1) > limit:
+                    return False
+                if user not in seen:
+                    seen.add(user)
+                    stack.append(user)
+        return True
+
+    def _chains(self) -> Iterator[ResidualChain]:
+        """Join the sites whose skip leads, over carriers, to the same head or to an earlier site."""
+        members: dict[Node, list[ResidualAdd]] = {}
+        root_of: dict[Node, Node] = {}
+        for add in sorted(self.found, key=self.order.__getitem__):
+            previous, carriers = self._previous(self.found[add].skip)
+            # Before the first site nothing is a stream yet: what carries the head in is the plain model's business.
+            head = previous if previous in self.found else self.found[add].skip
+            root = root_of.get(head, head)
+            root_of[add] = root
+            normed = previous in self.found and any(normalises(carrier) for carrier in carriers)
+            members.setdefault(root, []).append(replace(self.found[add], norm=self._norm_of(add, normed)))
+        for head, sites in members.items():
+            if len(sites) > 1 and sites[1].norm == "post":
+                sites[0] = replace(sites[0], norm="post")
+            yield ResidualChain(adds=tuple(sites), head=head, head_location=location_of(head))
+
+    def _norm_of(self, add: Node, normed: bool) -> str:
+        """Tell where the block normalises: on the stream since the last site, or on the way into the branch."""
+        if normed:
+            return "post"
+        site = self.found[add]
+        if site.fork is None:
+            return "none"
+        ways = self._ways_to(site.branch, self.order[site.fork])
+        between = (node for node in ways if node is not site.fork and normalises(node))
+        return "pre" if any(True for _ in between) else "none"
+
+
+def _same_shape(node: Node, left: Node, right: Node) -> bool:
+    tensors = [tensor_of(value) for value in (node, left, right)]
+    sizes = [sizes_of(tensor) for tensor in tensors if tensor is not None]
+    return len(sizes) == 3 and sizes[0] == sizes[1] == sizes[2] and len(sizes[0]) > 1

@@ -1,0 +1,114 @@
+"""Where a node comes from: source line, modules around it, the child that computed it, its feature dimension."""
+
+from __future__ import annotations
+
+import linecache
+import re
+
+from torch.fx import Node
+
+from .dataflow import is_float, op_name, tensor_of
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+# Output features of these lie in dimension 1; of every other operation, in the last.
+_CHANNELS_FIRST_NAMES = {"batch_norm", "group_norm", "instance_norm"}
+_CHANNELS_FIRST_MARKS = ("conv", "pool1d", "pool2d", "pool3d")
+_SHAPE_KEEPING_VIEWS = {"contiguous", "clone", "alias", "detach"}
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+
+
+def location_of(node: Node) -> str:
+    """Return "file:line  source text" of the innermost frame, or the node's name if it has no trace."""
+    trace = node.meta.get("stack_trace") or node.stack_trace or ""
+    frames = list(_FRAME.finditer(trace))
+    if not frames:
+        return node.name
+    file, line = frames[-1]["file"], int(frames[-1]["line"])
+    text = linecache.getline(file, line).strip()
+    return f"{_short(file)}:{line}  {text}".rstrip()
+
+
+def _short(file: str) -> str:
+    """Drop everything before the package: ".../site-packages/transformers/x.py" -> "transformers/x.py"."""
+    for mark in ("/site-packages/", "/dist-packages/"):
+        if mark in file:
+            return file.rsplit(mark, 1)[1]
+    return "/".join(file.split("/")[-2:])
+
+
+def module_path_of(node: Node) -> tuple[tuple[str, str], ...]:
+    """Return ((key, path), …) of the modules around a node, outermost first.
+
+    torch 2.13 keys the stack by `str(id(module))`, older versions by a mangled path; the path is the user's own
+    expression, such as "L['self'].model.layers.0".
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple((str(key), str(entry[0])) for key, entry in stack.items())
+
+
+def branch_label(branch: Node, owner: tuple[tuple[str, str], ...], mixing: set[Node]) -> str:
+    """Name the owner's children that the branch comes from: the first mixing nodes behind it.
+
+    Walking to the mixing nodes makes the name the same in train and eval mode and behind dropout, casts and norms.
+    """
+    depth = len(owner)
+    labels: list[str] = []
+    stack, seen = [branch], {branch}
+    while stack and len(seen) < 64:
+        node = stack.pop()
+        if node in mixing:
+            path = module_path_of(node)
+            if len(path) > depth and path[:depth] == owner:
+                label = path[depth][1].removeprefix(owner[-1][1] if owner else "").lstrip(".")
+                label = re.sub(r"\W+", "_", label.rsplit("]", 1)[-1].lstrip(".") or label).strip("_")
+                if label and label not in labels:
+                    labels.append(label)
+            continue
+        for source in reversed(node.all_input_nodes):
+            if source not in seen and is_float(source) and source.op != "placeholder":
+                seen.add(source)
+                stack.append(source)
+    return "_".join(labels) or "add"
+
+
+def feature_dim_of(add: Node, branch: Node) -> int:
+    """Return the dimension of an add's result that holds features, counted from the front.
+
+    Follows the branch back to the operation that produced its features: convolutions and batch norms put them in
+    dimension 1, linear maps and layer norms last; permutes in between move them.
+    """
+    tensor = tensor_of(add)
+    assert tensor is not None
+    rank = tensor.dim()
+    moves: list[Node] = []
+    node: Node | None = branch
+    for _ in range(24):
+        if node is None:
+            break
+        name = op_name(node)
+        if name in _CHANNELS_FIRST_NAMES or any(mark in name for mark in _CHANNELS_FIRST_MARKS):
+            return _move(1, moves, rank)
+        if name in ("linear", "matmul", "layer_norm", "rms_norm", "addmm", "embedding"):
+            produced = tensor_of(node)
+            return _move(produced.dim() - 1 if produced is not None else rank - 1, moves, rank)
+        if name in _RESHAPES:
+            break
+        if name in ("permute", "transpose", "movedim", "swapaxes"):
+            moves.append(node)
+        node = next((source for source in node.all_input_nodes if is_float(source)), None)
+    return rank - 1
+
+
+def _move(dim: int, moves: list[Node], rank: int) -> int:
+    """Follow a dimension through permutes, the one nearest to the producer first."""
+    for node in reversed(moves):
+        arguments = [argument for argument in node.args[1:]]
+        if len(arguments) == 1 and isinstance(arguments[0], list | tuple):
+            arguments = list(arguments[0])
+        dims = [int(str(argument)) % rank for argument in arguments if isinstance(argument, int)]
+        if op_name(node) == "permute" and len(dims) == rank:
+            dim = dims.index(dim)
+        elif op_name(node) in ("transpose", "swapaxes") and len(dims) == 2 and dim in dims:
+            dim = dims[1] if dim == dims[0] else dims[0]
+    return dim % rank
