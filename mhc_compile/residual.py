@@ -80,6 +80,23 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Carrier:
+    """One step of the stream between two residual adds, which each stream passes alone.
+
+    Attributes:
+        node: the stream value behind the step.
+        source: the stream value before it.
+        nodes: what computes `node` from `source`, in graph order, `node` last; several where a norm is written out.
+        absorbed: those of `nodes` that nothing else reads.
+    """
+
+    node: Node
+    source: Node
+    nodes: tuple[Node, ...]
+    absorbed: frozenset[Node]
+
+
+@dataclass(frozen=True)
 class ResidualAdd:
     """A residual add as `find_residuals` sees it in the graph.
 
@@ -89,10 +106,13 @@ class ResidualAdd:
         branch: the other operand.
         fork: the stream value that the branch reads, an ancestor of `skip` over carriers; None where the branch
             does not read this stream (a projection shortcut opens it).
-        feature_dim: the dimension of the stream that holds features, counted from the front.
+        readers: the users of `fork` that lead into the branch: they read the site's layer input.
+        feature_dim: the dimension of the add's result that holds features, counted from the front.
+        fork_dim: the same for `fork`, which may be a permuted view of the stream.
+        carriers: the steps from the chain's previous site to `skip`, in graph order; empty at the chain's head.
         norm: "pre", "post" or "none".
         module_path: paths of the modules around the add, outermost first, each with its `nn_module_stack` key.
-        label: name of the owner's child modules whose output the add writes into the stream, or "add".
+        children: the same, for the children of the innermost module whose output the add writes into the stream.
         location: "file:line  source text".
     """
 
@@ -100,10 +120,13 @@ class ResidualAdd:
     skip: Node
     branch: Node
     fork: Node | None
+    readers: frozenset[Node]
     feature_dim: int
+    fork_dim: int
+    carriers: tuple[Carrier, ...]
     norm: str
     module_path: tuple[tuple[str, str], ...]
-    label: str
+    children: tuple[tuple[str, str], ...]
     location: str
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-ADD_TARGETS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+IN_PLACE_ADDS = {operator.iadd, "add_"}
 PRODUCT_NAMES = {"mul", "imul", "mul_", "multiply", "div", "truediv", "itruediv", "div_", "true_divide"}
 _SUM_NAMES = {"add", "iadd", "add_", "sub", "isub", "sub_", "rsub", "subtract"}
 
@@ -95,8 +95,13 @@ def operands(node: Node) -> tuple[Any, Any]:
 
 
 def is_add(node: Node) -> bool:
-    """Tell whether a node adds two values."""
-    return node.op in ("call_function", "call_method") and node.target in ADD_TARGETS
+    """Tell whether a node is an add in the one spelling that `normalize` leaves."""
+    return node.op == "call_function" and node.target is operator.add
+
+
+def is_in_place_add(node: Node) -> bool:
+    """Tell whether a node adds in place."""
+    return node.op in ("call_function", "call_method") and node.target in IN_PLACE_ADDS
 
 
 def is_higher_order(node: Node) -> bool:

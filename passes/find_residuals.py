@@ -13,10 +13,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from mhc_compile.residual import Findings, Reason, Rejection, ResidualAdd, ResidualChain
+from mhc_compile.residual import Carrier, Findings, Reason, Rejection, ResidualAdd, ResidualChain
 
 from .dataflow import (
     Path,
@@ -27,6 +28,7 @@ from .dataflow import (
     is_add,
     is_float,
     is_higher_order,
+    is_in_place_add,
     is_linear_map,
     mixes,
     normalises,
@@ -34,7 +36,7 @@ from .dataflow import (
     sizes_of,
     tensor_of,
 )
-from .provenance import branch_label, feature_dim_of, location_of, module_path_of
+from .provenance import branch_children, feature_dim_of, location_of, module_path_of
 
 
 def find_residuals(graph_module: GraphModule) -> Findings:
@@ -57,13 +59,17 @@ class _Finder:
         for node in self.order:
             if is_higher_order(node):
                 self._note_bodies(node)
-            if not is_add(node) or not is_float(node):
+            in_place = is_in_place_add(node)
+            if not (is_add(node) or in_place) or not is_float(node):
                 continue
             left, right = operands(node)
             if not isinstance(left, Node) or not isinstance(right, Node) or not (is_float(left) and is_float(right)):
                 continue
             if not _same_shape(node, left, right):
                 self._reject(node, Reason.BROADCAST)
+                continue
+            if in_place:
+                self._reject(node, Reason.IN_PLACE_ALIAS)
                 continue
             shortcut = self._consider(node, left, right)
             if shortcut is not None:
@@ -96,7 +102,9 @@ class _Finder:
             elif ways[fork] & Path.PLAIN:
                 reason = Reason.GATE
             else:
-                self._record(node, skip, branch, fork)
+                carriers = set(trunk[: trunk.index(fork)])
+                readers = frozenset(user for user in fork.users if user in ways and user not in carriers)
+                self._record(node, skip, branch, fork, readers)
                 return None
         if reason is Reason.INDEPENDENT:
             for skip, branch in ((left, right), (right, left)):
@@ -105,23 +113,34 @@ class _Finder:
         self._reject(node, reason)
         return None
 
-    def _record(self, node: Node, skip: Node, branch: Node, fork: Node | None) -> None:
+    def _record(
+        self, node: Node, skip: Node, branch: Node, fork: Node | None, readers: frozenset[Node] = frozenset()
+    ) -> None:
         feature_dim = feature_dim_of(node, branch)
-        tensor = tensor_of(node)
-        assert tensor is not None
-        if not isinstance(tensor.shape[feature_dim], int):
+        sizes = _sizes(node)
+        width = sizes[feature_dim]
+        if not isinstance(width, int):
             self._reject(node, Reason.DYNAMIC_WIDTH)
             return
+        fork_dim = feature_dim
+        if fork is not None and _sizes(fork) != sizes:
+            fork_dim = _dim_of_size(width, _sizes(fork))
+            if fork_dim < 0:
+                # A view that splits the features: the branch then reads the collapsed stream.
+                fork, readers, fork_dim = None, frozenset(), feature_dim
         path = module_path_of(node)
         self.found[node] = ResidualAdd(
             add=node,
             skip=skip,
             branch=branch,
             fork=fork,
+            readers=readers,
             feature_dim=feature_dim,
+            fork_dim=fork_dim,
+            carriers=(),
             norm="none",
             module_path=path,
-            label=branch_label(branch, path, self.mixing),
+            children=branch_children(branch, path, self.mixing),
             location=location_of(node),
         )
 
@@ -247,12 +266,40 @@ class _Finder:
             head = previous if previous in self.found else self.found[add].skip
             root = root_of.get(head, head)
             root_of[add] = root
-            normed = previous in self.found and any(normalises(carrier) for carrier in carriers)
-            members.setdefault(root, []).append(replace(self.found[add], norm=self._norm_of(add, normed)))
+            if previous not in self.found:
+                carriers = []
+            site = replace(
+                self.found[add],
+                norm=self._norm_of(add, any(normalises(carrier) for carrier in carriers)),
+                carriers=tuple(self._carrier(carrier) for carrier in reversed(carriers)),
+            )
+            members.setdefault(root, []).append(site)
         for head, sites in members.items():
             if len(sites) > 1 and sites[1].norm == "post":
                 sites[0] = replace(sites[0], norm="post")
             yield ResidualChain(adds=tuple(sites), head=head, head_location=location_of(head))
+
+    def _carrier(self, node: Node) -> Carrier:
+        source = carried_from(node)
+        assert source is not None
+        floor = self.order[source]
+        behind, stack = {node}, [node]
+        while stack:
+            for value in stack.pop().all_input_nodes:
+                if self.order[value] > floor and value not in behind:
+                    behind.add(value)
+                    stack.append(value)
+        inside = {source}
+        for value in sorted(behind, key=self.order.__getitem__):
+            if any(operand in inside for operand in value.all_input_nodes):
+                inside.add(value)
+        inside.discard(source)
+        nodes = tuple(sorted(inside, key=self.order.__getitem__))
+        absorbed = {node}
+        for value in reversed(nodes[:-1]):
+            if all(user in absorbed for user in value.users):
+                absorbed.add(value)
+        return Carrier(node, source, nodes, frozenset(absorbed))
 
     def _norm_of(self, add: Node, normed: bool) -> str:
         """Tell where the block normalises: on the stream since the last site, or on the way into the branch."""
@@ -266,7 +313,15 @@ class _Finder:
         return "pre" if any(True for _ in between) else "none"
 
 
+def _sizes(node: Node) -> tuple[Any, ...]:
+    tensor = tensor_of(node)
+    return sizes_of(tensor) if tensor is not None else ()
+
+
+def _dim_of_size(width: int, sizes: tuple[Any, ...]) -> int:
+    """Return the last dimension of this size, or -1."""
+    return max((dim for dim, size in enumerate(sizes) if size == width), default=-1)
+
+
 def _same_shape(node: Node, left: Node, right: Node) -> bool:
-    tensors = [tensor_of(value) for value in (node, left, right)]
-    sizes = [sizes_of(tensor) for tensor in tensors if tensor is not None]
-    return len(sizes) == 3 and sizes[0] == sizes[1] == sizes[2] and len(sizes[0]) > 1
+    return _sizes(node) == _sizes(left) == _sizes(right) and len(_sizes(node)) > 1

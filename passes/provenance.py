@@ -11,10 +11,12 @@ from .dataflow import is_float, op_name, tensor_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
+# Nodes between a branch's exit and its last mixing nodes; the walk for a name stops there.
+_WIDEST_EXIT = 64
+
 # Output features of these lie in dimension 1; of every other operation, in the last.
 _CHANNELS_FIRST_NAMES = {"batch_norm", "group_norm", "instance_norm"}
 _CHANNELS_FIRST_MARKS = ("conv", "pool1d", "pool2d", "pool3d")
-_SHAPE_KEEPING_VIEWS = {"contiguous", "clone", "alias", "detach"}
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
@@ -30,10 +32,7 @@ def location_of(node: Node) -> str:
 
 
 def _short(file: str) -> str:
-    """Drop everything before the package: ".../site-packages/transformers/x.py" -> "transformers/x.py"."""
-    for mark in ("/site-packages/", "/dist-packages/"):
-        if mark in file:
-            return file.rsplit(mark, 1)[1]
+    """Keep the file and its folder."""
     return "/".join(file.split("/")[-2:])
 
 
@@ -47,29 +46,28 @@ def module_path_of(node: Node) -> tuple[tuple[str, str], ...]:
     return tuple((str(key), str(entry[0])) for key, entry in stack.items())
 
 
-def branch_label(branch: Node, owner: tuple[tuple[str, str], ...], mixing: set[Node]) -> str:
-    """Name the owner's children that the branch comes from: the first mixing nodes behind it.
+def branch_children(
+    branch: Node, owner: tuple[tuple[str, str], ...], mixing: set[Node]
+) -> tuple[tuple[str, str], ...]:
+    """Return the owner's children that the branch comes from: those of the first mixing nodes behind it.
 
-    Walking to the mixing nodes makes the name the same in train and eval mode and behind dropout, casts and norms.
+    Walking to the mixing nodes gives the same answer in train and eval mode, and behind dropout, casts and norms.
     """
     depth = len(owner)
-    labels: list[str] = []
+    children: dict[str, str] = {}
     stack, seen = [branch], {branch}
-    while stack and len(seen) < 64:
+    while stack and len(seen) < _WIDEST_EXIT:
         node = stack.pop()
         if node in mixing:
             path = module_path_of(node)
             if len(path) > depth and path[:depth] == owner:
-                label = path[depth][1].removeprefix(owner[-1][1] if owner else "").lstrip(".")
-                label = re.sub(r"\W+", "_", label.rsplit("]", 1)[-1].lstrip(".") or label).strip("_")
-                if label and label not in labels:
-                    labels.append(label)
+                children.setdefault(*path[depth])
             continue
         for source in reversed(node.all_input_nodes):
             if source not in seen and is_float(source) and source.op != "placeholder":
                 seen.add(source)
                 stack.append(source)
-    return "_".join(labels) or "add"
+    return tuple(children.items())
 
 
 def feature_dim_of(add: Node, branch: Node) -> int:
@@ -103,7 +101,7 @@ def feature_dim_of(add: Node, branch: Node) -> int:
 def _move(dim: int, moves: list[Node], rank: int) -> int:
     """Follow a dimension through permutes, the one nearest to the producer first."""
     for node in reversed(moves):
-        arguments = [argument for argument in node.args[1:]]
+        arguments = list(node.args[1:])
         if len(arguments) == 1 and isinstance(arguments[0], list | tuple):
             arguments = list(arguments[0])
         dims = [int(str(argument)) % rank for argument in arguments if isinstance(argument, int)]

@@ -1,0 +1,240 @@
+"""The public functions that act on a model: attach, explain, report, parameters, param_groups, detach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import ShortenTraceback
+from torch.fx import GraphModule
+
+from . import guard
+from .backend import errors_reach_the_user
+from .binding import attach_plan
+from .boundaries import forget_breaks, refuse_cut_streams
+from .capture import Frame, current_frame
+from .config import STRUCTURAL, MHCConfig
+from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError
+from .mappings import CHILD, attached_config, owners_in
+from .passes.find_residuals import find_residuals
+from .passes.normalize import normalize
+from .planning import Plan, plan_sites
+from .reporting import Report, forget_report, graph_report, keep_report, new_report, report_of
+from .strictness import nothing_found
+
+
+def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
+    """Create the mHC parameters of a model ahead of its first call.
+
+    Do so before building the optimizer, loading a checkpoint, or wrapping the model in DDP. The model is traced with
+    the example input; its arithmetic does not run.
+
+    Args:
+        model: the model, or `torch.compile(model)`.
+        *args: one example input; left out, the model's own `dummy_inputs`.
+        config: the options; left out, those already attached, or the defaults.
+        **kwargs: the example input's keyword arguments.
+
+    Returns:
+        What was found. Attaching again with the same options adds only what is missing.
+
+    Raises:
+        ConfigMismatchError: other options are attached.
+        NoResidualError: nothing was found, and `config.strict`.
+        StreamCutError: a graph break cuts the residual stream.
+    """
+    root = unwrap(model)
+    attached = attached_config(root)
+    if attached is not None and config is not None:
+        _require_same(attached, config)
+    config = config or attached or MHCConfig()
+    found = _look(root, args, kwargs, config)
+    if config.strict and not found.report.sites:
+        raise NoResidualError(nothing_found(found.merged(), config))
+    for plan, frame in found.plans:
+        attach_plan(plan, frame, config)
+    keep_report(root, found.report)
+    return found.report
+
+
+def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
+    """Look at a model as `attach` would, and change nothing. Works on the meta device.
+
+    Args and errors are those of `attach`; nothing found is no error here: the report says so.
+    """
+    root = unwrap(model)
+    return _look(root, args, kwargs, config or attached_config(root) or MHCConfig()).report
+
+
+def report(model: nn.Module) -> Report:
+    """Return what the last compilation (or `attach`) did to a model.
+
+    Raises:
+        NotAttachedError: the model was neither attached nor compiled with backend="mhc".
+    """
+    found = report_of(unwrap(model))
+    if found is None:
+        raise NotAttachedError(
+            "there is no report: the model was neither attached nor called through backend='mhc' yet. "
+            "mhc_compile.explain(model, example_input) looks at it without changing it."
+        )
+    return found
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the mHC parameters by their names in `state_dict()`; empty for a plain model."""
+    return {
+        ".".join(part for part in (path, CHILD, name) if part): parameter
+        for path, _, mappings in owners_in(unwrap(model))
+        for name, parameter in mappings.named_parameters()
+    }
+
+
+def param_groups(model: nn.Module, *, weight_decay: float, **kwargs: Any) -> list[dict[str, Any]]:
+    """Return optimizer groups of the mHC parameters alone: phi decays, scale and bias do not.
+
+    Decay on `bias` would pull the streams' mixing away from the identity towards the plain mean.
+
+    Args:
+        model: a model with mHC parameters.
+        weight_decay: for phi.
+        **kwargs: further options for both groups, such as `lr`.
+
+    Raises:
+        NotAttachedError: the model has no mHC parameters.
+    """
+    named = parameters(model)
+    if not named:
+        raise NotAttachedError("the model has no mHC parameters: call mhc_compile.attach(model, example_input).")
+    decayed = [parameter for name, parameter in named.items() if name.endswith(".phi")]
+    kept = [parameter for name, parameter in named.items() if not name.endswith(".phi")]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, **kwargs},
+        {"params": kept, "weight_decay": 0.0, **kwargs},
+    ]
+
+
+def detach(model: nn.Module) -> None:
+    """Take the mHC parameters off a model again; its plain forward runs as before.
+
+    Trained mHC parameters are dropped: the plain model computes something else once they have moved.
+
+    Raises:
+        NotAttachedError: the model has no mHC parameters.
+    """
+    root = unwrap(model)
+    owners = list(owners_in(root))
+    if not owners:
+        raise NotAttachedError("the model has no mHC parameters: there is nothing to detach.")
+    guard.disarm(root)
+    for _, owner, _ in owners:
+        delattr(owner, CHILD)
+    forget_breaks(root)
+    forget_report(root)
+    # Compiled graphs still hold the streams; without their parameters they could only raise.
+    torch._dynamo.reset()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile(model)`, DataParallel and DistributedDataParallel."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return unwrap(inner)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return unwrap(model.module)
+    return model
+
+
+def _require_same(attached: MHCConfig, config: MHCConfig) -> None:
+    for name in STRUCTURAL:
+        if getattr(attached, name) != getattr(config, name):
+            raise ConfigMismatchError(
+                f"this model's mHC parameters were made with {name}={getattr(attached, name)!r}, but "
+                f"{name}={getattr(config, name)!r} is asked for now. Use the same, or call "
+                "mhc_compile.detach(model) first (trained mHC parameters are dropped: save them before)."
+            )
+
+
+class _Seen(ShortenTraceback):
+    """Ends a look: raised inside the backend, it leaves no compiled code behind."""
+
+
+@dataclass
+class _Look:
+    """What a look at a model found, graph by graph."""
+
+    report: Report
+    plans: list[tuple[Plan, Frame]] = field(default_factory=list)
+
+    def merged(self) -> Plan:
+        """Return one plan over all graphs."""
+        return Plan(
+            chains=tuple(chain for plan, _ in self.plans for chain in plan.chains),
+            rejections=tuple(entry for plan, _ in self.plans for entry in plan.rejections),
+        )
+
+
+def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig) -> _Look:
+    """Trace a model as a compilation would, without running or keeping anything."""
+    if not args and not kwargs:
+        args, kwargs = (), _dummy_inputs(root)
+    look = _Look(new_report(root, config))
+
+    @errors_reach_the_user
+    def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
+        frame = current_frame(graph_module)
+        plain = normalize(graph_module)
+        plan = plan_sites(find_residuals(plain), frame, config)
+        refuse_cut_streams(plain, plan, frame, config)
+        look.plans.append((plan, frame))
+        look.report.graphs.append(
+            graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason)
+        )
+        if frame.break_reason is None and len(look.plans) == 1:
+            raise _Seen("seen", first_useful_frame=None)
+        return _shapes_only(graph_module)
+
+    # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
+    compiled = torch.compile(root.forward, backend=backend)
+    try:
+        with torch._dynamo.config.patch(suppress_errors=False):
+            compiled(*args, **kwargs)
+    except _Seen:
+        pass
+    finally:
+        forget_breaks(root)
+    if not look.plans:
+        raise MHCError(
+            "Dynamo captured no graph of this model: is compilation switched off (TORCHDYNAMO_DISABLE, "
+            "torch.compiler.disable, set_stance('force_eager'))?"
+        )
+    return look
+
+
+def _dummy_inputs(root: nn.Module) -> dict[str, Any]:
+    example = getattr(root, "dummy_inputs", None)
+    if not isinstance(example, dict) or not example:
+        raise MHCError(
+            "an example input is needed to trace the model: mhc_compile.attach(model, input_ids=…), with the arguments "
+            "that you would call the model with."
+        )
+    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()
+    }
+
+
+def _shapes_only(graph_module: GraphModule) -> Any:
+    """Stand in for a compiled graph that a graph break ended: outputs of the right shapes, no arithmetic."""
+    output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+
+    def blank(node: Any) -> Any:
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor):
+            sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+            return torch.zeros(sizes, dtype=value.dtype, device=value.device)
+        return value.node.hint if isinstance(value, torch.SymInt) else value
+
+    return lambda *inputs: torch.fx.node.map_arg(output.args[0], blank)

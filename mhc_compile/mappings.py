@@ -1,0 +1,177 @@
+"""The learnable mappings of a site (phi, scale, bias): where they live, how they start, what they are called.
+
+They live on the module whose forward holds the add, in a child called `mhc`, one grandchild per site:
+`model.layers.0.mhc.self_attn.phi`. So `parameters()`, `state_dict()`, `.to()`, per-block FSDP and copies see them.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MHCConfig
+from .errors import OwnerError
+from .kernels.manifolds import MANIFOLDS
+
+CHILD = "mhc"
+READOUT_SUFFIX = "_readout"
+
+# arXiv 2512.24880, section 5: the gates start small. Zero would be dead for ever, since phi starts at zero too.
+_INITIAL_SCALE = 0.01
+# How far pre leans on its own stream: sigmoid' is .24 there; at sigmoid(8) it is 3e-4 and does not learn.
+_LEAN = 0.6
+
+
+class Mapping(nn.Module):
+    """The parameters of one site, or of one chain's learned readout.
+
+    Attributes:
+        phi: [rows, n·C] projection of a token's streams.
+        scale: one factor per group of rows.
+        bias: [rows].
+    """
+
+    def __init__(self, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
+        """Wrap the initial values as parameters."""
+        super().__init__()
+        self.phi = nn.Parameter(phi)
+        self.scale = nn.Parameter(scale)
+        self.bias = nn.Parameter(bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mapping:
+        """Follow the model to another device, but never below float32.
+
+        Coefficients in bf16 cost 170 to 318 times in the error of the row sums.
+        """
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.element_size() < tensor.element_size():
+                return tensor.to(device=moved.device)
+            return moved
+
+        super()._apply(keep_precision, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the shape of phi, which tells n and C."""
+        return f"phi={tuple(self.phi.shape)}"
+
+
+class Mappings(nn.Module):
+    """The child `mhc` of an owner: its sites' mappings by label, and the config that made them."""
+
+    def __init__(self, config: MHCConfig) -> None:
+        """Start empty."""
+        super().__init__()
+        self.config = config
+
+    def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the input: an owner that runs all its children in turn must not notice this one."""
+        return value
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What decides the shape and the start of a mapping."""
+
+    width: int
+    index: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+
+def site_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
+    """Create a site's mapping.
+
+    `init="preserve"`: with phi = 0, pre sums to exactly 1 and leans on stream `index mod n`, post is 1 and every row
+    of res sums to 1, so equal streams stay equal to the plain hidden state, whatever the branch. The lean is what
+    breaks the symmetry between streams: with a uniform pre they would stay equal for ever, and res would never learn.
+    `init="paper"`: the same biases with a random phi.
+    """
+    manifold = MANIFOLDS[config.manifold]
+    n = config.n_streams
+    weights = torch.full((n,), (1.0 - _LEAN) / max(n - 1, 1), dtype=torch.float64)
+    weights[shape.index % n] = _LEAN
+    if n == 1:
+        weights.fill_(1.0)
+    if manifold.gated:
+        # One stream: sigmoid reaches 1 only in the limit; 20 is exact in float32.
+        pre_bias = torch.logit(weights) if n > 1 else torch.full((1,), 20.0, dtype=torch.float64)
+        post_bias = torch.zeros(n, dtype=torch.float64)
+    else:
+        pre_bias, post_bias = weights, torch.ones(n, dtype=torch.float64)
+    parts = [pre_bias, post_bias]
+    if manifold.mixes:
+        parts.append(manifold.rest_bias(n).double().flatten())
+    return _mapping(name, torch.cat(parts), manifold.scales, shape, config)
+
+
+def readout_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
+    """Create a learned readout; its sigmoid weights start at 1/n each."""
+    n = config.n_streams
+    start = math.log(1.0 / (n - 1)) if n > 1 else 20.0
+    return _mapping(name, torch.full((n,), start, dtype=torch.float64), 1, shape, config)
+
+
+def _mapping(name: str, bias: Tensor, scales: int, shape: SiteShape, config: MHCConfig) -> Mapping:
+    columns = config.n_streams * shape.width
+    phi = torch.zeros(bias.numel(), columns)
+    if config.init == "paper" and shape.device.type != "meta":
+        # Seeded by torch's seed and the site's name: reproducible, in whatever order sites are made, and without
+        # drawing from the user's random stream.
+        generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+        phi = torch.randn(phi.shape, generator=generator) / math.sqrt(columns)
+    options: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
+    return Mapping(
+        phi.to(**options), torch.full((scales,), _INITIAL_SCALE, **options), bias.to(**options)
+    )
+
+
+def mappings_of(owner: nn.Module) -> Mappings | None:
+    """Return an owner's `mhc` child, if it has one of ours."""
+    child = owner._modules.get(CHILD)
+    return child if isinstance(child, Mappings) else None
+
+
+def add_mapping(owner: nn.Module, owner_path: str, label: str, mapping: Mapping, config: MHCConfig) -> None:
+    """Put a mapping on its owner.
+
+    Raises:
+        OwnerError: the owner already has something else called `mhc`.
+    """
+    child = mappings_of(owner)
+    if child is None:
+        if hasattr(owner, CHILD):
+            raise OwnerError(
+                f"{owner_path or 'the model'} ({type(owner).__name__}) already has an attribute {CHILD!r}, where the "
+                "mHC parameters would go. Rename that attribute, or leave the block out with the option sites=."
+            )
+        child = Mappings(config)
+        owner.add_module(CHILD, child)
+        child.train(owner.training)
+    child.add_module(label, mapping)
+
+
+def owners_in(root: nn.Module) -> Iterator[tuple[str, nn.Module, Mappings]]:
+    """Yield (path, owner, mappings) for every module below `root` that owns mHC parameters."""
+    for path, module in root.named_modules():
+        child = mappings_of(module)
+        if child is not None:
+            yield path, module, child
+
+
+def attached_config(root: nn.Module) -> MHCConfig | None:
+    """Return the config that the mHC parameters below `root` were made for."""
+    return next((child.config for _, _, child in owners_in(root)), None)
+
+
+def joined(owner_path: str, label: str) -> str:
+    """Return a site's name: the prefix of its parameters' names."""
+    return ".".join(part for part in (owner_path, CHILD, label) if part)

@@ -1,0 +1,163 @@
+"""From findings to a plan: which sites to rewrite, who owns them, what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.fx import Node
+
+from .capture import Frame
+from .config import MHCConfig
+from .errors import OwnerError
+from .mappings import joined
+from .passes.dataflow import sizes_of, tensor_of
+from .residual import Chain, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A residual add with its name and owner.
+
+    Attributes:
+        add: the add in the graph.
+        site: what the report shows.
+        owner: the module that holds (or will hold) its parameters.
+        label: its name below the owner's `mhc`.
+        children: the owner's children whose output the add writes into the stream.
+        selected: False for an add that the option `sites` leaves out, yet that lies between selected ones: it adds
+            its branch to every stream alike.
+    """
+
+    add: ResidualAdd
+    site: Site
+    owner: nn.Module
+    label: str
+    children: tuple[nn.Module, ...]
+    selected: bool
+
+
+@dataclass(frozen=True)
+class PlannedChain:
+    """A chain to rewrite."""
+
+    sites: tuple[PlannedSite, ...]
+    head: Node
+    chain: Chain
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be rewritten in one graph, and what will not."""
+
+    chains: tuple[PlannedChain, ...]
+    rejections: tuple[Rejection, ...]
+
+    @property
+    def sites(self) -> list[PlannedSite]:
+        """The selected sites of all chains."""
+        return [site for chain in self.chains for site in chain.sites if site.selected]
+
+
+def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
+    """Name every residual add, keep the chains that the options ask for, reject the rest with a reason."""
+    rejections = list(findings.rejections)
+    calls: Counter[tuple[int, str]] = Counter()
+    named: dict[Node, PlannedSite] = {}
+    adds = [add for chain in findings.chains for add in chain.adds]
+    # Names count the calls of a shared module in graph order, whichever chain they are on.
+    for add in sorted(adds, key=_graph_order(adds)):
+        named[add.add] = _named(add, frame, config, calls)
+    chains: list[PlannedChain] = []
+    for chain in findings.chains:
+        sites = [named[add.add] for add in chain.adds]
+        selected = [site for site in sites if site.selected]
+        dropped = [site for site in sites if not site.selected]
+        rejections += [_rejection(site, Reason.NOT_SELECTED) for site in dropped]
+        if len(selected) < max(config.min_sites, 1):
+            reason = Reason.SHORT_CHAIN
+            rejections += [_rejection(site, reason, f"{len(selected)}") for site in selected]
+            continue
+        chains.append(_trimmed(chain, sites))
+    return Plan(tuple(chains), tuple(rejections))
+
+
+def _graph_order(adds: Sequence[ResidualAdd]):  # noqa: ANN202
+    if not adds:
+        return lambda add: 0
+    order = {node: index for index, node in enumerate(adds[0].add.graph.nodes)}
+    return lambda add: order[add.add]
+
+
+def _trimmed(chain: ResidualChain, sites: list[PlannedSite]) -> PlannedChain:
+    """Cut unselected sites off both ends; the chain then begins at its first selected site."""
+    first = next(index for index, site in enumerate(sites) if site.selected)
+    last = max(index for index, site in enumerate(sites) if site.selected)
+    kept = sites[first : last + 1]
+    head = chain.head
+    if first > 0:
+        # The plain model carries the stream this far: nothing before the new head is lifted.
+        kept[0] = replace(kept[0], add=replace(kept[0].add, carriers=()))
+        head = kept[0].add.skip
+    public = Chain(
+        sites=tuple(site.site for site in kept if site.selected),
+        head=chain.head_location if first == 0 else sites[first - 1].site.location,
+        tail=kept[-1].site.location,
+    )
+    return PlannedChain(tuple(kept), head, public)
+
+
+def _rejection(site: PlannedSite, reason: Reason, detail: str = "") -> Rejection:
+    return Rejection(site.add.add.name, site.site.location, reason, detail)
+
+
+def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Counter[tuple[int, str]]) -> PlannedSite:
+    owner_path, owner = _owner(add, frame)
+    label = "_".join(_relative(path, add) for _, path in add.children) or "add"
+    calls[id(owner), label] += 1
+    if calls[id(owner), label] > 1:
+        label = f"{label}_{calls[id(owner), label] - 1}"
+    name = joined(owner_path, label)
+    tensor = tensor_of(add.add)
+    assert tensor is not None
+    sizes = sizes_of(tensor)
+    site = Site(
+        name=name,
+        owner=owner_path,
+        location=add.location,
+        norm=add.norm,
+        shape=tuple(size if isinstance(size, int) else str(size) for size in sizes),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        width=int(sizes[add.feature_dim]),
+    )
+    children = tuple(
+        found[1] for key, path in add.children if (found := frame.module_at(key, path)) is not None
+    )
+    return PlannedSite(add, site, owner, label, children, selected=config.wants(name))
+
+
+def _relative(path: str, add: ResidualAdd) -> str:
+    """Return a child's path below the add's innermost module as an identifier."""
+    below = add.module_path[-1][1] if add.module_path else ""
+    text = path.removeprefix(below)
+    text = re.sub(r"^[LG]\['\w+'\]", "", text)
+    return re.sub(r"\W+", "_", text).strip("_")
+
+
+def _owner(add: ResidualAdd, frame: Frame) -> tuple[str, nn.Module]:
+    """Return the innermost module around the add that is no container: a container would call `mhc` as a layer."""
+    for key, path in reversed(add.module_path):
+        found = frame.module_at(key, path)
+        if found is None:
+            raise OwnerError(
+                f"the module {path} that holds the residual add at {add.location} cannot be found on the model. "
+                "Compile the model that contains it, torch.compile(model, backend='mhc')."
+            )
+        if not isinstance(found[1], _CONTAINERS):
+            return found
+    return frame.paths.get(id(frame.root), ("", frame.root))

@@ -1,0 +1,236 @@
+"""The report: what was rewritten, what was not and why. As text, dictionary or HTML."""
+
+from __future__ import annotations
+
+import html
+import io
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .config import MHCConfig
+from .kernels.manifolds import MANIFOLDS
+from .planning import Plan
+from .residual import Chain, Reason, Rejection, Site
+
+_MOST_ROWS = 40
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph.
+
+    Attributes:
+        function: the frame's function.
+        nodes: number of nodes that Dynamo captured.
+        chains: what was rewritten.
+        rejected: what was not.
+        break_reason: why the graph ended before its function did, if it did.
+    """
+
+    function: str
+    nodes: int
+    chains: tuple[Chain, ...]
+    rejected: tuple[Rejection, ...]
+    break_reason: str | None = None
+
+
+@dataclass
+class Report:
+    """What happened to one model, over all graphs captured from it.
+
+    `str(report)` is a table; `to_dict()` is JSON; `to_html(path)` writes one page.
+    """
+
+    model: str
+    config: MHCConfig
+    graphs: list[GraphReport] = field(default_factory=list)
+    parameters_before: int = 0
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """Every chain, once: a graph compiled again (other shapes, eval mode) adds nothing."""
+        seen: dict[tuple[str, ...], Chain] = {}
+        for graph in self.graphs:
+            for chain in graph.chains:
+                seen.setdefault(tuple(site.name for site in chain.sites), chain)
+        return tuple(seen.values())
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every rewritten site, once."""
+        seen: dict[str, Site] = {}
+        for chain in self.chains:
+            for site in chain.sites:
+                seen.setdefault(site.name, site)
+        return tuple(seen.values())
+
+    @property
+    def rejected(self) -> tuple[Rejection, ...]:
+        """Every add that was looked at and left alone, of the graphs that differ."""
+        seen: dict[tuple[str, str, Reason], Rejection] = {}
+        for graph in self.graphs:
+            for entry in graph.rejected:
+                seen.setdefault((entry.add, entry.location, entry.reason), entry)
+        return tuple(seen.values())
+
+    @property
+    def parameters_added(self) -> int:
+        """Number of mHC parameters, in elements."""
+        n = self.config.n_streams
+        manifold = MANIFOLDS[self.config.manifold]
+        rows = manifold.rows(n)
+        count = sum(rows * n * site.width + rows + manifold.scales for site in self.sites)
+        if self.config.readout == "learned":
+            count += sum(n * n * chain.sites[-1].width + n + 1 for chain in self.chains)
+        return count
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        return {
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "parameters_before": self.parameters_before,
+            "parameters_added": self.parameters_added,
+            "chains": [asdict(chain) for chain in self.chains],
+            "rejected": [_rejection_dict(entry) for entry in self.rejected],
+            "graphs": [
+                {
+                    "function": graph.function,
+                    "nodes": graph.nodes,
+                    "sites": sum(len(chain.sites) for chain in graph.chains),
+                    "break_reason": graph.break_reason,
+                }
+                for graph in self.graphs
+            ],
+        }
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one self-contained HTML page and return its path."""
+        import jinja2
+
+        loader = jinja2.PackageLoader("mhc_compile", "templates")
+        environment = jinja2.Environment(loader=loader, autoescape=True)
+        page = environment.get_template("report.html").render(
+            report=self, rejected=rejected_by_reason(self.rejected), manifold=MANIFOLDS[self.config.manifold]
+        )
+        target = Path(path)
+        target.write_text(page, encoding="utf-8")
+        return target
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def __str__(self) -> str:
+        """Return the report as tables that a person can read."""
+        from rich.console import Console
+        from rich.table import Table
+
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=118, color_system=None, highlight=False, emoji=False, markup=False)
+        console.print(self._summary())
+        for number, chain in enumerate(self.chains, 1):
+            table = Table(
+                title=f"chain {number}: {len(chain.sites)} sites, from {chain.head}", title_justify="left"
+            )
+            for column in ("site", "norm", "stream", "source"):
+                table.add_column(column, overflow="fold")
+            for site in chain.sites[:_MOST_ROWS]:
+                shape = "x".join(str(size) for size in site.shape)
+                table.add_row(site.name, site.norm, f"{shape} {site.dtype}", site.location)
+            if len(chain.sites) > _MOST_ROWS:
+                table.add_row(f"… and {len(chain.sites) - _MOST_ROWS} more", "", "", "")
+            console.print(table)
+        if self.rejected:
+            table = Table(title="adds left as they are", title_justify="left")
+            for column in ("count", "why", "source"):
+                table.add_column(column, overflow="fold")
+            for reason, entries in rejected_by_reason(self.rejected):
+                for location, count in entries:
+                    table.add_row(str(count), reason, location)
+            console.print(table)
+        return buffer.getvalue().rstrip()
+
+    def _summary(self) -> str:
+        options = self.config
+        share = f" ({self.parameters_added / self.parameters_before:.2%})" if self.parameters_before else ""
+        lines = [
+            f"{self.model}: {len(self.sites)} sites in {len(self.chains)} chains rewritten, "
+            f"{options.n_streams} streams on the manifold {options.manifold!r}, init={options.init!r}",
+            f"parameters: {self.parameters_before:,} + {self.parameters_added:,}{share}",
+        ]
+        broken = [graph for graph in self.graphs if graph.break_reason]
+        for graph in broken:
+            lines.append(f"graph break in {graph.function}: {graph.break_reason}")
+        return "\n".join(lines)
+
+
+def rejected_by_reason(entries: Iterable[Rejection]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Group rejections by reason, and within one by source line with a count, most frequent first."""
+    counts: dict[Reason, Counter[str]] = {}
+    for entry in entries:
+        counts.setdefault(entry.reason, Counter())[entry.location] += 1
+    return [
+        (reason.value, counter.most_common())
+        for reason, counter in sorted(counts.items(), key=lambda item: -item[1].total())
+    ]
+
+
+def _rejection_dict(entry: Rejection) -> dict[str, Any]:
+    return {**asdict(entry), "reason": entry.reason.value}
+
+
+_REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+
+
+def new_report(root: nn.Module, config: MHCConfig) -> Report:
+    """Return an empty report on a model."""
+    from .mappings import Mapping
+
+    ours = {id(p) for module in root.modules() if isinstance(module, Mapping) for p in module.parameters()}
+    before = sum(p.numel() for p in root.parameters() if id(p) not in ours)
+    return Report(model=type(root).__name__, config=config, parameters_before=before)
+
+
+def keep_report(root: nn.Module, report: Report) -> None:
+    """Make a report the one that `report(model)` shows."""
+    _REPORTS[root] = report
+
+
+def add_to_report(root: nn.Module, config: MHCConfig, graph: GraphReport) -> Report:
+    """Add a compiled graph to the model's report, beginning a new one where the options have changed."""
+    report = _REPORTS.get(root)
+    if report is None or report.config != config:
+        report = new_report(root, config)
+        _REPORTS[root] = report
+    report.graphs.append(graph)
+    return report
+
+
+def graph_report(function: str, nodes: int, plan: Plan, break_reason: str | None) -> GraphReport:
+    """Describe one graph."""
+    return GraphReport(
+        function=function,
+        nodes=nodes,
+        chains=tuple(chain.chain for chain in plan.chains),
+        rejected=plan.rejections,
+        break_reason=break_reason,
+    )
+
+
+def report_of(root: nn.Module) -> Report | None:
+    """Return the report on a model; that of a module inside it, if Dynamo compiled only that."""
+    if root in _REPORTS:
+        return _REPORTS[root]
+    return next((_REPORTS[module] for module in root.modules() if module in _REPORTS), None)
+
+
+def forget_report(root: nn.Module) -> None:
+    """Forget what was reported on a model."""
+    for module in root.modules():
+        _REPORTS.pop(module, None)

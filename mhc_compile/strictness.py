@@ -1,0 +1,47 @@
+"""Raise, or warn, when there is nothing to rewrite."""
+
+from __future__ import annotations
+
+import warnings
+
+from .boundaries import has_open_breaks
+from .capture import Frame
+from .config import MHCConfig
+from .errors import MHCWarning, NoResidualError
+from .mappings import attached_config
+from .planning import Plan
+from .reporting import rejected_by_reason
+
+
+def require_sites(plan: Plan, frame: Frame, config: MHCConfig) -> None:
+    """Check that something is rewritten in this graph, or was in another graph of the same model.
+
+    Raises:
+        NoResidualError: `strict` is on and the whole model shows no residual add.
+    """
+    if plan.chains or not config.strict:
+        return
+    if frame.roots and attached_config(frame.root) is not None:
+        return
+    if frame.break_reason is not None or frame.resumed or has_open_breaks(frame):
+        warnings.warn(
+            "backend='mhc' found no residual add to rewrite in one piece of a model that a graph break cuts; that "
+            "piece runs as it is. TORCH_LOGS=graph_breaks shows the break.",
+            MHCWarning,
+            stacklevel=2,
+        )
+        return
+    raise NoResidualError(nothing_found(plan, config))
+
+
+def nothing_found(plan: Plan, config: MHCConfig) -> str:
+    """Say that nothing was found, what was looked at, and what to do."""
+    looked = "; ".join(
+        f"{sum(count for _, count in entries)} × {reason}" for reason, entries in rejected_by_reason(plan.rejections)
+    )
+    return (
+        f"no residual chain of at least {config.min_sites} sites was found"
+        + (f" (adds left alone: {looked})" if looked else " (the graph has no add of two tensors)")
+        + ". mhc_compile.explain(model, …) lists each with its source line. min_sites=1 admits single sites; "
+        "strict=False compiles the model as it is."
+    )

@@ -1,0 +1,367 @@
+"""Rewrite residual chains into n parallel streams. Searches nothing: the chains say where.
+
+At a chain's head the value is expanded to n copies. Each site computes its coefficients and its layer input from the
+streams (`pre`), the branch reads the layer input, and the branch's output is written back (`post`). Carriers act on
+each stream alone. Whoever else reads a stream value reads the streams collapsed to one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from mhc_compile.config import MHCConfig
+from mhc_compile.residual import Carrier, ResidualAdd
+
+from ..kernels import ops, reference
+from .dataflow import is_dropout, sizes_of, tensor_of
+from .graph_copy import copy_node, module_like
+from .lifting import is_training_batch_norm, keeps_layout
+
+PHI, SCALE, BIAS = "phi", "scale", "bias"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """One mapping's parameters as they enter the graph.
+
+    Attributes:
+        name: the mapping's dotted name.
+        examples: fake tensors of phi, scale and bias.
+        sources: what AOTAutograd wants as the placeholders' `_dynamo_source`.
+    """
+
+    name: str
+    examples: tuple[Tensor, Tensor, Tensor]
+    sources: tuple[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class BoundSite:
+    """A residual add with its parameters; without, its branch is added to every stream alike."""
+
+    add: ResidualAdd
+    parameters: Parameters | None
+
+
+@dataclass(frozen=True)
+class BoundChain:
+    """A chain to rewrite, with the parameters of its learned readout, if it has one."""
+
+    sites: tuple[BoundSite, ...]
+    head: Node
+    readout: Parameters | None
+
+
+@dataclass(frozen=True)
+class _Lowering:
+    """What a site's operators are in the graph."""
+
+    pre: Callable[..., Any]
+    post: Callable[..., Any]
+    head: Callable[..., Any]
+
+
+_OPAQUE = _Lowering(
+    torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default
+)
+_INLINED = _Lowering(reference.pre, reference.post, reference.head)
+LOWERINGS = {"auto": _OPAQUE, "site": _OPAQUE, "inductor": _INLINED}
+assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
+
+
+@dataclass
+class _Streams:
+    """The n streams of one value: stacked [*, n, C], or as n plain values, or both.
+
+    Attributes:
+        dim: the feature dimension of the plain value that the stacked form has moved last.
+    """
+
+    dim: int
+    stacked: Node | None = None
+    parts: list[Node] | None = None
+
+
+def parameter_order(chains: tuple[BoundChain, ...]) -> list[Parameters]:
+    """Return the parameters in the order in which the rewritten graph takes them, behind its own inputs."""
+    order: list[Parameters] = []
+    for chain in chains:
+        order += [site.parameters for site in chain.sites if site.parameters is not None]
+        if chain.readout is not None:
+            order.append(chain.readout)
+    return order
+
+
+def expand_streams(
+    graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig
+) -> GraphModule:
+    """Return a new graph in which the chains are streams; `graph_module` is left as it is.
+
+    The new graph takes phi, scale and bias of every mapping of `parameter_order` as further inputs.
+    """
+    return _Expander(graph_module, chains, config).run()
+
+
+class _Expander:
+    """The state of one rewrite: the new graph, and what each old value has become."""
+
+    def __init__(self, graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig) -> None:
+        self.graph_module = graph_module
+        self.chains = chains
+        self.config = config
+        self.lowering = LOWERINGS[config.fusion]
+        self.graph = Graph()
+        self.plain: dict[Node, Node] = {}
+        self.streams: dict[Node, _Streams] = {}
+        self.inputs: dict[str, tuple[Node, Node, Node]] = {}
+        self.coefficients: dict[Node, tuple[Node, Node, Node]] = {}
+        sites = [site for chain in chains for site in chain.sites]
+        self.site_at = {site.add.add: site for site in sites}
+        self.carrier_at: dict[Node, Carrier] = {}
+        self.absorbed: set[Node] = set()
+        self.reads: dict[tuple[Node, Node], BoundSite] = {}
+        for site in sites:
+            for carrier in site.add.carriers:
+                self.carrier_at[carrier.node] = carrier
+                self.absorbed |= carrier.absorbed
+            for reader in site.add.readers:
+                # Of two sites that share a reader, the first in the graph feeds it.
+                if site.parameters is not None and site.add.fork is not None:
+                    self.reads.setdefault((reader, site.add.fork), site)
+        self.readouts = {chain.sites[-1].add.add: chain.readout for chain in chains if chain.readout}
+
+    def run(self) -> GraphModule:
+        pending = True
+        for node in self.graph_module.graph.nodes:
+            if pending and node.op != "placeholder":
+                self._add_inputs()
+                pending = False
+            if node in self.site_at:
+                self._write(self.site_at[node])
+            elif node in self.carrier_at:
+                self._lift(self.carrier_at[node])
+            elif node not in self.absorbed:
+                self.plain[node] = copy_node(self.graph, node, self._reader(node))
+        return module_like(self.graph_module, self.graph)
+
+    def _add_inputs(self) -> None:
+        for parameters in parameter_order(self.chains):
+            made = []
+            for role, example, source in zip(
+                (PHI, SCALE, BIAS), parameters.examples, parameters.sources, strict=True
+            ):
+                node = self.graph.placeholder(f"{parameters.name}.{role}".replace(".", "_"))
+                # The type by which Dynamo marks parameters: their address does not change between calls.
+                node.meta = {
+                    "example_value": example,
+                    "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
+                }
+                node._dynamo_source = source  # type: ignore[attr-defined]
+                made.append(node)
+            self.inputs[parameters.name] = (made[0], made[1], made[2])
+
+    def _reader(self, node: Node) -> Callable[[Node], Node]:
+        """Return how `node` reads its operands: a branch reads its site's layer input."""
+
+        def read(operand: Node) -> Node:
+            site = self.reads.get((node, operand))
+            if site is None:
+                return self._collapsed(operand)
+            layer_input, _, _ = self._coefficients(site)
+            return self._unstacked(layer_input, site.add.fork_dim, operand)
+
+        return read
+
+    def _collapsed(self, value: Node) -> Node:
+        """Return the plain form of a value; a stream value is read out, once."""
+        if value not in self.plain:
+            streams = self.streams[value]
+            stacked = self._stacked(streams, streams.dim, value)
+            readout = self.readouts.get(value)
+            if readout is not None:
+                arguments = (stacked, *self.inputs[readout.name], reference.NORM_EPS, 0.0)
+                out = self._emit(value, self.lowering.head, *arguments)
+            else:
+                out = self._emit(value, torch.mean, stacked, -2)
+            self.plain[value] = self._unstacked(out, streams.dim, value)
+        return self.plain[value]
+
+    def _streams_of(self, value: Node, dim: int) -> _Streams:
+        """Return the streams of a value; a chain's head is expanded to n equal copies."""
+        if value not in self.streams:
+            features_last = self._moved(self.plain[value], dim, -1, value)
+            rank = len(_sizes(value)) + 1
+            sizes = [-1] * rank
+            sizes[-2] = self.config.n_streams
+            wide = self._emit(value, torch.unsqueeze, features_last, -2)
+            wide = self._emit(value, "expand", wide, sizes)
+            self.streams[value] = _Streams(dim, stacked=self._emit(value, "contiguous", wide))
+        return self.streams[value]
+
+    def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
+        """Return (layer_input, post, res) of a site, computed where they are first needed."""
+        if site.add.add not in self.coefficients:
+            base = site.add.fork if site.add.fork is not None else site.add.skip
+            streams = self._stacked(self._streams_of(base, site.add.fork_dim), site.add.fork_dim, base)
+            self.coefficients[site.add.add] = self._pre(site, streams)
+        return self.coefficients[site.add.add]
+
+    def _pre(self, site: BoundSite, streams: Node) -> tuple[Node, Node, Node]:
+        origin = site.add.add
+        config = self.config
+        assert site.parameters is not None
+        constants = (config.sinkhorn_iters, reference.NORM_EPS, 0.0, config.manifold)
+        result = self._emit(
+            origin, self.lowering.pre, streams, *self.inputs[site.parameters.name], *constants
+        )
+        layer_input, post, res = (
+            self._emit(origin, operator.getitem, result, index) for index in range(3)
+        )
+        return layer_input, post, res
+
+    def _write(self, site: BoundSite) -> None:
+        """Emit a site's `post`: mix the streams and write the branch's output into each."""
+        found = site.add
+        dim = found.feature_dim
+        streams = self._stacked(self._streams_of(found.skip, dim), dim, found.skip)
+        added, skipped = tensor_of(found.add), tensor_of(found.skip)
+        assert added is not None
+        assert skipped is not None
+        if added.dtype != skipped.dtype:
+            streams = self._emit(found.add, "to", streams, added.dtype)
+        branch = self._moved(self._collapsed(found.branch), dim, -1, found.branch)
+        if site.parameters is None:
+            wide = self._emit(found.add, torch.unsqueeze, branch, -2)
+            added_to_each = self._emit(found.add, operator.add, streams, wide)
+            self.streams[found.add] = _Streams(dim, stacked=added_to_each)
+            return
+        _, post, res = self._coefficients(site)
+        if not self._same_tokens(found):
+            # The branch reads a view whose tokens are laid out otherwise: coefficients are per token.
+            _, post, res = self._pre(site, streams)
+        written = self._emit(found.add, self.lowering.post, streams, branch, post, res)
+        self.streams[found.add] = _Streams(dim, stacked=written)
+
+    @staticmethod
+    def _same_tokens(found: ResidualAdd) -> bool:
+        fork = found.fork if found.fork is not None else found.skip
+        fork_tokens, tokens = list(_sizes(fork)), list(_sizes(found.add))
+        del fork_tokens[found.fork_dim], tokens[found.feature_dim]
+        return fork_tokens == tokens
+
+    def _lift(self, carrier: Carrier) -> None:
+        """Apply a carrier to each stream alone."""
+        source = self.streams[carrier.source]
+        dim = source.dim
+        rank = len(_sizes(carrier.source))
+        if is_dropout(carrier.node):
+            self.streams[carrier.node] = self._dropped(carrier.node, source)
+        elif keeps_layout(carrier, features_last=dim == rank - 1):
+            stacked = self._copied(carrier, self._stacked(source, dim, carrier.source))
+            self.streams[carrier.node] = _Streams(dim, stacked=stacked)
+        elif is_training_batch_norm(carrier.node):
+            # One call over all streams: n calls would update the running statistics n times.
+            joined = self._emit(carrier.node, torch.cat, self._parts(source, carrier.source), 0)
+            normed = self._copied(carrier, joined)
+            pieces = self._emit(carrier.node, torch.chunk, normed, self.config.n_streams, 0)
+            parts = [
+                self._emit(carrier.node, operator.getitem, pieces, index)
+                for index in range(self.config.n_streams)
+            ]
+            self.streams[carrier.node] = _Streams(dim, parts=parts)
+        else:
+            parts = [self._copied(carrier, part) for part in self._parts(source, carrier.source)]
+            self.streams[carrier.node] = _Streams(self._dim_behind(carrier, dim), parts=parts)
+
+    def _dropped(self, node: Node, source: _Streams) -> _Streams:
+        """Drop the same features in every stream: equal streams stay equal, and the random draws are the plain ones."""
+        stacked = self._stacked(source, source.dim, node)
+        first = self._unstacked(self._emit(node, torch.select, stacked, -2, 0), source.dim, node)
+        ones = self._emit(node, torch.ones_like, first)
+        assert isinstance(node.args[0], Node)
+        old_input = node.args[0]
+        mask = self._copy(node, {old_input: ones})
+        mask = self._emit(node, torch.unsqueeze, self._moved(mask, source.dim, -1, node), -2)
+        return _Streams(source.dim, stacked=self._emit(node, operator.mul, stacked, mask))
+
+    def _dim_behind(self, carrier: Carrier, dim: int) -> int:
+        """Return the feature dimension behind a carrier that may permute or reshape."""
+        before, behind = _sizes(carrier.source), _sizes(carrier.node)
+        width = before[dim]
+        if len(before) == len(behind) and behind[dim] == width:
+            return dim
+        return max((index for index, size in enumerate(behind) if size == width), default=len(behind) - 1)
+
+    def _copied(self, carrier: Carrier, value: Node) -> Node:
+        """Copy a carrier's nodes into the new graph, reading `value` for its source."""
+        made = {carrier.source: value}
+        for node in carrier.nodes:
+            made[node] = self._copy(node, made)
+        return made[carrier.node]
+
+    def _copy(self, node: Node, made: dict[Node, Node]) -> Node:
+        def read(operand: Node) -> Node:
+            return made[operand] if operand in made else self._collapsed(operand)
+
+        arguments = map_arg(node.args, read)
+        keywords = map_arg(dict(node.kwargs), read)
+        return self._emit(node, node.target, *arguments, **keywords)
+
+    def _stacked(self, streams: _Streams, dim: int, origin: Node) -> Node:
+        """Return streams as one [*, n, C] value whose features come from dimension `dim`."""
+        if streams.stacked is None or streams.dim != dim:
+            parts = [self._moved(part, dim, -1, origin) for part in self._parts(streams, origin)]
+            streams.stacked, streams.dim = self._emit(origin, torch.stack, parts, -2), dim
+        return streams.stacked
+
+    def _parts(self, streams: _Streams, origin: Node) -> list[Node]:
+        """Return streams as n values of the plain layout."""
+        if streams.parts is None:
+            streams.parts = [
+                self._unstacked(
+                    self._emit(origin, torch.select, streams.stacked, -2, index), streams.dim, origin
+                )
+                for index in range(self.config.n_streams)
+            ]
+        return streams.parts
+
+    def _unstacked(self, value: Node, dim: int, origin: Node) -> Node:
+        return self._moved(value, -1, dim, origin)
+
+    def _moved(self, value: Node, start: int, end: int, origin: Node) -> Node:
+        rank = len(_sizes(value))
+        if start % rank == end % rank:
+            return value
+        return self._emit(origin, torch.movedim, value, start, end)
+
+    def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(kind, target, args, kwargs)
+        node.meta = {key: value for key, value in origin.meta.items() if key != "grapharg"}
+        node.meta["example_value"] = _evaluate(target, args, kwargs)
+        return node
+
+
+def _sizes(node: Node) -> tuple[Any, ...]:
+    tensor = tensor_of(node)
+    assert tensor is not None, f"{node} has no example value"
+    return sizes_of(tensor)
+
+
+def _evaluate(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one operation on example values (fake tensors: shapes and dtypes, no arithmetic)."""
+    values = map_arg(args, lambda node: node.meta["example_value"])
+    keywords = map_arg(kwargs, lambda node: node.meta["example_value"])
+    with torch.no_grad():
+        if isinstance(target, str):
+            return getattr(values[0], target)(*values[1:], **keywords)
+        return target(*values, **keywords)

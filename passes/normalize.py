@@ -1,0 +1,136 @@
+"""Spell every residual add the same way: `operator.add(left, right)` that returns a new value.
+
+Handles `torch.add` and `Tensor.add` (with `alpha`), `addcmul`, `operator.iadd` and `Tensor.add_`. An in-place add becomes
+an ordinary one where no alias of the changed value is read afterwards; elsewhere it stays, and the finder says so.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .dataflow import is_float, is_in_place_add, op_name, tensor_of
+from .graph_copy import copy_node, module_like
+
+_OUT_OF_PLACE_ADDS = {torch.add, "add"}
+_ADDCMULS = {torch.addcmul, "addcmul"}
+
+# What may return its input itself, or a view of it.
+_ALIASING_NAMES = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "moveaxis", "squeeze", "unsqueeze",
+    "swapaxes", "swapdims", "t", "view_as", "reshape_as", "contiguous", "alias", "detach", "to", "float", "half",
+    "bfloat16", "double", "type", "type_as", "dropout", "getitem", "chunk", "split", "unbind", "expand", "expand_as",
+    "select", "narrow", "real", "imag", "diagonal", "iadd", "add_", "mul_", "imul", "relu_", "clamp_", "masked_fill_",
+    "tensor_split", "unfold", "broadcast_to", "slice",
+}  # fmt: skip
+
+
+def normalize(graph_module: GraphModule) -> GraphModule:
+    """Return a copy of the graph in which each add that can be has the one spelling.
+
+    Tracing sentinels (`mhc.sentinel`) are dropped: the caller has read them by now.
+    """
+    order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    graph = Graph()
+    values: dict[Node, Node] = {}
+    for node in graph_module.graph.nodes:
+        if is_sentinel(node):
+            continue
+        replacement = _respelled(graph, node, values)
+        if replacement is None and is_in_place_add(node) and _can_leave_place(node, order):
+            replacement = _add_out_of_place(graph, node, values)
+            # Later readers of the changed value must see the change.
+            values[node.args[0]] = replacement  # type: ignore[index]
+        values[node] = replacement or copy_node(graph, node, values.__getitem__)
+    return module_like(graph_module, graph)
+
+
+def is_sentinel(node: Node) -> bool:
+    """Tell whether a node is the tracing sentinel that guards a module with mHC parameters."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == "mhc::sentinel"
+
+
+def _respelled(graph: Graph, node: Node, values: dict[Node, Node]) -> Node | None:
+    """Emit `torch.add`, `Tensor.add` or `addcmul` as `operator.add`; None for any other node."""
+    if node.op not in ("call_function", "call_method") or not is_float(node):
+        return None
+    mapped_args: tuple[Any, ...] = torch.fx.node.map_arg(node.args, values.__getitem__)
+    keywords: dict[str, Any] = torch.fx.node.map_arg(dict(node.kwargs), values.__getitem__)
+    if node.target in _OUT_OF_PLACE_ADDS:
+        if keywords.pop("out", None) is not None:
+            return None
+        alpha = keywords.pop("alpha", 1)
+        left, right = _two(mapped_args, keywords)
+        if left is None or right is None:
+            return None
+        if alpha != 1:
+            right = _emit(graph, node, operator.mul, (right, alpha), tensor_of(right))
+        return _emit(graph, node, operator.add, (left, right), tensor_of(node))
+    if node.target in _ADDCMULS and len(mapped_args) == 3 and set(keywords) <= {"value"}:
+        base, left, right = mapped_args
+        product = _emit(graph, node, operator.mul, (left, right), tensor_of(node))
+        if keywords.get("value", 1) != 1:
+            product = _emit(graph, node, operator.mul, (product, keywords["value"]), tensor_of(node))
+        return _emit(graph, node, operator.add, (base, product), tensor_of(node))
+    return None
+
+
+def _two(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
+    found = [*args, *(keywords[name] for name in ("input", "other") if name in keywords)]
+    return (found[0], found[1]) if len(found) == 2 else (None, None)
+
+
+def _add_out_of_place(graph: Graph, node: Node, values: dict[Node, Node]) -> Node:
+    """Emit an in-place add as an ordinary one, cast back where the in-place form would not promote."""
+    left, right = node.args[:2]
+    mapped_left = values[left]  # type: ignore[index]
+    mapped_right = values[right] if isinstance(right, Node) else right
+    if node.kwargs.get("alpha", 1) != 1:
+        mapped_right = _emit(graph, node, operator.mul, (mapped_right, node.kwargs["alpha"]), tensor_of(right))
+    left_tensor, right_tensor = tensor_of(left), tensor_of(right)
+    assert left_tensor is not None
+    promoted = torch.result_type(left_tensor, right_tensor) if right_tensor is not None else left_tensor.dtype
+    if promoted != left_tensor.dtype and isinstance(mapped_right, Node):
+        cast = right_tensor.to(left_tensor.dtype) if right_tensor is not None else None
+        mapped_right = _emit(graph, node, "to", (mapped_right, left_tensor.dtype), cast)
+    return _emit(graph, node, operator.add, (mapped_left, mapped_right), tensor_of(node))
+
+
+def _emit(graph: Graph, origin: Node, target: Any, args: tuple[Any, ...], example: Any) -> Node:
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    emitted = graph.create_node(kind, target, args, {}, name=origin.name)
+    emitted.meta = {**origin.meta, "example_value": example}
+    return emitted
+
+
+def _can_leave_place(node: Node, order: dict[Node, int]) -> bool:
+    """Tell whether nothing can see the difference between an in-place add and an ordinary one.
+
+    The changed value must be made in this graph, and no other name for its memory may be read later.
+    """
+    changed = node.args[0]
+    if not isinstance(changed, Node) or not is_float(changed) or not is_float(node):
+        return False
+    family, stack = {changed}, [changed]
+    while stack:
+        member = stack.pop()
+        if member.op in ("placeholder", "get_attr"):
+            return False
+        relatives = [user for user in member.users if user is not node and _may_alias(user, member)]
+        if op_name(member) in _ALIASING_NAMES and member.args and isinstance(member.args[0], Node):
+            relatives.append(member.args[0])
+        for relative in relatives:
+            if relative not in family:
+                family.add(relative)
+                stack.append(relative)
+    position = order[node]
+    return all(
+        order[user] <= position for member in family if member is not changed for user in member.users
+    )
+
+
+def _may_alias(user: Node, source: Node) -> bool:
+    return op_name(user) in _ALIASING_NAMES and bool(user.args) and user.args[0] is source

@@ -1,0 +1,79 @@
+"""Check the invariants of a rewritten graph. A failure is a bug of mhc-compile, never of the model."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mhc_compile.errors import GraphInvariantError
+
+from ..kernels import reference
+from .dataflow import sizes_of, tensor_of
+
+_POSTS = {torch.ops.mhc.post.default, reference.post}
+
+
+def verify(before: GraphModule, after: GraphModule, n_streams: int) -> None:
+    """Check a rewritten graph against the one it came from.
+
+    - The outputs have the shapes and dtypes of the plain graph's: no n-stream value leaves the graph.
+    - Every streams value has rank, shape and dtype as `post` declares.
+    - Every placeholder has a source, if Dynamo gave sources, and every other node an example value where the plain
+      graph had them.
+
+    Raises:
+        GraphInvariantError: an invariant is broken; the message names the node.
+    """
+    after.graph.lint()
+    _check_outputs(before, after)
+    had_sources = any(hasattr(node, "_dynamo_source") for node in before.graph.nodes)
+    for node in after.graph.nodes:
+        if node.op == "placeholder" and had_sources and not hasattr(node, "_dynamo_source"):
+            _fail(node, "lost its _dynamo_source")
+        if node.target in _POSTS:
+            _check_post(node, n_streams)
+
+
+def _check_outputs(before: GraphModule, after: GraphModule) -> None:
+    plain, rewritten = _outputs(before), _outputs(after)
+    if len(plain) != len(rewritten):
+        raise GraphInvariantError(f"the rewritten graph returns {len(rewritten)} values instead of {len(plain)}")
+    for old, new in zip(plain, rewritten, strict=True):
+        wanted, got = tensor_of(old), tensor_of(new)
+        if wanted is None or got is None:
+            continue
+        if sizes_of(wanted) != sizes_of(got) or wanted.dtype != got.dtype:
+            _fail(new, f"leaves the graph as {_form(got)}, the plain value was {_form(wanted)}")
+
+
+def _outputs(graph_module: GraphModule) -> list[Node]:
+    output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+    found: list[Node] = []
+    torch.fx.node.map_arg(output.args, found.append)
+    return found
+
+
+def _check_post(node: Node, n_streams: int) -> None:
+    streams, branch = node.args[0], node.args[1]
+    before, after, written = tensor_of(streams), tensor_of(node), tensor_of(branch)
+    if before is None or after is None or written is None:
+        _fail(node, "has no example value")
+    if sizes_of(before) != sizes_of(after) or before.dtype != after.dtype:
+        _fail(node, f"turns streams of {_form(before)} into {_form(after)}")
+    if sizes_of(after)[-2] != n_streams:
+        _fail(node, f"holds {after.shape[-2]} streams instead of {n_streams}")
+    if sizes_of(after)[:-2] + sizes_of(after)[-1:] != sizes_of(written):
+        _fail(node, f"writes a branch of {_form(written)} into streams of {_form(after)}")
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(str(size) for size in tensor.shape)}"
+
+
+def _fail(node: Node, what: str) -> NoReturn:
+    raise GraphInvariantError(
+        f"{node.format_node() or node.name}: {what}. This is a bug in mhc-compile; TORCH_LOGS=mhc_graph shows the "
+        "graph, and the option sites= can leave the block out meanwhile."
+    )
