@@ -12,8 +12,9 @@ import warnings
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from .boundaries import remember_given_up
 from .errors import MHCWarning, StreamCutError
@@ -94,23 +95,32 @@ def _reason(error: BaseException) -> str:
 
 def _holds_residual_adds(error: BaseException) -> bool:
     """Tell whether the part that was traced before the break already shows a residual add."""
-    traced = getattr(getattr(error, "_torch_dynamo_tracer_output", None), "output_graph", None)
-    graph = getattr(traced, "graph", None)
-    if graph is None:
-        return False
-    nodes: list[Node] = list(graph.nodes)
-    if not any(is_float(node) for node in nodes):
+    graph = _traced_so_far(error)
+    if graph is None or not any(is_float(node) for node in graph.nodes):
         return False
     try:
         return bool(find_residuals(GraphModule(nn.Module(), graph)).chains)
-    except Exception:  # a half-built graph: nothing can be said about it
+    except (AttributeError, KeyError, RuntimeError):  # a half-built graph: nothing can be said about it
         return False
+
+
+def _traced_so_far(error: BaseException) -> Graph | None:
+    """Return the graph of the translator that raised; it hangs on no object that outlives the traceback."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        output = getattr(traceback.tb_frame.f_locals.get("self"), "output", None)
+        graph = getattr(output, "graph", None)
+        if isinstance(graph, Graph):
+            return graph
+        traceback = traceback.tb_next
+    return None
 
 
 def _refuse_children(root: nn.Module, error: StreamCutError) -> None:
     """Raise from the first child that the fallen frame calls; the hooks then take themselves off."""
     handles: list[Any] = []
 
+    @torch.compiler.disable
     def refuse(module: nn.Module, arguments: Any) -> None:
         for handle in handles:
             handle.remove()

@@ -24,8 +24,6 @@ READOUT_SUFFIX = "_readout"
 
 # arXiv 2512.24880, section 5: the gates start small. Zero would be dead for ever, since phi starts at zero too.
 _INITIAL_SCALE = 0.01
-# How far pre leans on its own stream: sigmoid' is .24 there; at sigmoid(8) it is 3e-4 and does not learn.
-_LEAN = 0.6
 
 
 class Mapping(nn.Module):
@@ -97,10 +95,7 @@ def site_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
     """
     manifold = MANIFOLDS[config.manifold]
     n = config.n_streams
-    weights = torch.full((n,), (1.0 - _LEAN) / max(n - 1, 1), dtype=torch.float64)
-    weights[shape.index % n] = _LEAN
-    if n == 1:
-        weights.fill_(1.0)
+    weights = _leaning_weights(n, shape.index % n)
     if manifold.gated:
         # One stream: sigmoid reaches 1 only in the limit; 20 is exact in float32.
         pre_bias = torch.logit(weights) if n > 1 else torch.full((1,), 20.0, dtype=torch.float64)
@@ -111,6 +106,18 @@ def site_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
     if manifold.mixes:
         parts.append(manifold.rest_bias(n).double().flatten())
     return _mapping(name, torch.cat(parts), manifold.scales, shape, config)
+
+
+def _leaning_weights(n: int, own: int) -> Tensor:
+    """Return [n] weights that sum to 1 and lean on stream `own` by .5 to .75.
+
+    There sigmoid' is about .2; at sigmoid(8) it is 3e-4 and does not learn. Multiples of a power of two make both the
+    sum and the products with a hidden state exact, or nearly so.
+    """
+    other = 0.25 if n <= 3 else 0.125 if n <= 5 else 0.0625
+    weights = torch.full((n,), other, dtype=torch.float64)
+    weights[own] = 1.0 - other * (n - 1)
+    return weights
 
 
 def readout_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:

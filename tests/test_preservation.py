@@ -1,0 +1,85 @@
+"""With init="preserve" the rewritten model is the plain one; trained, it is not: models nobody here wrote."""
+
+import pytest
+import torch
+
+import mhc_compile
+
+from .models import CASES, QUICK, Case, assert_same_function
+
+
+def _outputs(result):
+    return result.logits if "logits" in result else result.logits_per_image
+
+
+def _run(call, model, inputs):
+    result = call(**inputs)
+    result.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return _outputs(result).detach(), gradients
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def case(request) -> Case:
+    return CASES[request.param]()
+
+
+def test_outputs_and_gradients_are_the_plain_ones(case):
+    model, inputs = case.build().eval(), case.inputs()
+    logits, gradients = _run(model, model, inputs)
+    report = mhc_compile.attach(model, **inputs)
+    assert sorted(len(chain.sites) for chain in report.chains) == sorted(case.chains)
+    assert {site.norm for site in report.sites} == {case.norm}
+
+    rewritten_logits, rewritten = _run(torch.compile(model, backend="mhc", options=QUICK), model, inputs)
+    assert_same_function([logits], [rewritten_logits], 1e-5)
+    top = max(float(gradient.abs().max()) for gradient in gradients.values())
+    names = list(gradients)
+    assert_same_function([gradients[n] for n in names], [rewritten[n] for n in names], 1e-4, floor=1e-3 * top)
+
+
+def test_training_moves_streams_apart(case):
+    model, inputs = case.build().train(), case.inputs()
+    report = mhc_compile.attach(model, **inputs)
+    compiled = torch.compile(model, backend="mhc", options=QUICK)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = compiled(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    n = 4
+    for name, parameter in mhc_compile.parameters(model).items():
+        if name.endswith(".bias"):
+            res_gradient = parameter.grad[2 * n :]
+            assert res_gradient.abs().max() > 0, f"{name}: res does not learn"
+
+    torch._dynamo.reset()
+    seen = _streams_at_sites(model, inputs)
+    # Behind the middle of the last chain: its head is n equal copies by construction.
+    middle = len(report.sites) - len(report.chains[-1].sites) // 2
+    streams = seen[middle]
+    spread = (streams - streams.mean(-2, keepdim=True)).abs().max() / streams.abs().max()
+    print("SPREAD", spread)
+    assert spread > 1e-5, "the streams of a middle layer are still equal"
+
+
+def _streams_at_sites(model, inputs):
+    """Run the rewritten graph through an inner backend that collects what each `pre` reads."""
+    seen = []
+
+    class Collect(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if target is torch.ops.mhc.pre.default:
+                seen.append(args[0].detach())
+            return super().call_function(target, args, kwargs)
+
+    name = f"collect_{id(seen)}"
+    torch._dynamo.register_backend(lambda graph_module, examples: Collect(graph_module).run, name=name)
+    with torch.no_grad():
+        torch.compile(model.eval(), backend="mhc", options={"inner": name})(**inputs)
+    return seen
