@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import reset_code
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
@@ -182,6 +184,7 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     if not args and not kwargs:
         args, kwargs = (), _dummy_inputs(root)
     look = _Look(new_report(root, config))
+    codes: list[CodeType] = []
 
     @errors_reach_the_user
     def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
@@ -193,8 +196,9 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         look.report.graphs.append(
             graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason)
         )
-        if frame.break_reason is None and len(look.plans) == 1:
+        if frame.break_reason is None and not frame.resumed and len(look.plans) == 1:
             raise _Seen("seen", first_useful_frame=None)
+        codes.append(frame.code)
         return _shapes_only(graph_module)
 
     backend.compiler_name = BACKEND_NAME  # type: ignore[attr-defined]
@@ -209,6 +213,10 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     finally:
         reason = given_up(root)
         forget_breaks(root)
+        # What a look that a graph break cut left compiled would count towards the recompile limit of the real thing.
+        if codes or not look.plans or look.plans[0][1].resumed:
+            for code in [*codes, *_codes_of(root.forward)]:
+                reset_code(code)
     if reason is not None and not look.report.sites:
         raise StreamCutError(
             f"Dynamo gave up on the model's forward: {reason}. Take the graph break away (TORCH_LOGS=graph_breaks "
@@ -220,6 +228,16 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
             "torch.compiler.disable, set_stance('force_eager'))?"
         )
     return look
+
+
+def _codes_of(function: Any) -> list[CodeType]:
+    """Return the code of a function and of what its decorators wrap: Dynamo may have compiled each."""
+    codes: list[CodeType] = []
+    while function is not None:
+        code = getattr(getattr(function, "__func__", function), "__code__", None)
+        codes += [code] if code is not None else []
+        function = getattr(function, "__wrapped__", None)
+    return codes
 
 
 def _dummy_inputs(root: nn.Module) -> dict[str, Any]:

@@ -90,13 +90,17 @@ def mhc(
         _log(graph_module, plain, plan, frame, config)
         return _checked(compile_inner(plain, example_inputs, config, mode), checks)
 
-    attach_on_first_call(plan, frame, config)
-    pin_to_modules(frame)
-    binding = bind(plan, frame, config, _fake_mode(plain))
-    rewritten = expand_streams(plain, binding.chains, config)
-    verify(plain, rewritten, config.n_streams)
+    undo = attach_on_first_call(plan, frame, config)
+    try:
+        pin_to_modules(frame)
+        binding = bind(plan, config, _fake_mode(plain))
+        rewritten = expand_streams(plain, binding.chains, config)
+        verify(plain, rewritten, config.n_streams)
+        compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
+    except Exception:
+        undo()
+        raise
     _log(graph_module, rewritten, plan, frame, config)
-    compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     return _checked(_with_live_parameters(compiled, binding), checks)
 
 

@@ -69,15 +69,18 @@ def attach_plan(plan: Plan, frame: Frame, config: MHCConfig) -> list[tuple[nn.Mo
     return created
 
 
-def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> None:
+def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callable[[], None]:
     """Attach during compilation, and warn: an optimizer that exists by now does not own the new parameters.
+
+    Returns:
+        What takes the new parameters off again, should the compilation fail.
 
     Raises:
         NotAttachedError: the model is already wrapped in DDP, which would not synchronise them.
     """
     missing = missing_sites(plan, config)
     if not missing:
-        return
+        return lambda: None
     if inside_ddp():
         raise NotAttachedError(
             f"{len(missing)} mHC parameters are missing and the model is already wrapped in DistributedDataParallel, "
@@ -93,6 +96,7 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> None:
         MHCWarning,
         stacklevel=2,
     )
+    return lambda: _take_back(created)
 
 
 def _take_back(created: list[tuple[nn.Module, str]]) -> None:
@@ -102,11 +106,11 @@ def _take_back(created: list[tuple[nn.Module, str]]) -> None:
             continue
         del mappings._modules[label]
         if not mappings._modules:
-            delattr(owner, CHILD)
             guard.disarm(owner)
+            delattr(owner, CHILD)
 
 
-def bind(plan: Plan, frame: Frame, config: MHCConfig, fake_mode: Any) -> Binding:
+def bind(plan: Plan, config: MHCConfig, fake_mode: Any) -> Binding:
     """Look the parameters up and describe them to the graph.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,7 @@ class Frame:
         roots: the modules that the frame's graph reads from, the frame's own `self` first.
         sources: Dynamo's sources of the roots, where known.
         paths: for the id of each module below a root: its path and the module.
+        code: the code object that Dynamo compiles.
         function: name of the frame's function; of the original one if the frame resumes behind a graph break.
         resumed: the frame resumes behind a graph break.
         caller: a module around the root whose forward runs as plain Python, although compiled code called it: Dynamo
@@ -39,6 +40,7 @@ class Frame:
     roots: tuple[nn.Module, ...]
     sources: tuple[Any, ...]
     paths: dict[int, tuple[str, nn.Module]] = field(repr=False)
+    code: CodeType
     function: str
     resumed: bool
     caller: str | None
@@ -90,6 +92,7 @@ def current_frame(graph_module: GraphModule) -> Frame:
         roots=roots,
         sources=tuple(_root_sources(graph_module)),
         paths=paths,
+        code=output.root_tx.f_code,
         function=resumed["function"] if resumed else name,
         resumed=resumed is not None,
         caller=_plain_caller(roots),
@@ -194,14 +197,9 @@ def _break_reason(reason: Any) -> str | None:
 
 
 def is_split_by_ddp(graph_module: GraphModule) -> bool:
-    """Tell whether DDPOptimizer has cut this graph out of a larger one: a piece has lost Dynamo's sources."""
-    from torch._dynamo.utils import get_optimize_ddp_mode
-    from torch.nn.parallel import DistributedDataParallel
-
-    if DistributedDataParallel._get_active_ddp_module() is None or get_optimize_ddp_mode() != "ddp_optimizer":
-        return False
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return any(source_name(node) is None for node in placeholders)
+    """Tell whether DDPOptimizer has cut this graph out of a larger one; it leaves a note on each piece."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return reason is not None and "DDPOptimizer" in str(reason)
 
 
 def inside_ddp() -> bool:
