@@ -160,6 +160,9 @@ def _require_same(attached: MHCConfig, config: MHCConfig) -> None:
             )
 
 
+_NO_LIMIT = 1 << 30
+
+
 class _Seen(ShortenTraceback):
     """Ends a look: raised inside the backend, it leaves no compiled code behind."""
 
@@ -206,7 +209,8 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend=backend)
     try:
-        with torch._dynamo.config.patch(suppress_errors=False):
+        # A look leaves no code behind, so it may not run into the limit that other models' code has used up.
+        with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=_NO_LIMIT):
             compiled(*args, **kwargs)
     except _Seen:
         pass

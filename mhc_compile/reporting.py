@@ -136,7 +136,7 @@ class Report:
         console.print(self._summary())
         for number, chain in enumerate(self.chains, 1):
             table = Table(
-                title=f"chain {number}: {len(chain.sites)} sites, from {chain.head}", title_justify="left"
+                title=f"chain {number}: {_counted(len(chain.sites), 'site')}, from {chain.head}", title_justify="left"
             )
             for column in ("site", "norm", "stream", "source"):
                 table.add_column(column, overflow="fold")
@@ -160,7 +160,7 @@ class Report:
         options = self.config
         share = f" ({self.parameters_added / self.parameters_before:.2%})" if self.parameters_before else ""
         lines = [
-            f"{self.model}: {len(self.sites)} sites in {len(self.chains)} chains rewritten, "
+            f"{self.model}: {_counted(len(self.sites), 'site')} in {_counted(len(self.chains), 'chain')}, "
             f"{options.n_streams} streams on the manifold {options.manifold!r}, init={options.init!r}",
             f"parameters: {self.parameters_before:,} + {self.parameters_added:,}{share}",
         ]
@@ -179,6 +179,10 @@ def rejected_by_reason(entries: Iterable[Rejection]) -> list[tuple[str, list[tup
         (reason.value, counter.most_common())
         for reason, counter in sorted(counts.items(), key=lambda item: -item[1].total())
     ]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _rejection_dict(entry: Rejection) -> dict[str, Any]:

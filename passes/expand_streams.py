@@ -158,7 +158,7 @@ class _Expander:
             for role, example, source in zip(
                 (PHI, SCALE, BIAS), parameters.examples, parameters.sources, strict=True
             ):
-                node = self.graph.placeholder(f"{parameters.name}.{role}".replace(".", "_"))
+                node = self.graph.placeholder(f"mhc_{parameters.name}_{role}".replace(".", "_"))
                 # The type by which Dynamo marks parameters: their address does not change between calls.
                 node.meta = {
                     "example_value": example,

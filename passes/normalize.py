@@ -58,7 +58,7 @@ def _respelled(graph: Graph, node: Node, values: dict[Node, Node]) -> Node | Non
     if node.op not in ("call_function", "call_method") or not is_float(node):
         return None
     mapped_args: tuple[Any, ...] = torch.fx.node.map_arg(node.args, values.__getitem__)
-    keywords: dict[str, Any] = torch.fx.node.map_arg(dict(node.kwargs), values.__getitem__)
+    keywords: dict[str, Any] = dict(torch.fx.node.map_arg(dict(node.kwargs), values.__getitem__))
     if node.target in _OUT_OF_PLACE_ADDS:
         if keywords.pop("out", None) is not None:
             return None
