@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ _TOKENS = 16
 _AUDIO_SAMPLES = 16000
 _AUDIO_FRAMES = 128
 
-# The classes that carry a head come first: their forward is what is trained. Encoder-decoders and masked models go
-# before causal ones because many of them are also registered as causal language models, as half of themselves.
+# The classes that carry a head come first: their forward is what is trained. Encoder-decoders and masked
+# models go before causal ones because many of them are also registered as causal language models, as half
+# of themselves.
 _FAMILIES = (
     "AutoModelForSeq2SeqLM",
     "AutoModelForSpeechSeq2Seq",
@@ -60,8 +62,8 @@ def load_example(name: str) -> Example:
     """Build what MODEL names.
 
     Args:
-        name: a Hugging Face model type ("llama"), a folder with a config.json, such a file, or "module:function"
-            with a function that returns (model, inputs).
+        name: a Hugging Face model type ("llama"), a folder with a config.json, such a file, or
+            "module:function" with a function that returns (model, inputs).
 
     Raises:
         ModelNotFoundError: it names nothing, or building failed.
@@ -78,7 +80,8 @@ def from_config(config: Any) -> Example:
     """Build a Hugging Face model from its configuration on the meta device, with inputs that fit.
 
     Raises:
-        ModelNotFoundError: no auto class knows the configuration, or the model cannot be built on the meta device.
+        ModelNotFoundError: no auto class knows the configuration, or the model cannot be built on the meta
+            device.
     """
     model = _build(config)
     model.eval()
@@ -88,7 +91,8 @@ def from_config(config: Any) -> Example:
 def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
     """Return keyword arguments for one call of a Hugging Face model, as tensors on the meta device.
 
-    Token ids are int64 [1, 16]; images float32 [1, channels, height, width] of the configured size; audio float32.
+    Token ids are int64 [1, 16]; images float32 [1, channels, height, width] of the configured size; audio
+    float32.
     """
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
@@ -99,7 +103,8 @@ def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
     required = [
         key
         for key, parameter in accepted.items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     two_towers = hasattr(config, "projection_dim") and {"input_ids", "pixel_values"} <= accepted.keys()
     for key in (*required, *(("input_ids", "pixel_values") if two_towers else ())):
@@ -117,9 +122,14 @@ def _default_config(name: str) -> Any:
 
     if name not in CONFIG_MAPPING:
         near = difflib.get_close_matches(name.lower(), list(CONFIG_MAPPING.keys()), n=4, cutoff=0.5)
-        hint = f"Did you mean {', '.join(near)}?" if near else "The names are those of transformers.CONFIG_MAPPING."
+        hint = (
+            f"Did you mean {', '.join(near)}?"
+            if near
+            else "The names are those of transformers.CONFIG_MAPPING."
+        )
         raise ModelNotFoundError(
-            f"{name!r} is no Hugging Face model type, no folder or file with a configuration, and no module:function. "
+            f"{name!r} is no Hugging Face model type, no folder or file with a configuration, and no "
+            f"module:function. "
             f"{hint}"
         )
     try:
@@ -168,7 +178,8 @@ def _from_function(name: str) -> Example:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ModelNotFoundError(
-            f"{name!r}: {_first_line(error)}. The module must be importable from the current folder, {Path.cwd()}."
+            f"{name!r}: {_first_line(error)}. The module must be importable from the current folder, "
+            f"{Path.cwd()}."
         ) from error
     except Exception as error:
         raise ModelNotFoundError(
@@ -185,10 +196,13 @@ def _from_function(name: str) -> Example:
     try:
         made = function()
     except Exception as error:
-        raise ModelNotFoundError(f"{name!r}: the function raised {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelNotFoundError(
+            f"{name!r}: the function raised {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
         raise ModelNotFoundError(
-            f"{name!r} must return (model, inputs) with an nn.Module and a dict, tuple or tensor, and returned "
+            f"{name!r} must return (model, inputs) with an nn.Module and a dict, tuple or tensor, and "
+            f"returned "
             f"{type(made).__name__}."
         )
     model, inputs = made
@@ -199,7 +213,8 @@ def _from_function(name: str) -> Example:
     if isinstance(inputs, tuple | list):
         return Example(model, tuple(inputs), {})
     raise ModelNotFoundError(
-        f"{name!r} returned inputs of type {type(inputs).__name__}; a dict (keyword arguments), a tuple or a tensor is "
+        f"{name!r} returned inputs of type {type(inputs).__name__}; a dict (keyword arguments), a tuple or "
+        f"a tensor is "
         "needed."
     )
 
@@ -212,28 +227,30 @@ def _build(config: Any) -> nn.Module:
                 model = make()
         except Exception as error:
             raise ModelNotFoundError(
-                f"a {kind!r} model cannot be built from its configuration without weights: {type(error).__name__}: "
+                f"a {kind!r} model cannot be built from its configuration without weights: "
+                f"{type(error).__name__}: "
                 f"{_first_line(error)}. Pass module:function with a function that builds it."
             ) from error
         return model
     raise ModelNotFoundError(
-        f"transformers has a configuration {kind!r}, but none of its auto classes builds a model from it. Pass "
+        f"transformers has a configuration {kind!r}, but none of its auto classes builds a model from it. "
+        f"Pass "
         "module:function with a function that does."
     )
 
 
 def _makers(config: Any) -> Iterator[Any]:
-    """Yield what can build the model, the best first: the class that the configuration names, then the families."""
+    """Yield what can build the model, the best first: the class that the configuration names leads."""
     import transformers
 
     for architecture in getattr(config, "architectures", None) or ():
         named = getattr(transformers, architecture, None)
         if named is not None and hasattr(named, "_from_config"):
-            yield lambda: named._from_config(config)
+            yield partial(named._from_config, config)
     for family in _FAMILIES:
         auto = getattr(transformers, family)
         if type(config) in auto._model_mapping:
-            yield lambda: auto.from_config(config)
+            yield partial(auto.from_config, config)
 
 
 def _tokens(config: Any) -> Tensor:
@@ -252,7 +269,9 @@ def _image(config: Any) -> Tensor:
     if isinstance(size, dict):
         size = (size["height"], size["width"])
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(_BATCH, _first(vision, ("num_channels", "in_channels", "in_chans"), 3), height, width, device="meta")
+    return torch.zeros(
+        _BATCH, _first(vision, ("num_channels", "in_channels", "in_chans"), 3), height, width, device="meta"
+    )
 
 
 def _video(config: Any) -> Tensor:
@@ -288,7 +307,8 @@ _INPUTS = {
 def _input(name: str, config: Any) -> Tensor:
     if name not in _INPUTS:
         raise ModelNotFoundError(
-            f"a {config.model_type!r} model takes {name!r}, for which there is no example. Pass module:function with a "
+            f"a {config.model_type!r} model takes {name!r}, for which there is no example. Pass "
+            f"module:function with a "
             "function that returns (model, inputs)."
         )
     if name == "pixel_values" and getattr(config, "num_frames", None) is not None:

@@ -1,8 +1,9 @@
 """The composite gain of a model's mixing matrices: how far a signal can grow on its way through the streams.
 
-arXiv 2512.24880, section 3.1: for the product of the mixing matrices over a range of depth, the largest absolute row
-sum bounds the forward signal, the largest absolute column sum the gradient. A plain residual stream has exactly 1;
-the paper reports about 1.6 for mHC and about 3000 for unconstrained hyper-connections at 27B parameters.
+arXiv 2512.24880, section 3.1: for the product of the mixing matrices over a range of depth, the largest
+absolute row sum bounds the forward signal, the largest absolute column sum the gradient. A plain residual
+stream has exactly 1; the paper reports about 1.6 for mHC and about 3000 for unconstrained
+hyper-connections at 27B parameters.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ def composite_gain(matrices: Sequence[Tensor]) -> tuple[list[float], list[float]
     """Return the forward and the backward gain of every prefix of a product of mixing matrices.
 
     Args:
-        matrices: one [*, n, n] tensor per site, `res[out, in]`, in the order in which the stream passes them. The
-            leading shapes may differ between sites (a view of the stream), the number of tokens may not.
+        matrices: one [*, n, n] tensor per site, `res[out, in]`, in the order in which the stream passes
+            them. The leading shapes may differ between sites (a view of the stream), the number of tokens
+            may not.
 
     Returns:
-        two lists of `len(matrices)` floats, computed in float64: for the product res_k · … · res_1 of each token, the
-        largest absolute row sum (forward) and column sum (backward), averaged over tokens.
+        two lists of `len(matrices)` floats, computed in float64: for the product res_k · … · res_1 of each
+        token, the largest absolute row sum (forward) and column sum (backward), averaged over tokens.
 
     Raises:
         MHCError: the sites see different numbers of tokens or streams, so that there is no product per token.
@@ -65,8 +67,10 @@ def composite_gain(matrices: Sequence[Tensor]) -> tuple[list[float], list[float]
         step = res.detach().double().reshape(-1, *res.shape[-2:])
         if product is not None and product.shape != step.shape:
             raise MHCError(
-                f"the sites of this chain mix {tuple(product.shape)} and {tuple(step.shape)} (tokens, n, n): their "
-                "product per token does not exist. Pass mixing_matrices of a run of sites with one resolution."
+                f"the sites of this chain mix {tuple(product.shape)} and {tuple(step.shape)} (tokens, n, "
+                f"n): their "
+                "product per token does not exist. Pass mixing_matrices of a run of sites with one "
+                "resolution."
             )
         product = step if product is None else step @ product
         magnitude = product.abs()
@@ -78,8 +82,8 @@ def composite_gain(matrices: Sequence[Tensor]) -> tuple[list[float], list[float]
 def mixing_matrices(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """Run a model once and return every site's mixing matrix.
 
-    The rewritten graph is interpreted node by node, without autograd, in the mode (train or eval) that the model is
-    in. The model's report, its compiled code and its parameters stay as they are.
+    The rewritten graph is interpreted node by node, without autograd, in the mode (train or eval) that the
+    model is in. The model's report, its compiled code and its parameters stay as they are.
 
     Args:
         model: a model with mHC parameters, or `torch.compile(model)`.
@@ -87,7 +91,8 @@ def mixing_matrices(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Te
         **kwargs: the input's keyword arguments.
 
     Returns:
-        by site name, in the order of execution: res [*, n, n], `res[out, in]`, float32 (float64 for float64 streams).
+        by site name, in the order of execution: res [*, n, n], `res[out, in]`, float32 (float64 for
+        float64 streams).
 
     Raises:
         NotAttachedError: the model has no mHC parameters.
@@ -99,7 +104,7 @@ def mixing_matrices(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Te
             "the model has no mHC parameters: call mhc_compile.attach(model, example_input)."
         )
     # "site" keeps `pre` one node of the graph, whatever the model is compiled with otherwise.
-    options = {"inner": _INNER, "fusion": "site"}
+    options: dict[str, Any] = {"inner": _INNER, "fusion": "site"}
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend="mhc", options=options)
     shown = report_of(root)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # Fraction of the old value that the smoothed loss curve keeps at every step.
-_SMOOTHING = 0.9
+_SMOOTHING = 0.8
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,17 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
         return {
-            "runs": [{**asdict(run), "held_out_loss": run.held_out_loss} for run in (self.plain, self.mhc)],
+            "runs": [{**asdict(run), "held_out_loss": run.held_out_loss} for run in self.runs],
             "step_ratio": self.step_ratio,
             "gain_before": asdict(self.gain_before),
             "gain": asdict(self.gain),
             "verdict": self.verdict(),
         }
+
+    @property
+    def runs(self) -> tuple[RunResult, RunResult]:
+        """Both runs, plain first."""
+        return self.plain, self.mhc
 
     def difference(self) -> tuple[float, float]:
         """Return the held-out loss of mHC minus that of plain, and the standard error of that difference.
@@ -89,14 +94,13 @@ class DemoResult:
         by = f"{abs(mean):.4f} ± {error:.4f} nats per character ({abs(mean) / self.plain.held_out_loss:.1%})"
         if abs(mean) <= 2.0 * error:
             first = f"On held-out text the two are level: they differ by {by}."
+        elif mean < 0:
+            first = f"On held-out text mHC is better than the plain model, by {by}."
         else:
-            better, worse = ("mHC", "the plain model") if mean < 0 else ("The plain model", "mHC")
-            first = (
-                f"On held-out text {better[0].lower() + better[1:] if better != 'mHC' else better} is better "
-            )
-            first += f"than {worse}, by {by}."
+            first = f"On held-out text the plain model is better than mHC, by {by}."
         return (
-            f"{first} A step with mHC took {self.step_ratio:.2f} times as long. This is one seed of one small model, "
+            f"{first} A step with mHC took {self.step_ratio:.2f} times as long. This is one seed of one "
+            f"small model, "
             "and the error is that of the held-out text alone: another --seed may rank them otherwise."
         )
 
@@ -104,34 +108,25 @@ class DemoResult:
         """Return the comparison as a table for the terminal."""
         from rich.table import Table
 
-        table = Table(title="plain against mHC", title_justify="left")
-        for column in (
-            "",
-            "train loss",
-            "held-out loss",
-            "ms per step",
-            "ratio",
-            "compile s",
-            "parameters",
-            "gain",
-        ):
+        table = Table(title="plain against mHC", title_justify="left", caption_justify="left")
+        for column in ("", self.plain.name, self.mhc.name):
             table.add_column(column, justify="right" if column else "left")
-        worst = f"{max(self.gain.forward):.3f} / {max(self.gain.backward):.3f}"
-        for run, ratio, gain in ((self.plain, 1.0, "1 / 1"), (self.mhc, self.step_ratio, worst)):
-            table.add_row(
-                run.name,
-                f"{run.train_loss:.4f}",
-                f"{run.held_out_loss:.4f}",
-                f"{1e3 * run.step_seconds:.1f}",
-                f"{ratio:.2f}",
-                f"{run.compile_seconds:.1f}",
-                f"{run.parameters:,}",
-                gain,
-            )
-        table.caption = (
-            "losses in nats per character; ratio: median over steps of the time divided by plain's for the same batch; "
-            "gain: largest composite gain over depth, forward / backward (a plain residual stream has 1)"
+        gain = f"{max(self.gain.forward):.3f} / {max(self.gain.backward):.3f}"
+        rows = (
+            (
+                "training loss, last steps (nats per character)",
+                [f"{run.train_loss:.4f}" for run in self.runs],
+            ),
+            ("held-out loss (nats per character)", [f"{run.held_out_loss:.4f}" for run in self.runs]),
+            ("time per step (ms, median)", [f"{1e3 * run.step_seconds:.1f}" for run in self.runs]),
+            ("  relative to plain, same batch", ["1.00", f"{self.step_ratio:.2f}"]),
+            ("compilation (s)", [f"{run.compile_seconds:.1f}" for run in self.runs]),
+            ("parameters", [f"{run.parameters:,}" for run in self.runs]),
+            ("composite gain, forward / backward", ["1 / 1", gain]),
         )
+        for name, values in rows:
+            table.add_row(name, *values)
+        table.caption = "composite gain: the largest over depth; a plain residual stream has 1"
         return table
 
     def draw(self, path: Path) -> Path:

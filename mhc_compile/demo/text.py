@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import MHCError
 
 VOCABULARY = 128
-# Every tenth file is held out: whole files, so that no line of the held-out text was trained on by its neighbours.
+# Every tenth file is held out: whole files, so that no line of the held-out text was trained on by its
+# neighbours.
 _HELD_OUT_EVERY = 10
 _REPLACEMENT = ord("?")
 
@@ -48,7 +49,8 @@ def standard_library(folder: str | Path | None = None) -> Text:
         (held_out if index % _HELD_OUT_EVERY == 1 else train).extend(path.read_bytes())
     if not train or not held_out:
         raise MHCError(
-            f"{source} holds no Python sources to train on (is the standard library zipped?). Run the demo with a "
+            f"{source} holds no Python sources to train on (is the standard library zipped?). Run the demo "
+            f"with a "
             "Python whose standard library is installed as files, such as that of a venv."
         )
     return Text(_characters(train), _characters(held_out), len(files))

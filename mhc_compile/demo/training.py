@@ -95,8 +95,8 @@ class Run:
     def held_out(self, batches: list[Tensor]) -> list[float]:
         """Return the loss of each batch, without training on it.
 
-        The model has no dropout, so the graph of the training step serves: under `no_grad` or in eval mode there
-        would be another one to compile.
+        The model has no dropout, so the graph of the training step serves: under `no_grad` or in eval mode
+        there would be another one to compile.
         """
         return [self.compiled(input_ids=batch, labels=batch).loss.item() for batch in batches]
 
@@ -175,13 +175,15 @@ def _llama(options: DemoOptions) -> nn.Module:
         max_position_embeddings=options.length,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(options.device)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(options.device)
 
 
 def why_no_inductor(device: str) -> str | None:
     """Try Inductor on one small function; return why it fails here, or None if it works.
 
-    Only a trial tells: besides a compiler, Inductor needs Python's headers and a folder it may load libraries from.
+    Only a trial tells: besides a compiler, Inductor needs Python's headers and a folder it may load
+    libraries from.
     """
 
     def probe(value: Tensor) -> Tensor:
