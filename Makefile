@@ -58,7 +58,7 @@ $(VENV)/.torch-ready: $(VENV)/bin/python pyproject.toml
 		echo "NVIDIA GPU found: PyTorch comes with its CUDA libraries"; \
 	else \
 		echo "no NVIDIA GPU found: installing the CPU build of PyTorch"; \
-		$(PY) -m pip install --quiet "$(TORCH_CPU)" --extra-index-url $(CPU_INDEX); \
+		$(PY) -m pip install --quiet --no-deps "$(TORCH_CPU)" --extra-index-url $(CPU_INDEX); \
 	fi
 	@touch $@
 

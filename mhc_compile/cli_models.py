@@ -129,8 +129,7 @@ def _default_config(name: str) -> Any:
         )
         raise ModelNotFoundError(
             f"{name!r} is no Hugging Face model type, no folder or file with a configuration, and no "
-            f"module:function. "
-            f"{hint}"
+            f"module:function. {hint}"
         )
     try:
         return CONFIG_MAPPING[name]()
@@ -202,8 +201,7 @@ def _from_function(name: str) -> Example:
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
         raise ModelNotFoundError(
             f"{name!r} must return (model, inputs) with an nn.Module and a dict, tuple or tensor, and "
-            f"returned "
-            f"{type(made).__name__}."
+            f"returned {type(made).__name__}."
         )
     model, inputs = made
     if isinstance(inputs, dict):
@@ -214,8 +212,7 @@ def _from_function(name: str) -> Example:
         return Example(model, tuple(inputs), {})
     raise ModelNotFoundError(
         f"{name!r} returned inputs of type {type(inputs).__name__}; a dict (keyword arguments), a tuple or "
-        f"a tensor is "
-        "needed."
+        "a tensor is needed."
     )
 
 
@@ -234,8 +231,7 @@ def _build(config: Any) -> nn.Module:
         return model
     raise ModelNotFoundError(
         f"transformers has a configuration {kind!r}, but none of its auto classes builds a model from it. "
-        f"Pass "
-        "module:function with a function that does."
+        "Pass module:function with a function that does."
     )
 
 
@@ -308,8 +304,7 @@ def _input(name: str, config: Any) -> Tensor:
     if name not in _INPUTS:
         raise ModelNotFoundError(
             f"a {config.model_type!r} model takes {name!r}, for which there is no example. Pass "
-            f"module:function with a "
-            "function that returns (model, inputs)."
+            "module:function with a function that returns (model, inputs)."
         )
     if name == "pixel_values" and getattr(config, "num_frames", None) is not None:
         return _video(config)

@@ -68,9 +68,8 @@ def composite_gain(matrices: Sequence[Tensor]) -> tuple[list[float], list[float]
         if product is not None and product.shape != step.shape:
             raise MHCError(
                 f"the sites of this chain mix {tuple(product.shape)} and {tuple(step.shape)} (tokens, n, "
-                f"n): their "
-                "product per token does not exist. Pass mixing_matrices of a run of sites with one "
-                "resolution."
+                "n): their product per token does not exist. Give composite_gain the matrices of a run of "
+                "sites with one resolution."
             )
         product = step if product is None else step @ product
         magnitude = product.abs()

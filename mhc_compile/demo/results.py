@@ -100,8 +100,8 @@ class DemoResult:
             first = f"On held-out text the plain model is better than mHC, by {by}."
         return (
             f"{first} A step with mHC took {self.step_ratio:.2f} times as long. This is one seed of one "
-            f"small model, "
-            "and the error is that of the held-out text alone: another --seed may rank them otherwise."
+            "small model, and the error is that of the held-out text alone: another --seed may rank them "
+            "otherwise."
         )
 
     def table(self) -> Table:

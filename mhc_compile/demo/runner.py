@@ -66,9 +66,8 @@ def run_demo(options: DemoOptions, out: str | Path, console: Console | None = No
 
     text = standard_library()
     console.print(
-        f"text: {text.files} files of Python's standard library, {text.train.numel():,} characters to train "
-        f"on, "
-        f"{text.held_out.numel():,} held out"
+        f"text: {text.files} files of Python's standard library, {text.train.numel():,} characters "
+        f"to train on, {text.held_out.numel():,} held out"
     )
     batches = torch.Generator().manual_seed(options.seed)
     example = random_batch(text.train, options.batch, options.length, batches).to(options.device)
@@ -156,9 +155,8 @@ def _with_working_backend(options: DemoOptions, console: Console) -> DemoOptions
         return options
     console.print(
         f"Inductor does not work here ({reason}). Both runs use aot_eager instead: the losses mean the "
-        f"same, the times "
-        "per step are not those of compiled code. A C++ compiler (g++) with Python's headers brings "
-        "Inductor back.",
+        "same, the times per step are not those of compiled code. A C++ compiler (g++) with Python's "
+        "headers brings Inductor back.",
         style="yellow",
     )
     return replace(options, backend="aot_eager")

@@ -50,8 +50,7 @@ def standard_library(folder: str | Path | None = None) -> Text:
     if not train or not held_out:
         raise MHCError(
             f"{source} holds no Python sources to train on (is the standard library zipped?). Run the demo "
-            f"with a "
-            "Python whose standard library is installed as files, such as that of a venv."
+            "with a Python whose standard library is installed as files, such as that of a venv."
         )
     return Text(_characters(train), _characters(held_out), len(files))
 
