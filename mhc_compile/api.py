@@ -13,10 +13,11 @@ from torch.fx import GraphModule
 from . import guard
 from .backend import errors_reach_the_user
 from .binding import attach_plan
-from .boundaries import forget_breaks, refuse_cut_streams
+from .boundaries import forget_breaks, given_up, refuse_cut_streams
 from .capture import Frame, current_frame
 from .config import STRUCTURAL, MHCConfig
-from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError
+from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError, StreamCutError
+from .fallbacks import BACKEND_NAME, watch_fallbacks
 from .mappings import CHILD, attached_config, owners_in
 from .passes.find_residuals import find_residuals
 from .passes.normalize import normalize
@@ -196,6 +197,8 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
             raise _Seen("seen", first_useful_frame=None)
         return _shapes_only(graph_module)
 
+    backend.compiler_name = BACKEND_NAME  # type: ignore[attr-defined]
+    watch_fallbacks()
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend=backend)
     try:
@@ -204,7 +207,13 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     except _Seen:
         pass
     finally:
+        reason = given_up(root)
         forget_breaks(root)
+    if reason is not None and not look.report.sites:
+        raise StreamCutError(
+            f"Dynamo gave up on the model's forward: {reason}. Take the graph break away (TORCH_LOGS=graph_breaks "
+            "shows why Dynamo breaks), or move it outside the residual blocks."
+        )
     if not look.plans:
         raise MHCError(
             "Dynamo captured no graph of this model: is compilation switched off (TORCHDYNAMO_DISABLE, "

@@ -14,9 +14,10 @@ from torch.fx import GraphModule
 from . import logs
 from .binding import Binding, attach_on_first_call, bind
 from .boundaries import refuse_cut_streams
-from .capture import Frame, current_frame, is_split_by_ddp
+from .capture import Frame, current_frame, is_split_by_ddp, pin_to_modules
 from .config import MHCConfig
 from .errors import MHCError, StreamCutError
+from .fallbacks import watch_fallbacks
 from .inner import compile_inner
 from .mappings import attached_config
 from .passes.expand_streams import expand_streams
@@ -74,6 +75,7 @@ def mhc(
             "DistributedDataParallel is splitting the graph into buckets, which would cut the residual stream. Set "
             "torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call."
         )
+    watch_fallbacks()
     frame = current_frame(graph_module)
     attached = attached_config(frame.roots[0]) if frame.roots else None
     config = MHCConfig.from_options(options, attached)
@@ -89,6 +91,7 @@ def mhc(
         return _checked(compile_inner(plain, example_inputs, config, mode), checks)
 
     attach_on_first_call(plan, frame, config)
+    pin_to_modules(frame)
     binding = bind(plan, frame, config, _fake_mode(plain))
     rewritten = expand_streams(plain, binding.chains, config)
     verify(plain, rewritten, config.n_streams)
@@ -146,3 +149,7 @@ def _passing(kind: type[MHCError]) -> type[MHCError]:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
     return type(kind.__name__, (kind, ShortenTraceback), {"__init__": __init__, "__module__": kind.__module__})
+
+
+# Resolving the backend's name imports this module: from then on, frames that never reach a backend are noticed.
+watch_fallbacks()

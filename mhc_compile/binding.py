@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import guard
+from .boundaries import undo_with_break
 from .capture import Frame, inside_ddp
 from .config import MHCConfig
 from .errors import ConfigMismatchError, MHCWarning, NotAttachedError
 from .mappings import (
+    CHILD,
     READOUT_SUFFIX,
     Mapping,
     SiteShape,
@@ -47,10 +49,12 @@ def missing_sites(plan: Plan, config: MHCConfig) -> list[str]:
     return [name for name, owner, label, _ in _wanted(plan, config) if _mapping(owner, label) is None]
 
 
-def attach_plan(plan: Plan, frame: Frame, config: MHCConfig) -> None:
-    """Create what is missing, and put sentinels on every owner."""
+def attach_plan(plan: Plan, frame: Frame, config: MHCConfig) -> list[tuple[nn.Module, str]]:
+    """Create what is missing, put sentinels on every owner, and return what was created."""
+    created = []
     for name, owner, label, make in _wanted(plan, config):
         if _mapping(owner, label) is None:
+            created.append((owner, label))
             path = name.rsplit(f"mhc.{label}", 1)[0].rstrip(".")
             add_mapping(owner, path, label, make(), config)
     children: dict[int, dict[str, list[nn.Module]]] = {}
@@ -62,6 +66,7 @@ def attach_plan(plan: Plan, frame: Frame, config: MHCConfig) -> None:
         guard.arm(path, owner, children[key])
     if frame.roots:
         guard.watch_optimizers(frame.root)
+    return created
 
 
 def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> None:
@@ -79,7 +84,8 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> None:
             "which would never synchronise their gradients. Call mhc_compile.attach(model, example_input) before "
             "wrapping it."
         )
-    attach_plan(plan, frame, config)
+    created = attach_plan(plan, frame, config)
+    undo_with_break(frame, lambda: _take_back(created))
     warnings.warn(
         f"backend='mhc' created the mHC parameters of {len(missing)} sites at the first call. An optimizer built "
         "before does not own them: call mhc_compile.attach(model, example_input) first, or add "
@@ -87,6 +93,17 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> None:
         MHCWarning,
         stacklevel=2,
     )
+
+
+def _take_back(created: list[tuple[nn.Module, str]]) -> None:
+    for owner, label in created:
+        mappings = mappings_of(owner)
+        if mappings is None or label not in mappings._modules:
+            continue
+        del mappings._modules[label]
+        if not mappings._modules:
+            delattr(owner, CHILD)
+            guard.disarm(owner)
 
 
 def bind(plan: Plan, frame: Frame, config: MHCConfig, fake_mode: Any) -> Binding:

@@ -7,7 +7,9 @@ the modules behind `L['self']` and `G['model']` can be found, and whether the gr
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -25,16 +27,21 @@ class Frame:
 
     Attributes:
         roots: the modules that the frame's graph reads from, the frame's own `self` first.
+        sources: Dynamo's sources of the roots, where known.
         paths: for the id of each module below a root: its path and the module.
         function: name of the frame's function; of the original one if the frame resumes behind a graph break.
         resumed: the frame resumes behind a graph break.
+        caller: a module around the root whose forward runs as plain Python, although compiled code called it: Dynamo
+            gave up on that one. None if there is none.
         break_reason: why the graph ends before its function does, with the source line; None if it does not.
     """
 
     roots: tuple[nn.Module, ...]
+    sources: tuple[Any, ...]
     paths: dict[int, tuple[str, nn.Module]] = field(repr=False)
     function: str
     resumed: bool
+    caller: str | None
     break_reason: str | None
 
     @property
@@ -81,9 +88,11 @@ def current_frame(graph_module: GraphModule) -> Frame:
     resumed = _RESUMED.fullmatch(name)
     return Frame(
         roots=roots,
+        sources=tuple(_root_sources(graph_module)),
         paths=paths,
         function=resumed["function"] if resumed else name,
         resumed=resumed is not None,
+        caller=_plain_caller(roots),
         break_reason=_break_reason(output.compile_subgraph_reason),
     )
 
@@ -111,14 +120,67 @@ def _roots(
     return tuple(root for root in roots if id(root) not in below)
 
 
+def _root_sources(graph_module: GraphModule) -> list[Any]:
+    """Return the sources of the modules that the graph's parameters hang from: L['self'], G['model']."""
+    found: dict[str, Any] = {}
+    for node in graph_module.graph.nodes:
+        name = source_name(node)
+        match = _ROOT_END.search(name) if name is not None else None
+        if name is None or match is None:
+            continue
+        source = node._dynamo_source
+        while source is not None and _name_of(source) != name[: match.start()]:
+            source = getattr(source, "base", None)
+        if source is not None:
+            found.setdefault(_name_of(source), source)
+    return list(found.values())
+
+
+def pin_to_modules(frame: Frame) -> None:
+    """Make Dynamo compile again for another module of the same class.
+
+    Parameters are inputs of a Dynamo graph, so a graph compiled for one model (or block) would be reused for the next,
+    and compute with the first one's mHC parameters.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    for source in frame.sources:
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _plain_caller(roots: tuple[nn.Module, ...]) -> str | None:
+    """Look up the Python stack, as far as the call that compilation began with, for a module around the roots.
+
+    While a frame is traced it is not on the stack, so a module that is, runs as plain Python.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper":
+            return found
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
+        if isinstance(module, nn.Module) and roots and _holds(module, roots[0]):
+            found = f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"
+        frame = frame.f_back
+    return None
+
+
+def _holds(module: nn.Module, inner: nn.Module) -> bool:
+    return any(candidate is inner for candidate in module.modules() if candidate is not module)
+
+
 def source_name(node: Any) -> str | None:
     """Return where Dynamo read a placeholder from, such as "L['self']._modules['lm_head']._parameters['weight']"."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return None
-    # A method up to torch 2.10, a property since.
-    name = source.name() if callable(source.name) else source.name
-    return str(name)
+    return _name_of(source)
+
+
+def _name_of(source: Any) -> str:
+    # A method in some versions of torch, a property in others.
+    return str(source.name() if callable(source.name) else source.name)
 
 
 def _break_reason(reason: Any) -> str | None:

@@ -67,7 +67,8 @@ def raise_if_plain(owner: str, labels: list[str], only_inside_owner: bool) -> No
 def _owner_is_running(labels: list[str]) -> bool:
     frame = sys._getframe(1)
     while frame is not None:
-        candidate = frame.f_locals.get("self") if frame.f_code.co_argcount else None
+        arguments = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
+        candidate = frame.f_locals.get(arguments[0]) if arguments else None
         if isinstance(candidate, nn.Module):
             mappings = mappings_of(candidate)
             if mappings is not None and any(label in mappings._modules for label in labels):

@@ -1,0 +1,119 @@
+"""Notice when Dynamo gives up on a whole frame and never calls a backend.
+
+A graph break inside a loop does that: the frame runs as plain Python, the modules it calls are compiled one by one, and
+a residual add of its own is rewritten by nobody. Dynamo tells no backend; its compile callbacks are where the exception
+can be seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from .boundaries import remember_given_up
+from .errors import MHCWarning, StreamCutError
+from .mappings import attached_config
+from .passes.dataflow import is_float
+from .passes.find_residuals import find_residuals
+
+BACKEND_NAME = "mhc"
+
+
+def watch_fallbacks() -> None:
+    """Register the callback; `torch._dynamo.reset()` clears it, so every compilation registers it anew."""
+    try:
+        from torch._dynamo.callback import callback_handler
+    except ImportError:
+        return
+    try:
+        callback_handler.remove_end_callback(_after_compilation)
+    except ValueError:
+        pass
+    callback_handler.register_end_callback(_after_compilation)
+
+
+def _after_compilation(arguments: Any) -> None:
+    from torch._dynamo.exc import Unsupported
+
+    error = sys.exc_info()[1]
+    if not isinstance(error, Unsupported):
+        return
+    compilation = _compilation_frame()
+    if compilation is None:
+        return
+    root = next(
+        (value for value in compilation["frame"].f_locals.values() if isinstance(value, nn.Module)), None
+    )
+    if root is None:
+        return
+    reason = _reason(error)
+    remember_given_up(root, reason)
+    function = compilation["code"].co_name
+    if attached_config(root) is not None:
+        return
+    if _holds_residual_adds(error):
+        _refuse_children(
+            root,
+            StreamCutError(
+                f"a graph break cuts the residual stream in {function}, and Dynamo gave up on the whole function: "
+                f"{reason}. Take the break away (TORCH_LOGS=graph_breaks shows why), or move it outside the residual "
+                "blocks."
+            ),
+        )
+        return
+    warnings.warn(
+        f"Dynamo gave up on {function} of {type(root).__name__}: {reason}. It runs as plain Python; a residual add of "
+        "its own is not rewritten.",
+        MHCWarning,
+        stacklevel=2,
+    )
+
+
+def _compilation_frame() -> dict[str, Any] | None:
+    """Return the variables of Dynamo's `_compile`, if it is working for this backend."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
+            ours = getattr(frame.f_locals["compiler_fn"], "compiler_name", None) == BACKEND_NAME
+            return frame.f_locals if ours else None
+        frame = frame.f_back
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    stack = getattr(error, "real_stack", None)
+    where = f" ({stack[-1].filename}:{stack[-1].lineno}  {stack[-1].line or ''})" if stack else ""
+    return (lines[0] if lines else type(error).__name__) + where
+
+
+def _holds_residual_adds(error: BaseException) -> bool:
+    """Tell whether the part that was traced before the break already shows a residual add."""
+    traced = getattr(getattr(error, "_torch_dynamo_tracer_output", None), "output_graph", None)
+    graph = getattr(traced, "graph", None)
+    if graph is None:
+        return False
+    nodes: list[Node] = list(graph.nodes)
+    if not any(is_float(node) for node in nodes):
+        return False
+    try:
+        return bool(find_residuals(GraphModule(nn.Module(), graph)).chains)
+    except Exception:  # a half-built graph: nothing can be said about it
+        return False
+
+
+def _refuse_children(root: nn.Module, error: StreamCutError) -> None:
+    """Raise from the first child that the fallen frame calls; the hooks then take themselves off."""
+    handles: list[Any] = []
+
+    def refuse(module: nn.Module, arguments: Any) -> None:
+        for handle in handles:
+            handle.remove()
+        raise error
+
+    handles += [module.register_forward_pre_hook(refuse) for module in root.modules() if module is not root]
