@@ -1,4 +1,4 @@
-# make demo     train a small Llama twice, plain and with mHC, and compare (about three minutes)
+# make demo     train a small Llama twice, plain and with mHC, and compare (two to three minutes)
 # make test     everything there is to check: lint, types, tests
 # make lint | format | types | clean
 #
@@ -53,21 +53,23 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch-ready: $(VENV)/bin/python pyproject.toml
-	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install -qq --upgrade pip
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
 		echo "NVIDIA GPU found: PyTorch comes with its CUDA libraries"; \
 	else \
 		echo "no NVIDIA GPU found: installing the CPU build of PyTorch"; \
-		$(PY) -m pip install --quiet --no-deps "$(TORCH_CPU)" --extra-index-url $(CPU_INDEX); \
+		$(PY) -m pip install -qq --no-deps "$(TORCH_CPU)" --extra-index-url $(CPU_INDEX); \
 	fi
 	@touch $@
 
 $(VENV)/.demo-ready: $(VENV)/.torch-ready
-	$(PY) -m pip install --quiet -e ".[demo]"
+	@echo "installing mhc-compile and what the demo needs"
+	$(PY) -m pip install -qq -e ".[demo]"
 	@touch $@
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready
-	$(PY) -m pip install --quiet -e ".[demo,test,lint]"
+	@echo "installing mhc-compile and what its tests need"
+	$(PY) -m pip install -qq -e ".[demo,test,lint]"
 	@touch $@ $(VENV)/.demo-ready
 
 clean:

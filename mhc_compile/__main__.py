@@ -89,6 +89,7 @@ def demo(
     manifold: Annotated[str, typer.Option(help=_MANIFOLD)] = "sinkhorn",
     backend: Annotated[str, typer.Option(help=_BACKENDS)] = "inductor",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; else what there is.")] = None,
+    threads: Annotated[int, typer.Option(help="Of PyTorch on the CPU.")] = 1,
 ) -> None:
     """Train a small Llama on Python's standard library, once plain and once with mHC, and compare."""
     with _errors_are_messages():
@@ -106,6 +107,7 @@ def demo(
             manifold=manifold,
             backend=backend,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            threads=threads,
             **{name: value for name, value in sizes.items() if value is not None},
         )
         run_demo(options, out)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,12 +23,13 @@ TINY = DemoOptions(steps=6, batch=2, length=16, layers=2, width=16, n_streams=2,
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     printed = io.StringIO()
+    threads = torch.get_num_threads()
     files = run_demo(TINY, folder / "out", Console(file=printed, width=100))
-    return files, printed.getvalue()
+    return files, printed.getvalue(), threads
 
 
 def test_demo_saves_figure_page_and_results(ran):
-    files, printed = ran
+    files, printed, _ = ran
     assert files.figure.read_bytes().startswith(b"\x89PNG")
     assert "model.layers.1.mhc.mlp" in files.report_html.read_text()
     record = json.loads(files.results_json.read_text())
@@ -126,3 +128,16 @@ def test_verdict_says_which_is_better_only_beyond_twice_the_error(held_out, said
     gain = ChainGain(("a",), (1.0,), (1.0,))
     verdict = DemoResult(plain, mhc, 2.0, gain, gain).verdict()
     assert said in verdict
+
+
+def test_a_seed_gives_the_same_run_again_and_another_seed_another(ran, tmp_path):
+    quiet = Console(file=io.StringIO())
+    again = run_demo(TINY, tmp_path / "again", quiet).result
+    assert again.mhc.losses == ran[0].result.mhc.losses
+    assert again.mhc.held_out_losses == ran[0].result.mhc.held_out_losses
+    other = run_demo(replace(TINY, seed=1, steps=1), tmp_path / "other", quiet).result
+    assert other.mhc.losses[0] != again.mhc.losses[0]
+
+
+def test_the_number_of_threads_is_put_back(ran):
+    assert torch.get_num_threads() == ran[2]

@@ -58,9 +58,12 @@ def run_demo(options: DemoOptions, out: str | Path, console: Console | None = No
     from rich.console import Console
 
     _check(options)
-    console = console or Console()
+    with _threads(options.threads):
+        return _run(options, Path(out), console or Console())
+
+
+def _run(options: DemoOptions, folder: Path, console: Console) -> DemoFiles:
     started = time.perf_counter()
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     options = _with_working_backend(options, console)
 
@@ -133,7 +136,7 @@ def _check(options: DemoOptions) -> None:
         raise MHCError(
             f"width={options.width}: must be a multiple of 8 (four attention heads of an even size)."
         )
-    for name in ("steps", "batch", "layers"):
+    for name in ("steps", "batch", "layers", "threads"):
         if getattr(options, name) < 1:
             raise MHCError(f"{name}={getattr(options, name)}: must be at least 1.")
     if options.length < 2:
@@ -160,6 +163,16 @@ def _with_working_backend(options: DemoOptions, console: Console) -> DemoOptions
         style="yellow",
     )
     return replace(options, backend="aot_eager")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
