@@ -39,8 +39,8 @@ class DemoOptions:
         manifold: of the mHC run.
         backend: what compiles both runs: "inductor", or "aot_eager" where Inductor has no compiler.
         device: "cpu" or "cuda".
-        threads: of PyTorch on the CPU. The model is so small that a second one gains nothing, and with one the
-            losses of a seed are the same to the last bit: sums are never split.
+        threads: of PyTorch on the CPU. The model is so small that a second one gains nothing, and with one
+            the losses of a seed are the same to the last bit: no sum is split.
     """
 
     seed: int = 0
