@@ -1,0 +1,77 @@
+# make demo     train a small Llama twice, plain and with mHC, and compare (two to three minutes)
+# make test     everything there is to check: lint, types, tests
+# make lint | format | types | clean
+#
+# Each target makes the environment that it needs in .venv. To use an environment that exists already (a GPU
+# machine's, a container's), with the package and its extras installed there: make test VENV=none PYTHON=python
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+
+# A machine with no NVIDIA GPU gets the CPU build of PyTorch: the CUDA one is some gigabytes larger.
+TORCH_CPU := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+DEMO_READY :=
+TEST_READY :=
+else
+PY := $(VENV)/bin/python
+DEMO_READY := $(VENV)/.demo-ready
+TEST_READY := $(VENV)/.test-ready
+endif
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint format types clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_READY)
+	$(PY) -m mhc_compile demo
+
+test: lint types
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(TEST_READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# passes/ and kernels/ import as mhc_compile.passes and mhc_compile.kernels, which mypy cannot know from
+# where they lie: it gets a folder of links that lies as the package imports.
+types: $(TEST_READY)
+	rm -rf build/types
+	mkdir -p build/types/mhc_compile
+	ln -s $(CURDIR)/mhc_compile/* $(CURDIR)/passes $(CURDIR)/kernels build/types/mhc_compile/
+	cd build/types && $(abspath $(PY)) -m mypy --config-file ../../pyproject.toml -p mhc_compile
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch-ready: $(VENV)/bin/python pyproject.toml
+	$(PY) -m pip install -qq --upgrade pip
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+		echo "NVIDIA GPU found: PyTorch comes with its CUDA libraries"; \
+	else \
+		echo "no NVIDIA GPU found: installing the CPU build of PyTorch"; \
+		$(PY) -m pip install -qq --no-deps "$(TORCH_CPU)" --extra-index-url $(CPU_INDEX); \
+	fi
+	@touch $@
+
+$(VENV)/.demo-ready: $(VENV)/.torch-ready
+	@echo "installing mhc-compile and what the demo needs"
+	$(PY) -m pip install -qq -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test-ready: $(VENV)/.torch-ready
+	@echo "installing mhc-compile and what its tests need"
+	$(PY) -m pip install -qq -e ".[demo,test,lint]"
+	@touch $@ $(VENV)/.demo-ready
+
+clean:
+	rm -rf .venv build dist *.egg-info demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,163 @@
+"""The command line: `mhc-compile explain MODEL` and `mhc-compile demo`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import MHCError
+
+if TYPE_CHECKING:
+    from .cli_models import Example
+    from .config import MHCConfig
+    from .reporting import Report
+
+# Before transformers is imported: nothing here needs the network, and a machine without one must not wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+FAILED = 1
+BAD_MODEL = 2
+
+_STREAMS = "Number of parallel residual streams, 1 to 8."
+_MANIFOLD = "Where the mixing matrices live: sinkhorn, none or identity."
+_BACKENDS = "What compiles both runs: inductor or aot_eager."
+
+app = typer.Typer(
+    name="mhc-compile",
+    help="Rewrite a model's residual stream into manifold-constrained hyper-connections.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Rewrite a model's residual stream into manifold-constrained hyper-connections."""
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face model type such as llama, a folder with a config.json, "
+            "or module:function returning (model, inputs)."
+        ),
+    ],
+    streams: Annotated[int, typer.Option(help=_STREAMS)] = 4,
+    manifold: Annotated[str, typer.Option(help=_MANIFOLD)] = "sinkhorn",
+    readout: Annotated[str, typer.Option(help="How streams end: mean or learned.")] = "mean",
+    sites: Annotated[str | None, typer.Option(help="Glob over site names: '*.mlp'.")] = None,
+    min_sites: Annotated[int, typer.Option(help="Leave shorter chains as they are.")] = 2,
+    html: Annotated[Path | None, typer.Option(help="Also write one HTML page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+) -> None:
+    """Show what backend="mhc" would rewrite in a model, and what it would leave alone and why.
+
+    A Hugging Face model is built on the meta device: no weights are allocated and nothing is downloaded.
+    """
+    with _errors_are_messages():
+        from .config import MHCConfig
+
+        config = MHCConfig(
+            n_streams=streams, manifold=manifold, readout=readout, sites=sites, min_sites=min_sites
+        )
+        report = _explained(model, _load(model), config)
+        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+        if html is not None:
+            _write_page(report, html)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what the demo saves.")] = Path("demo_output"),
+    seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in a batch.")] = None,
+    length: Annotated[int | None, typer.Option(help="Characters in a sequence.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the Llama model.")] = None,
+    width: Annotated[int | None, typer.Option(help="Its hidden size, a multiple of 8.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    streams: Annotated[int, typer.Option(help=_STREAMS)] = 4,
+    manifold: Annotated[str, typer.Option(help=_MANIFOLD)] = "sinkhorn",
+    backend: Annotated[str, typer.Option(help=_BACKENDS)] = "inductor",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; else what there is.")] = None,
+    threads: Annotated[int, typer.Option(help="Of PyTorch on the CPU.")] = 1,
+) -> None:
+    """Train a small Llama on Python's standard library, once plain and once with mHC, and compare."""
+    with _errors_are_messages():
+        import torch
+
+        from .demo.runner import run_demo
+        from .demo.training import DemoOptions
+
+        sizes: dict[str, Any] = {
+            "steps": steps, "batch": batch, "length": length, "layers": layers, "width": width, "lr": lr
+        }  # fmt: skip
+        options = DemoOptions(
+            seed=seed,
+            n_streams=streams,
+            manifold=manifold,
+            backend=backend,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            threads=threads,
+            **{name: value for name, value in sizes.items() if value is not None},
+        )
+        run_demo(options, out)
+
+
+def _load(name: str) -> Example:
+    try:
+        from .cli_models import ModelNotFoundError, load_example
+    except ModuleNotFoundError as error:
+        raise MHCError(f"{error}: pip install 'mhc-compile[demo]' brings transformers.") from error
+    try:
+        return load_example(name)
+    except ModelNotFoundError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_MODEL) from error
+
+
+def _explained(name: str, example: Example, config: MHCConfig) -> Report:
+    """Explain a model; what goes wrong while tracing it becomes an error that names the way out."""
+    from .api import explain as look
+
+    try:
+        return look(example.model, *example.args, config=config, **example.kwargs)
+    except MHCError:
+        raise
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        inputs = ", ".join(example.kwargs) or f"{len(example.args)} positional arguments"
+        raise MHCError(
+            f"{name} could not be traced with {inputs}: {cause}\n"
+            "Pass module:function with a function that returns (model, inputs) of a call that works."
+        ) from error
+
+
+def _write_page(report: Report, path: Path) -> None:
+    try:
+        report.to_html(path)
+    except OSError as error:
+        raise MHCError(f"--html {path}: cannot write there ({error.strerror}). Name another file.") from error
+    typer.echo(f"Saved {path}", err=True)
+
+
+@contextmanager
+def _errors_are_messages() -> Iterator[None]:
+    try:
+        yield
+    except MHCError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(FAILED) from error
+
+
+if __name__ == "__main__":
+    app()
