@@ -14,10 +14,12 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
+TYPES_PY := $(PYTHON)
 DEMO_READY :=
 TEST_READY :=
 else
 PY := $(VENV)/bin/python
+TYPES_PY := $(abspath $(VENV)/bin/python)
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 endif
@@ -47,7 +49,7 @@ types: $(TEST_READY)
 	rm -rf build/types
 	mkdir -p build/types/mhc_compile
 	ln -s $(CURDIR)/mhc_compile/* $(CURDIR)/passes $(CURDIR)/kernels build/types/mhc_compile/
-	cd build/types && $(abspath $(PY)) -m mypy --config-file ../../pyproject.toml -p mhc_compile
+	cd build/types && $(TYPES_PY) -m mypy --config-file ../../pyproject.toml -p mhc_compile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -106,7 +106,7 @@ def sinkhorn_project_backward(grad_res: Tensor, logits: Tensor, iters: int, eps:
     Implicit differentiation of the limit is off by 60 % at a logit standard deviation of 4; the iterates are
     replayed instead.
     """
-    matrix, trace = _sinkhorn_trace(logits, iters, eps)
+    _, trace = _sinkhorn_trace(logits, iters, eps)
     grad = grad_res
     for normalised, sums, dim in reversed(trace):
         grad = (grad - (grad * normalised).sum(dim, keepdim=True)) / sums
@@ -135,9 +135,7 @@ MANIFOLDS: dict[str, Manifold] = {
         project_backward=sinkhorn_project_backward,
         rest_bias=lambda n: _REST_LOGIT * torch.eye(n),
     ),
-    "none": Manifold(
-        name="none", project=_keep, project_backward=_keep_backward, rest_bias=torch.eye, gated=False
-    ),
+    "none": Manifold(name="none", project=_keep, project_backward=_keep_backward, rest_bias=torch.eye, gated=False),
     "identity": Manifold(
         name="identity", project=_keep, project_backward=_keep_backward, rest_bias=torch.eye, mixes=False
     ),

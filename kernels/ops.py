@@ -62,7 +62,8 @@ def pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
     with _without_autocast(streams):
-        return tuple(reference.pre(streams.contiguous(), phi, scale, bias, iters, norm_eps, eps, manifold))
+        layer_input, post, res = reference.pre(streams.contiguous(), phi, scale, bias, iters, norm_eps, eps, manifold)
+        return layer_input, post, res
 
 
 @torch.library.custom_op("mhc::pre_backward", mutates_args=())
@@ -104,9 +105,7 @@ def post_backward(
 
 
 @torch.library.custom_op("mhc::head", mutates_args=())
-def head(
-    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float
-) -> Tensor:
+def head(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
     """See `reference.head`."""
     with _without_autocast(streams):
         return reference.head(streams.contiguous(), phi, scale, bias, norm_eps, eps)
@@ -124,9 +123,7 @@ def head_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.head_backward`."""
     with _without_autocast(streams):
-        return reference.head_backward(
-            grad_output, streams.contiguous(), phi, scale, bias, norm_eps, eps
-        )
+        return reference.head_backward(grad_output, streams.contiguous(), phi, scale, bias, norm_eps, eps)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -197,9 +194,7 @@ def _(
 
 
 @head.register_fake
-def _(
-    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float
-) -> Tensor:
+def _(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
     *tokens, _, width = streams.shape
     return streams.new_empty(*tokens, width)
 

@@ -121,9 +121,7 @@ def pre_backward(
     grad_logits = [grad_pre, grad_post]
     if family.mixes:
         grad_logits.append(family.project_backward(grad_res.to(dtype), res_logits, iters, eps).flatten(-2))
-    grad_flat, *grad_mapping = _project_backward(
-        torch.cat(grad_logits, dim=-1), projection, phi, scale, groups
-    )
+    grad_flat, *grad_mapping = _project_backward(torch.cat(grad_logits, dim=-1), projection, phi, scale, groups)
     grad_streams = grad_flat.unflatten(-1, streams.shape[-2:]) + weights.unsqueeze(-1) * grad_input.unsqueeze(-2)
     grad_phi, grad_scale, grad_bias = grad_mapping
     return (

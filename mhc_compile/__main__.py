@@ -66,9 +66,7 @@ def explain(
     with _errors_are_messages():
         from .config import MHCConfig
 
-        config = MHCConfig(
-            n_streams=streams, manifold=manifold, readout=readout, sites=sites, min_sites=min_sites
-        )
+        config = MHCConfig(n_streams=streams, manifold=manifold, readout=readout, sites=sites, min_sites=min_sites)
         report = _explained(model, _load(model), config)
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
         if html is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import reset_code
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
@@ -58,6 +58,7 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
         raise NoResidualError(nothing_found(found.merged(), config))
     for plan, frame in found.plans:
         attach_plan(plan, frame, config)
+    found.plans.clear()
     keep_report(root, found.report)
     return found.report
 
@@ -68,7 +69,9 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     Args and errors are those of `attach`; nothing found is no error here: the report says so.
     """
     root = unwrap(model)
-    return _look(root, args, kwargs, config or attached_config(root) or MHCConfig()).report
+    found = _look(root, args, kwargs, config or attached_config(root) or MHCConfig())
+    found.plans.clear()
+    return found.report
 
 
 def report(model: nn.Module) -> Report:
@@ -169,7 +172,11 @@ class _Seen(ShortenTraceback):
 
 @dataclass
 class _Look:
-    """What a look at a model found, graph by graph."""
+    """What a look at a model found, graph by graph.
+
+    Dynamo keeps every backend it was ever given, and with it this: `plans` has to be cleared, or the model would
+    never be freed.
+    """
 
     report: Report
     plans: list[tuple[Plan, Frame]] = field(default_factory=list)
@@ -196,9 +203,7 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         plan = plan_sites(find_residuals(plain), frame, config)
         refuse_cut_streams(plain, plan, frame, config)
         look.plans.append((plan, frame))
-        look.report.graphs.append(
-            graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason)
-        )
+        look.report.graphs.append(graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason))
         if frame.break_reason is None and not frame.resumed and len(look.plans) == 1:
             raise _Seen("seen", first_useful_frame=None)
         codes.append(frame.code)
@@ -218,8 +223,9 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         reason = given_up(root)
         forget_breaks(root)
         # What a look that a graph break cut left compiled would count towards the recompile limit of the real thing.
-        if codes or not look.plans or look.plans[0][1].resumed:
-            for code in [*codes, *_codes_of(root.forward)]:
+        cut = codes or not look.plans or look.plans[0][1].resumed
+        for code in [*codes, *_codes_of(root.forward)]:
+            if cut or _holds_dead_entries(code):
                 reset_code(code)
     if reason is not None and not look.report.sites:
         raise StreamCutError(
@@ -244,6 +250,16 @@ def _codes_of(function: Any) -> list[CodeType]:
     return codes
 
 
+def _holds_dead_entries(code: CodeType) -> bool:
+    """Tell whether code was compiled for a module that is gone by now.
+
+    Graphs are pinned to their modules, and Dynamo counts the graphs of dead ones towards its recompile limit: without
+    this, the ninth model of one class in a process could not be compiled.
+    """
+    entries = _debug_get_cache_entry_list(code)
+    return any(type(entry.guard_manager).__name__ == "DeletedGuardManagerWrapper" for entry in entries)
+
+
 def _dummy_inputs(root: nn.Module) -> dict[str, Any]:
     example = getattr(root, "dummy_inputs", None)
     if not isinstance(example, dict) or not example:
@@ -252,9 +268,7 @@ def _dummy_inputs(root: nn.Module) -> dict[str, Any]:
             "that you would call the model with."
         )
     device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()
-    }
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()}
 
 
 def _shapes_only(graph_module: GraphModule) -> Any:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import ShortenTraceback
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from . import logs
-from .binding import Binding, attach_on_first_call, bind
+from .binding import attach_on_first_call, bind
 from .boundaries import refuse_cut_streams
 from .capture import Frame, current_frame, is_split_by_ddp, pin_to_modules
 from .config import MHCConfig
@@ -101,12 +102,12 @@ def mhc(
         undo()
         raise
     _log(graph_module, rewritten, plan, frame, config)
-    return _checked(_with_live_parameters(compiled, binding), checks)
+    return _checked(_with_live_parameters(compiled, binding.live), checks)
 
 
-def _with_live_parameters(compiled: Compiled, binding: Binding) -> Compiled:
+def _with_live_parameters(compiled: Compiled, live: Callable[[], list[Tensor]]) -> Compiled:
     def run(*inputs: Any) -> Any:
-        return compiled(*inputs, *binding.live())
+        return compiled(*inputs, *live())
 
     return run
 
@@ -145,14 +146,13 @@ def _raiser(error: MHCError) -> Compiled:
     return refuse
 
 
-@functools.cache
 def _passing(kind: type[MHCError]) -> type[MHCError]:
     """Return a subclass of an error that Dynamo lets pass."""
 
-    def __init__(self: Any, message: str) -> None:
+    def construct(self: Any, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
-    return type(kind.__name__, (kind, ShortenTraceback), {"__init__": __init__, "__module__": kind.__module__})
+    return type(kind.__name__, (kind, ShortenTraceback), {"__init__": construct, "__module__": kind.__module__})
 
 
 # Resolving the backend's name imports this module: from then on, frames that never reach a backend are noticed.

@@ -152,9 +152,7 @@ def _live(order: list[tuple[weakref.ref[nn.Module], str]]) -> list[Tensor]:
     return found
 
 
-def _wanted(
-    plan: Plan, config: MHCConfig
-) -> list[tuple[str, nn.Module, str, Callable[[], Mapping]]]:
+def _wanted(plan: Plan, config: MHCConfig) -> list[tuple[str, nn.Module, str, Callable[[], Mapping]]]:
     """List every mapping of a plan: its name, owner, label, and how to make it."""
     wanted: list[tuple[str, nn.Module, str, Callable[[], Mapping]]] = []
     for chain in plan.chains:

@@ -61,8 +61,10 @@ def remember_given_up(root: nn.Module, reason: str) -> None:
 
 
 def has_open_breaks(frame: Frame) -> bool:
-    """Tell whether a graph break in a caller is still open. A frame of a plain function shows no module: any will do."""
-    return any(entry.root() is not None for entry in _OPEN if not frame.roots) or any(_below(root, entry.root()) for entry in _OPEN for root in frame.roots)
+    """Tell whether a graph break in a caller is open; a frame of a plain function shows no module, any will do."""
+    return any(entry.root() is not None for entry in _OPEN if not frame.roots) or any(
+        _below(root, entry.root()) for entry in _OPEN for root in frame.roots
+    )
 
 
 def undo_with_break(frame: Frame, undo: Callable[[], None]) -> None:

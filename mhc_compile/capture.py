@@ -109,12 +109,12 @@ def _roots(
         if isinstance(value, nn.Module):
             found.setdefault(id(value), value)
     for node in graph_module.graph.nodes:
-        name = source_name(node)
-        if name is None or not (match := _ROOT_END.search(name)):
+        read_from = source_name(node)
+        if read_from is None or not (match := _ROOT_END.search(read_from)):
             continue
         try:
-            value = eval(name[: match.start()], {"L": local_scope, "G": global_scope})
-        except Exception:  # noqa: S112 - a source that needs more than L and G names no root
+            value = eval(read_from[: match.start()], {"L": local_scope, "G": global_scope})
+        except Exception:
             continue
         if isinstance(value, nn.Module):
             found.setdefault(id(value), value)

@@ -103,8 +103,7 @@ def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
     required = [
         key
         for key, parameter in accepted.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     two_towers = hasattr(config, "projection_dim") and {"input_ids", "pixel_values"} <= accepted.keys()
     for key in (*required, *(("input_ids", "pixel_values") if two_towers else ())):
@@ -122,11 +121,7 @@ def _default_config(name: str) -> Any:
 
     if name not in CONFIG_MAPPING:
         near = difflib.get_close_matches(name.lower(), list(CONFIG_MAPPING.keys()), n=4, cutoff=0.5)
-        hint = (
-            f"Did you mean {', '.join(near)}?"
-            if near
-            else "The names are those of transformers.CONFIG_MAPPING."
-        )
+        hint = f"Did you mean {', '.join(near)}?" if near else "The names are those of transformers.CONFIG_MAPPING."
         raise ModelNotFoundError(
             f"{name!r} is no Hugging Face model type, no folder or file with a configuration, and no "
             f"module:function. {hint}"
@@ -177,8 +172,7 @@ def _from_function(name: str) -> Example:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ModelNotFoundError(
-            f"{name!r}: {_first_line(error)}. The module must be importable from the current folder, "
-            f"{Path.cwd()}."
+            f"{name!r}: {_first_line(error)}. The module must be importable from the current folder, {Path.cwd()}."
         ) from error
     except Exception as error:
         raise ModelNotFoundError(

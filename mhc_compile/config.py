@@ -100,9 +100,7 @@ class MHCConfig:
             )
 
     @classmethod
-    def from_options(
-        cls, options: Mapping[str, Any] | None, attached: MHCConfig | None = None
-    ) -> MHCConfig:
+    def from_options(cls, options: Mapping[str, Any] | None, attached: MHCConfig | None = None) -> MHCConfig:
         """Build a config from `options=`; options left out come from the config already attached, if any.
 
         Raises:

@@ -7,6 +7,7 @@ can be seen.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from types import FrameType
@@ -31,10 +32,8 @@ def watch_fallbacks() -> None:
         from torch._dynamo.callback import callback_handler
     except ImportError:
         return
-    try:
+    with contextlib.suppress(ValueError):
         callback_handler.remove_end_callback(_after_compilation)
-    except ValueError:
-        pass
     callback_handler.register_end_callback(_after_compilation)
 
 
@@ -47,9 +46,7 @@ def _after_compilation(arguments: Any) -> None:
     compilation = _compilation_frame()
     if compilation is None:
         return
-    root = next(
-        (value for value in compilation["frame"].f_locals.values() if isinstance(value, nn.Module)), None
-    )
+    root = next((value for value in compilation["frame"].f_locals.values() if isinstance(value, nn.Module)), None)
     if root is None:
         return
     reason = _reason(error)

@@ -99,9 +99,7 @@ def mixing_matrices(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Te
     root = unwrap(model)
     named = {id(parameter): name for name, parameter in parameters(root).items()}
     if not named:
-        raise NotAttachedError(
-            "the model has no mHC parameters: call mhc_compile.attach(model, example_input)."
-        )
+        raise NotAttachedError("the model has no mHC parameters: call mhc_compile.attach(model, example_input).")
     # "site" keeps `pre` one node of the graph, whatever the model is compiled with otherwise.
     options: dict[str, Any] = {"inner": _INNER, "fusion": "site"}
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.

@@ -30,7 +30,8 @@ def compile_inner(
         from torch._inductor.compile_fx import compile_fx
 
         patches = list_mode_options(mode) if mode is not None else None
-        return compile_fx(graph_module, list(example_inputs), config_patches=patches)
+        compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=patches)
+        return compiled
     if mode is not None:
         raise MHCOptionError(f"mode={mode!r} is Inductor's; inner={config.inner!r} has no modes. Leave one out.")
     return _lookup(config.inner)(graph_module, list(example_inputs))

@@ -136,9 +136,7 @@ def _mapping(name: str, bias: Tensor, scales: int, shape: SiteShape, config: MHC
         generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
         phi = torch.randn(phi.shape, generator=generator) / math.sqrt(columns)
     options: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
-    return Mapping(
-        phi.to(**options), torch.full((scales,), _INITIAL_SCALE, **options), bias.to(**options)
-    )
+    return Mapping(phi.to(**options), torch.full((scales,), _INITIAL_SCALE, **options), bias.to(**options))
 
 
 def mappings_of(owner: nn.Module) -> Mappings | None:

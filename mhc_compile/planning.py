@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -87,10 +87,8 @@ def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
     return Plan(tuple(chains), tuple(rejections))
 
 
-def _graph_order(adds: Sequence[ResidualAdd]):  # noqa: ANN202
-    if not adds:
-        return lambda add: 0
-    order = {node: index for index, node in enumerate(adds[0].add.graph.nodes)}
+def _graph_order(adds: Sequence[ResidualAdd]) -> Callable[[ResidualAdd], int]:
+    order = {node: index for index, node in enumerate(adds[0].add.graph.nodes)} if adds else {}
     return lambda add: order[add.add]
 
 
@@ -135,9 +133,7 @@ def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Counter[tup
         dtype=str(tensor.dtype).removeprefix("torch."),
         width=int(sizes[add.feature_dim]),
     )
-    children = tuple(
-        found[1] for key, path in add.children if (found := frame.module_at(key, path)) is not None
-    )
+    children = tuple(found[1] for key, path in add.children if (found := frame.module_at(key, path)) is not None)
     return PlannedSite(add, site, owner, label, children, selected=config.wants(name))
 
 

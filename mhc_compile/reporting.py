@@ -136,7 +136,8 @@ class Report:
         console.print(self._summary())
         for number, chain in enumerate(self.chains, 1):
             table = Table(
-                title=f"chain {number}: {_counted(len(chain.sites), 'site')}, from {chain.head}", title_justify="left"
+                title=f"chain {number}: {_counted(len(chain.sites), 'site')}, from {chain.head}",
+                title_justify="left",
             )
             for column in ("site", "norm", "stream", "source"):
                 table.add_column(column, overflow="fold")

@@ -37,9 +37,7 @@ def refuse_plain_sites(graph_module: GraphModule, plan: Plan) -> None:
     traces = list(_traces(graph_module))
     ran = {(trace.owner, label) for trace in traces if trace.only_inside_owner for label in trace.labels}
     guarded = {trace.owner for trace in traces if not trace.only_inside_owner}
-    plain = sorted(
-        joined(owner, label) for owner, label in ran if owner in guarded and (owner, label) not in rewritten
-    )
+    plain = sorted(joined(owner, label) for owner, label in ran if owner in guarded and (owner, label) not in rewritten)
     if plain:
         raise UnrewrittenCallError(
             f"{len(plain)} sites that carry mHC parameters would run as plain residual adds in this graph: "

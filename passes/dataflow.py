@@ -136,7 +136,11 @@ def mixes(node: Node, graph_module: GraphModule) -> bool:
         return False
     if is_higher_order(node):
         return any(mixes(inner, body) for body in bodies(node, graph_module) for inner in body.graph.nodes)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim"):
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in (
+        "aten",
+        "prims",
+        "prim",
+    ):
         return True
     return _is_mixing_name(node)
 
@@ -290,9 +294,9 @@ def _carried_through_sum(node: Node) -> Node | None:
     if normalised is not None:
         return normalised
     for value, term in ((left, right), (right, left)):
-        if isinstance(value, Node) and isinstance(term, Node):
-            if is_parameter_expression(term) and _is_normalised(value):
-                return value
+        both = isinstance(value, Node) and isinstance(term, Node)
+        if both and is_parameter_expression(term) and _is_normalised(value):
+            return value
     return None
 
 

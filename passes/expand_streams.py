@@ -69,9 +69,7 @@ class _Lowering:
     head: Callable[..., Any]
 
 
-_OPAQUE = _Lowering(
-    torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default
-)
+_OPAQUE = _Lowering(torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default)
 _INLINED = _Lowering(reference.pre, reference.post, reference.head)
 LOWERINGS = {"auto": _OPAQUE, "site": _OPAQUE, "inductor": _INLINED}
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
@@ -100,9 +98,7 @@ def parameter_order(chains: tuple[BoundChain, ...]) -> list[Parameters]:
     return order
 
 
-def expand_streams(
-    graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig
-) -> GraphModule:
+def expand_streams(graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig) -> GraphModule:
     """Return a new graph in which the chains are streams; `graph_module` is left as it is.
 
     The new graph takes phi, scale and bias of every mapping of `parameter_order` as further inputs.
@@ -155,16 +151,14 @@ class _Expander:
     def _add_inputs(self) -> None:
         for parameters in parameter_order(self.chains):
             made = []
-            for role, example, source in zip(
-                (PHI, SCALE, BIAS), parameters.examples, parameters.sources, strict=True
-            ):
+            for role, example, source in zip((PHI, SCALE, BIAS), parameters.examples, parameters.sources, strict=True):
                 node = self.graph.placeholder(f"mhc_{parameters.name}_{role}".replace(".", "_"))
                 # The type by which Dynamo marks parameters: their address does not change between calls.
                 node.meta = {
                     "example_value": example,
                     "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
                 }
-                node._dynamo_source = source  # type: ignore[attr-defined]
+                node._dynamo_source = source
                 made.append(node)
             self.inputs[parameters.name] = (made[0], made[1], made[2])
 
@@ -219,12 +213,8 @@ class _Expander:
         config = self.config
         assert site.parameters is not None
         constants = (config.sinkhorn_iters, reference.NORM_EPS, 0.0, config.manifold)
-        result = self._emit(
-            origin, self.lowering.pre, streams, *self.inputs[site.parameters.name], *constants
-        )
-        layer_input, post, res = (
-            self._emit(origin, operator.getitem, result, index) for index in range(3)
-        )
+        result = self._emit(origin, self.lowering.pre, streams, *self.inputs[site.parameters.name], *constants)
+        layer_input, post, res = (self._emit(origin, operator.getitem, result, index) for index in range(3))
         return layer_input, post, res
 
     def _write(self, site: BoundSite) -> None:
@@ -273,8 +263,7 @@ class _Expander:
             normed = self._copied(carrier, joined)
             pieces = self._emit(carrier.node, torch.chunk, normed, self.config.n_streams, 0)
             parts = [
-                self._emit(carrier.node, operator.getitem, pieces, index)
-                for index in range(self.config.n_streams)
+                self._emit(carrier.node, operator.getitem, pieces, index) for index in range(self.config.n_streams)
             ]
             self.streams[carrier.node] = _Streams(dim, parts=parts)
         else:
@@ -326,9 +315,7 @@ class _Expander:
         """Return streams as n values of the plain layout."""
         if streams.parts is None:
             streams.parts = [
-                self._unstacked(
-                    self._emit(origin, torch.select, streams.stacked, -2, index), streams.dim, origin
-                )
+                self._unstacked(self._emit(origin, torch.select, streams.stacked, -2, index), streams.dim, origin)
                 for index in range(self.config.n_streams)
             ]
         return streams.parts

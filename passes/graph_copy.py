@@ -15,7 +15,7 @@ def copy_node(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Nod
     copied = graph.node_copy(node, argument)
     source = getattr(node, "_dynamo_source", None)
     if source is not None:
-        copied._dynamo_source = source  # type: ignore[attr-defined]
+        copied._dynamo_source = source
     return copied
 
 

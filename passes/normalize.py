@@ -1,7 +1,8 @@
 """Spell every residual add the same way: `operator.add(left, right)` that returns a new value.
 
-Handles `torch.add` and `Tensor.add` (with `alpha`), `addcmul`, `operator.iadd` and `Tensor.add_`. An in-place add becomes
-an ordinary one where no alias of the changed value is read afterwards; elsewhere it stays, and the finder says so.
+Handles `torch.add` and `Tensor.add` (with `alpha`), `addcmul`, `operator.iadd` and `Tensor.add_`. An in-place add
+becomes an ordinary one where no alias of the changed value is read afterwards; elsewhere it stays, and the finder
+says so.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def normalize(graph_module: GraphModule) -> GraphModule:
         if replacement is None and is_in_place_add(node) and _can_leave_place(node, order):
             replacement = _add_out_of_place(graph, node, values)
             # Later readers of the changed value must see the change.
-            values[node.args[0]] = replacement  # type: ignore[index]
+            values[node.args[0]] = replacement
         values[node] = replacement or copy_node(graph, node, values.__getitem__)
     return module_like(graph_module, graph)
 
@@ -86,7 +87,8 @@ def _two(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
 def _add_out_of_place(graph: Graph, node: Node, values: dict[Node, Node]) -> Node:
     """Emit an in-place add as an ordinary one, cast back where the in-place form would not promote."""
     left, right = node.args[:2]
-    mapped_left = values[left]  # type: ignore[index]
+    assert isinstance(left, Node)
+    mapped_left = values[left]
     mapped_right = values[right] if isinstance(right, Node) else right
     if node.kwargs.get("alpha", 1) != 1:
         mapped_right = _emit(graph, node, operator.mul, (mapped_right, node.kwargs["alpha"]), tensor_of(right))
@@ -127,9 +129,7 @@ def _can_leave_place(node: Node, order: dict[Node, int]) -> bool:
                 family.add(relative)
                 stack.append(relative)
     position = order[node]
-    return all(
-        order[user] <= position for member in family if member is not changed for user in member.users
-    )
+    return all(order[user] <= position for member in family if member is not changed for user in member.users)
 
 
 def _may_alias(user: Node, source: Node) -> bool:

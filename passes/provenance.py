@@ -46,9 +46,7 @@ def module_path_of(node: Node) -> tuple[tuple[str, str], ...]:
     return tuple((str(key), str(entry[0])) for key, entry in stack.items())
 
 
-def branch_children(
-    branch: Node, owner: tuple[tuple[str, str], ...], mixing: set[Node]
-) -> tuple[tuple[str, str], ...]:
+def branch_children(branch: Node, owner: tuple[tuple[str, str], ...], mixing: set[Node]) -> tuple[tuple[str, str], ...]:
     """Return the owner's children that the branch comes from: those of the first mixing nodes behind it.
 
     Walking to the mixing nodes gives the same answer in train and eval mode, and behind dropout, casts and norms.

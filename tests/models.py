@@ -38,7 +38,13 @@ def _gpt2(config: str, chains: tuple[int, ...], **changes: Any) -> Case:
     import transformers
 
     made = getattr(transformers, config)(
-        n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **changes
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        **changes,
     )
     return Case(lambda: transformers.AutoModelForCausalLM.from_config(made), _tokens, chains, "pre")
 

@@ -6,6 +6,7 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import ConfigMismatchError, MHCConfig, MHCOptionError, NoResidualError, StreamCutError
+from mhc_compile.inner import compile_inner
 
 from .models import QUICK, Block, Stack, features
 
@@ -62,11 +63,10 @@ def test_bad_options_at_the_first_call(options, error, match):
 
 def test_a_mode_without_inductor():
     model = Stack()
-    # torch.compile takes either a mode or options, so the backend is called with both by hand.
+    graph_module = torch.fx.symbolic_trace(model)
+    # torch.compile takes either a mode or options, so the inner compiler is called with both by hand.
     with pytest.raises(MHCOptionError, match="mode="):
-        from mhc_compile.inner import compile_inner
-
-        compile_inner(torch.fx.symbolic_trace(model), [features()], MHCConfig(inner="eager"), "max-autotune")
+        compile_inner(graph_module, [features()], MHCConfig(inner="eager"), "max-autotune")
 
 
 def test_no_residual_add():

@@ -44,7 +44,10 @@ def test_a_pretrained_encoder_keeps_its_embeddings_and_gradients(encoder):
     assert_same_function([hidden], [rewritten_hidden], 1e-5)
     top = max(float(gradient.abs().max()) for gradient in gradients.values())
     assert_same_function(
-        [gradients[name] for name in gradients], [rewritten[name] for name in gradients], 1e-4, floor=1e-3 * top
+        [gradients[name] for name in gradients],
+        [rewritten[name] for name in gradients],
+        1e-4,
+        floor=1e-3 * top,
     )
     mhc_compile.detach(model)
     assert torch.equal(model(**batch).last_hidden_state, hidden)

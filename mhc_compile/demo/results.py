@@ -145,9 +145,7 @@ class DemoResult:
                 linestyle=":",
                 label=f"{run.name}, held out: {run.held_out_loss:.3f}",
             )
-        left.set(
-            xlabel="step", ylabel="loss (nats per character)", title="Llama on Python's standard library"
-        )
+        left.set(xlabel="step", ylabel="loss (nats per character)", title="Llama on Python's standard library")
         left.legend(frameon=False)
 
         depth = range(1, len(self.gain.sites) + 1)
@@ -157,9 +155,7 @@ class DemoResult:
         ):
             right.plot(depth, values, marker=marker, markersize=4, color=colour, label=label)
         right.axhline(1.0, color="tab:gray", linewidth=0.8, label="plain residual stream")
-        right.set(
-            xlabel="sites in the product", ylabel="composite gain", title="Composite gain after training"
-        )
+        right.set(xlabel="sites in the product", ylabel="composite gain", title="Composite gain after training")
         # Gains of mHC lie within thousandths of 1: without a floor the axis would show rounding as drama.
         low, high = right.get_ylim()
         right.set_ylim(min(low, 0.9), max(high, 1.1))

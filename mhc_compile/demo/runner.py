@@ -90,9 +90,7 @@ def _run(options: DemoOptions, folder: Path, console: Console) -> DemoFiles:
                     progress.update(task, status=f"compiling {run.name} with {options.backend} …")
                 run.step(batch, learning_rate(step, options))
                 if step == 0:
-                    progress.console.print(
-                        f"{run.name}: first step, with compilation: {run.seconds[0]:.1f} s"
-                    )
+                    progress.console.print(f"{run.name}: first step, with compilation: {run.seconds[0]:.1f} s")
             status = f"plain {plain.losses[-1]:.3f}  mHC {mhc.losses[-1]:.3f}"
             progress.update(task, advance=1, status=status)
             if (step + 1) % max(options.steps // _LINES, 1) == 0:
@@ -133,20 +131,14 @@ def _check(options: DemoOptions) -> None:
     if missing:
         raise MHCError(f"the demo needs {' and '.join(missing)}: pip install 'mhc-compile[demo]'.")
     if options.width < 8 or options.width % 8:
-        raise MHCError(
-            f"width={options.width}: must be a multiple of 8 (four attention heads of an even size)."
-        )
+        raise MHCError(f"width={options.width}: must be a multiple of 8 (four attention heads of an even size).")
     for name in ("steps", "batch", "layers", "threads"):
         if getattr(options, name) < 1:
             raise MHCError(f"{name}={getattr(options, name)}: must be at least 1.")
     if options.length < 2:
-        raise MHCError(
-            f"length={options.length}: must be at least 2, since each character predicts the next."
-        )
+        raise MHCError(f"length={options.length}: must be at least 2, since each character predicts the next.")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise MHCError(
-            "device='cuda': PyTorch sees no CUDA device here. Leave --device out, or use --device cpu."
-        )
+        raise MHCError("device='cuda': PyTorch sees no CUDA device here. Leave --device out, or use --device cpu.")
 
 
 def _with_working_backend(options: DemoOptions, console: Console) -> DemoOptions:
@@ -215,9 +207,7 @@ def _environment(device: str) -> dict[str, str | int]:
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
 

@@ -150,9 +150,7 @@ def mhc_run(options: DemoOptions, example: Tensor) -> Run:
     """
     model = _llama(options)
     own = list(model.parameters())
-    config = mhc_compile.MHCConfig(
-        n_streams=options.n_streams, manifold=options.manifold, inner=options.backend
-    )
+    config = mhc_compile.MHCConfig(n_streams=options.n_streams, manifold=options.manifold, inner=options.backend)
     mhc_compile.attach(model, input_ids=example, labels=example, config=config)
     groups = [
         {"params": own, "weight_decay": _WEIGHT_DECAY},

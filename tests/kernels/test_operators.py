@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from mhc_compile import functional
 from mhc_compile.kernels.manifolds import MANIFOLDS, Manifold
 from mhc_compile.kernels.ops import OPERATORS
+
+from mhc_compile import functional
 
 N, WIDTH, TOKENS = 3, 5, (2, 4)
 
@@ -62,7 +62,8 @@ def test_non_contiguous_inputs():
     assert torch.equal(functional.post(strided, branch, post, res.mT.contiguous().mT), wanted)
     expanded = torch.randn(4, 6, 1, WIDTH).expand(4, 6, N, WIDTH)
     torch.testing.assert_close(
-        functional.post(expanded, branch, post, res), functional.post(expanded.contiguous(), branch, post, res)
+        functional.post(expanded, branch, post, res),
+        functional.post(expanded.contiguous(), branch, post, res),
     )
 
 

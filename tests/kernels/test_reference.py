@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from mhc_compile import functional
 from mhc_compile.kernels import reference
 from mhc_compile.kernels.manifolds import MANIFOLDS
+
+from mhc_compile import functional
 
 
 def _arguments(n=4, width=8, tokens=(2, 3), manifold="sinkhorn", dtype=torch.float32, spread=1.0):

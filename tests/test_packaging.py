@@ -1,0 +1,87 @@
+"""The package as installed: names, entry points, import cost, wheel."""
+
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def _python(code, cwd=ROOT):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_transformers_imports_from_the_repository_root():
+    _python("import transformers, mhc_compile; from transformers import LlamaForCausalLM; mhc_compile.attach")
+
+
+def test_the_backend_is_found_by_name_without_an_import(tmp_path):
+    out = _python("import torch; print(torch._dynamo.list_backends())", cwd=tmp_path)
+    assert "'mhc'" in out
+
+
+def test_importing_torch_does_not_import_the_passes(tmp_path):
+    out = _python("import torch, sys; print([m for m in sys.modules if m.startswith('mhc_compile')])", cwd=tmp_path)
+    assert "mhc_compile.logs" in out
+    assert "backend" not in out
+    assert "passes" not in out
+
+
+def test_a_first_call_with_a_break_in_a_loop_is_noticed(tmp_path):
+    """In a fresh process: `torch._dynamo.reset()`, which other tests call, drops the callback that notices."""
+    script = tmp_path / "breaks.py"
+    script.write_text(
+        "import torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))\n"
+        "    def forward(self, hidden):\n"
+        "        for index, layer in enumerate(self.layers):\n"
+        "            hidden = hidden + torch.tanh(layer(hidden))\n"
+        "            if index == 1:\n"
+        "                torch._dynamo.graph_break()\n"
+        "        return hidden\n"
+        "model = Model()\n"
+        "try:\n"
+        "    torch.compile(model, backend='mhc')(torch.ones(2, 8))\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "model(torch.ones(2, 8))\n"
+        "print([len(module._forward_pre_hooks) for module in model.modules()])\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("StreamCutError"), done.stdout
+    assert "breaks.py:10" in done.stdout
+    assert "[0, 0, 0, 0, 0]" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "-q", "-w", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_only_the_package(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"mhc_compile"}
+    for wanted in ("py.typed", "passes/find_residuals.py", "kernels/reference.py", "templates/report.html"):
+        assert f"mhc_compile/{wanted}" in names
+
+
+def test_the_repository_root_is_as_designed():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    folders = {name.split("/")[0] for name in tracked if "/" in name}
+    assert {name for name in folders if not name.startswith(".")} == {
+        "mhc_compile", "passes", "kernels", "tests", "benchmarks",
+    }  # fmt: skip
