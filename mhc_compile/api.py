@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -193,6 +194,7 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     """Trace a model as a compilation would, without running or keeping anything."""
     if not args and not kwargs:
         args, kwargs = (), _dummy_inputs(root)
+    kwargs = {**kwargs, **_without_cache(root, kwargs)}
     look = _Look(new_report(root, config))
     codes: list[CodeType] = []
 
@@ -258,6 +260,18 @@ def _holds_dead_entries(code: CodeType) -> bool:
     """
     entries = _debug_get_cache_entry_list(code)
     return any(type(entry.guard_manager).__name__ == "DeletedGuardManagerWrapper" for entry in entries)
+
+
+def _without_cache(root: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """On the meta device, switch off a cache of keys and values that the caller did not ask for.
+
+    Dynamo cannot trace the empty tensor that such a cache begins with there (`torch.tensor([], device="meta")` is not
+    turned into a fake tensor); it changes no residual add.
+    """
+    parameter = next(root.parameters(), None)
+    if parameter is None or not parameter.is_meta or "use_cache" in kwargs:
+        return {}
+    return {"use_cache": False} if "use_cache" in inspect.signature(root.forward).parameters else {}
 
 
 def _dummy_inputs(root: nn.Module) -> dict[str, Any]:
