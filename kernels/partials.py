@@ -1,0 +1,153 @@
+"""Partial projections split over C: the first half of a split forward, and of every backward.
+
+A program walks over a chunk of C for a tile of tokens and leaves Q·N + 1 floats a token (and n more in a backward).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Geometry, ceil_div, empty, launch, products
+from .project import project
+
+
+@dataclass(frozen=True)
+class PartialsConfig:
+    """Launch configuration: tile of tokens, channels of a step, warps, load stages, programs over C."""
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def partials_config(geometry: Geometry, element_size: int) -> PartialsConfig:
+    """Choose by shape: few tokens are spread over C, two steps a program; many tokens fill the device themselves."""
+    narrow = 64 if geometry.slots <= 32 and element_size == 2 else 32
+    if geometry.tokens <= 64:
+        return PartialsConfig(16, narrow, 4, 1, max(1, min(64, ceil_div(geometry.width, 2 * narrow))))
+    return PartialsConfig(32, narrow, 4, 1, 1)
+
+
+def chunk_of(width: int, splits: int, block_width: int) -> int:
+    """Channels of a program when C is split: a whole number of steps."""
+    return ceil_div(ceil_div(width, splits), block_width) * block_width
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def partials_kernel(
+    streams,
+    branch,
+    post,
+    res,
+    fresh_streams,
+    grad_input,
+    phi,
+    sums,
+    squares,
+    gates,
+    tokens,
+    width,
+    chunk,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    MIX: tl.constexpr,
+    STORE: tl.constexpr,
+    GRADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write sums [splits, tokens, Q·N], squares [splits, tokens] and, with GRADS, gates [splits, tokens, n]."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < tokens
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, width)
+    summed, square, gate = project(
+        streams, branch, post, res, fresh_streams, grad_input, phi, token, live, width, begin, end,
+        n, N, Q, GROUPS, BLOCK_WIDTH, MIX, STORE, GRADS, PRECISION,
+    )  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * tokens + token
+    slot = tl.arange(0, Q * N)
+    tl.store(sums + row[:, None] * (Q * N) + slot[None, :], summed, mask=live[:, None])
+    tl.store(squares + row, square, mask=live)
+    if GRADS:
+        for i in tl.static_range(n):
+            tl.store(gates + row * n + i, gate[i], mask=live)
+
+
+@triton.jit
+def gather_partials(
+    sums,
+    squares,
+    gates,
+    token,
+    live,
+    tokens,
+    splits,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GRADS: tl.constexpr,
+):
+    """Add up the partials of a tile of tokens, in the order of the chunks: [tokens, Q·N], [tokens], [tokens, N]."""
+    slot = tl.arange(0, Q * N)
+    stream = tl.arange(0, N)
+    summed = tl.full([token.shape[0], Q * N], 0.0, tl.float32)
+    square = tl.full([token.shape[0]], 0.0, tl.float32)
+    gate = tl.full([token.shape[0], N], 0.0, tl.float32)
+    for split in range(splits):
+        row = token.to(tl.int64) + split * tokens
+        summed += tl.load(sums + row[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
+        square += tl.load(squares + row, mask=live, other=0.0)
+        if GRADS:
+            mask = live[:, None] & (stream < n)[None, :]
+            gate += tl.load(gates + row[:, None] * n + stream[None, :], mask=mask, other=0.0)
+    return summed, square, gate
+
+
+def project_partials(
+    streams: Tensor,
+    phi: Tensor,
+    geometry: Geometry,
+    *,
+    mixing: tuple[Tensor, Tensor, Tensor] | None = None,
+    fresh_streams: Tensor | None = None,
+    grad_input: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the partial projections of contiguous [tokens, n, C] streams.
+
+    Args:
+        streams: [tokens, n, C].
+        phi: [rows, n·C].
+        geometry: of the call.
+        mixing: (branch, post, res) of a `post` that comes first; the projection is then of the streams after it.
+        fresh_streams: where to write the streams after that `post`, or None to keep them in registers.
+        grad_input: [tokens, C] gradient of the collapsed streams; adds its products with the streams.
+
+    Returns:
+        sums [splits, tokens, Q·N], squares [splits, tokens], gates [splits, tokens, n] (empty without `grad_input`).
+    """
+    config = partials_config(geometry, streams.element_size())
+    chunk = chunk_of(geometry.width, config.splits, config.block_width)
+    splits, tokens = ceil_div(geometry.width, chunk), geometry.tokens
+    sums, squares = empty(streams, splits, tokens, geometry.slots), empty(streams, splits, tokens)
+    gates = empty(streams, splits, tokens, geometry.n if grad_input is not None else 0)
+    branch, post, res = mixing or (streams, sums, sums)
+    launch(
+        partials_kernel, (ceil_div(tokens, config.block_tokens), splits),
+        streams, branch, post, res, streams if fresh_streams is None else fresh_streams,
+        streams if grad_input is None else grad_input, phi, sums, squares, squares if grad_input is None else gates,
+        tokens, geometry.width, chunk,
+        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, MIX=mixing is not None,
+        STORE=fresh_streams is not None, GRADS=grad_input is not None,
+        num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **products(),
+    )  # fmt: skip
+    return sums, squares, gates

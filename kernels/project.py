@@ -1,0 +1,154 @@
+"""Device functions that walk over C: mixing streams in registers, the projection by phi, the collapse.
+
+Every function handles a tile of tokens; `token` [tokens] are indices, `live` [tokens] tells which exist. A range of
+channels begin … end is a whole number of steps, or ends at C: masks compare with C alone, whose divisibility is known,
+so that loads stay wide.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import narrow, one_weight, product_exact_left, slot_rows, total
+
+
+@triton.jit
+def load_streams(streams, base, column, mask, n: tl.constexpr, width):
+    """Load all streams of a tile: a tuple of n tiles [tokens, block] in float32."""
+    tiles = ()
+    for i in tl.static_range(n):
+        tile = tl.load(streams + base[:, None] * n + i * width + column[None, :], mask=mask, other=0.0)
+        tiles = tiles + (tile.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_mixing(post, res, token, live, n: tl.constexpr):
+    """Load a site's coefficients: for each stream o, res[o, 0 … n-1] then post[o], each [tokens]."""
+    weights = ()
+    token = token.to(tl.int64)
+    for o in tl.static_range(n):
+        for i in tl.static_range(n):
+            entry = tl.load(res + token * (n * n) + o * n + i, mask=live, other=0.0)
+            weights = weights + (entry.to(tl.float32),)
+        entry = tl.load(post + token * n + o, mask=live, other=0.0)
+        weights = weights + (entry.to(tl.float32),)
+    return weights
+
+
+@triton.jit
+def mix(tiles, branch, weights, o: tl.constexpr, n: tl.constexpr):
+    """Stream o after the site (Eq. 3): Σ_i res[o, i] X_i + post_o · branch, in float32."""
+    mixed = weights[o * (n + 1) + n][:, None] * branch
+    for i in tl.static_range(n):
+        mixed += weights[o * (n + 1) + i][:, None] * tiles[i]
+    return mixed
+
+
+@triton.jit
+def project(
+    streams,
+    branch,
+    post,
+    res,
+    fresh_streams,
+    grad_input,
+    phi,
+    token,
+    live,
+    width,
+    begin,
+    end,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    MIX: tl.constexpr,
+    STORE: tl.constexpr,
+    GRADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Accumulate over channels begin … end what a site's coefficients, or their gradients, need.
+
+    With MIX the streams are those after a `post`, made in registers and rounded to the streams' dtype as they are
+    stored (otherwise forward and backward would see different streams); with STORE they are written out.
+
+    Returns:
+        products [tokens, Q·N] of the streams with phi, their sums of squares [tokens], and with GRADS a tuple of n
+        products [tokens] of each stream with the gradient of the collapsed streams.
+    """
+    row, used = slot_rows(n, N, Q, GROUPS)
+    base = token.to(tl.int64) * width
+    products = tl.full([token.shape[0], Q * N], 0.0, tl.float32)
+    squares = tl.full([token.shape[0]], 0.0, tl.float32)
+    gates = ()
+    for _ in tl.static_range(n if GRADS else 0):
+        gates = gates + (squares,)
+    if MIX:
+        weights = load_mixing(post, res, token, live, n)
+    for start in range(begin, end, BLOCK_WIDTH):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        mask = live[:, None] & (column < width)[None, :]
+        if MIX:
+            tiles = load_streams(streams, base, column, mask, n, width)
+            written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if GRADS:
+            grad = tl.load(grad_input + base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        sums = ()
+        for o in tl.static_range(n):
+            offsets = base[:, None] * n + o * width + column[None, :]
+            if MIX:
+                fresh = narrow(mix(tiles, written, weights, o, n), streams.dtype.element_ty)
+                if STORE:
+                    tl.store(fresh_streams + offsets, fresh, mask=mask)
+            else:
+                fresh = tl.load(streams + offsets, mask=mask, other=0.0)
+            factors = tl.load(
+                phi + row[:, None] * (n * width) + o * width + column[None, :],
+                mask=used[:, None] & (column < width)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            products = product_exact_left(fresh, tl.trans(factors), products, PRECISION)
+            wide = fresh.to(tl.float32)
+            squares += total(wide * wide, 1)
+            if GRADS:
+                sums = sums + (gates[o] + total(wide * grad, 1),)
+        gates = sums
+    return products, squares, gates
+
+
+@triton.jit
+def collapse(
+    streams,
+    weights,
+    layer_input,
+    token,
+    live,
+    width,
+    begin,
+    end,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Write Σ_i pre_i X_i over channels begin … end (Eq. 5).
+
+    Walks backwards: the channels that the projection touched last are still in the cache.
+    """
+    pre = ()
+    for i in tl.static_range(n):
+        pre = pre + (one_weight(weights, 0, i, N, Q),)
+    base = token.to(tl.int64) * width
+    blocks = (end - begin + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    for block in range(blocks):
+        column = begin + (blocks - 1 - block) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        mask = live[:, None] & (column < width)[None, :]
+        tiles = load_streams(streams, base, column, mask, n, width)
+        collapsed = pre[0][:, None] * tiles[0]
+        for i in tl.static_range(1, n):
+            collapsed += pre[i][:, None] * tiles[i]
+        collapsed = narrow(collapsed, layer_input.dtype.element_ty)
+        tl.store(layer_input + base[:, None] + column[None, :], collapsed, mask=mask)
