@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import sinkhorn_tile, sinkhorn_tile_backward
+from .device import narrow, sinkhorn_tile, sinkhorn_tile_backward
 from .launch import ceil_div, launch
 
 
@@ -58,7 +58,8 @@ def sinkhorn_forward_kernel(
     """Project a tile of matrices; reads and writes each entry once."""
     offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(res + offsets, sinkhorn_tile(tile, valid, iters, eps, HAS_EPS), mask=mask)
+    projected = sinkhorn_tile(tile, valid, iters, eps, HAS_EPS)
+    tl.store(res + offsets, narrow(projected, res.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
@@ -78,7 +79,8 @@ def sinkhorn_backward_kernel(
     offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_res + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(grad_logits + offsets, sinkhorn_tile_backward(grad, tile, valid, iters, eps, HAS_EPS), mask=mask)
+    grad = sinkhorn_tile_backward(grad, tile, valid, iters, eps, HAS_EPS)
+    tl.store(grad_logits + offsets, narrow(grad, grad_logits.dtype.element_ty), mask=mask)
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:

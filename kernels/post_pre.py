@@ -1,0 +1,319 @@
+"""`post_pre`: one site's `post` and the next site's `pre` (arXiv 2512.24880, Eq. 3, then 5, 7, 8).
+
+Forward, many tokens: one launch. A program makes the new streams of a tile of tokens in registers, writes them once,
+projects them from registers, and collapses them on a second walk, last channels first, while they are in L2. Few
+tokens: two launches split over C. The projection reads the new streams as rounded to their dtype: unrounded ones
+would drift from what the next kernel sees.
+
+Backward: the new streams are made again in registers and never read. One walk gives the coefficients' gradients, a
+second, by programs that own a block of C of all streams, everything else; sums over C and over the tokens leave as
+partials and are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import activate, logits_tile, narrow, product, product_exact_right, slot_rows, store_coefficients, total
+from .launch import Geometry, ceil_div, empty, launch, products
+from .mapping import Slopes, coefficient_gradients, reduce_mapping, token_splits
+from .partials import project_partials
+from .pre import MANIFOLD_FLAGS, PreConfig, finish, geometry_of
+from .pre import forward_config as pre_forward_config
+from .project import collapse, load_mixing, load_streams, mix, project
+
+
+@dataclass(frozen=True)
+class PostPreGradConfig:
+    """Launch configuration of the streams' gradients; see `mapping.StreamsConfig`."""
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def forward_config(geometry: Geometry, element_size: int) -> PreConfig:
+    """Choose by shape; as for `pre`, and narrower where the n tiles of a step crowd the registers."""
+    return pre_forward_config(geometry, element_size)
+
+
+def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig:
+    """Choose blocks of C that hold n shares of phi's gradient in registers beside n streams."""
+    width = 32 if geometry.slots <= 32 else 16
+    splits = token_splits(geometry.tokens, ceil_div(geometry.width, width), 32)
+    return PostPreGradConfig(32, width, 8, 1, splits)
+
+
+@triton.jit(do_not_specialize=["tokens", "iters"])
+def post_pre_forward_kernel(
+    streams,
+    branch,
+    post,
+    res,
+    phi,
+    scale,
+    bias,
+    fresh_streams,
+    layer_input,
+    next_post,
+    next_res,
+    tokens,
+    width,
+    iters,
+    norm_eps,
+    eps,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GATED: tl.constexpr,
+    SINKHORN: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Mix, write, project, make coefficients, collapse: one tile of tokens, one launch."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < tokens
+    sums, squares, _ = project(
+        streams, branch, post, res, fresh_streams, streams, phi, token, live, width, 0, width,
+        n, N, Q, GROUPS, BLOCK_WIDTH, True, True, False, PRECISION,
+    )  # fmt: skip
+    logits, _, _, _ = logits_tile(sums, squares, scale, bias, width, norm_eps, n, N, Q, GROUPS)
+    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
+    store_coefficients(weights, next_post, next_res, token, live, n, N, Q)
+    # A thread may collapse what another has written.
+    tl.debug_barrier()
+    collapse(fresh_streams, weights, layer_input, token, live, width, 0, width, n, N, Q, BLOCK_WIDTH)
+
+
+@triton.jit(do_not_specialize=["tokens", "span"])
+def post_pre_streams_kernel(
+    streams,
+    branch,
+    post,
+    res,
+    phi,
+    grad_fresh,
+    grad_input,
+    rows,
+    pull,
+    pre,
+    grad_streams,
+    grad_branch,
+    mixing_parts,
+    phi_parts,
+    tokens,
+    width,
+    span,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every gradient of a block of C of all streams, over a share of the tokens."""
+    block = tl.program_id(0)
+    column = block * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    inside = (column < width)[None, :]
+    row, used = slot_rows(n, N, Q, GROUPS)
+    slot = tl.arange(0, Q * N)
+    grad_phi = ()
+    for _ in tl.static_range(n):
+        grad_phi = grad_phi + (tl.full([Q * N, BLOCK_WIDTH], 0.0, tl.float32),)
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, tokens), BLOCK_TOKENS):
+        token = start + tl.arange(0, BLOCK_TOKENS)
+        live = token < tokens
+        token = token.to(tl.int64)
+        mask = live[:, None] & inside
+        base = token * width
+        offsets = base[:, None] + column[None, :]
+        tiles = load_streams(streams, base, column, mask, n, width)
+        written = tl.load(branch + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_input + offsets, mask=mask, other=0.0).to(tl.float32)
+        weights = load_mixing(post, res, token, live, n)
+        factor = tl.load(pull + token, mask=live, other=0.0)
+        slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
+        grads = ()
+        grown = ()
+        for o in tl.static_range(n):
+            fresh = narrow(mix(tiles, written, weights, o, n), streams.dtype.element_ty)
+            weight = tl.load(pre + token * n + o, mask=live, other=0.0)
+            place = base[:, None] * n + o * width + column[None, :]
+            outer = tl.load(grad_fresh + place, mask=mask, other=0.0).to(tl.float32)
+            outer += weight[:, None] * grad + factor[:, None] * fresh.to(tl.float32)
+            factors = tl.load(
+                phi + row[:, None] * (n * width) + o * width + column[None, :], mask=used[:, None] & inside, other=0.0
+            ).to(tl.float32)
+            grads = grads + (product(slopes, factors, outer, PRECISION),)
+            grown = grown + (product_exact_right(tl.trans(slopes), fresh, grad_phi[o], PRECISION),)
+        grad_phi = grown
+        back = weights[n][:, None] * grads[0]
+        for o in tl.static_range(1, n):
+            back += weights[o * (n + 1) + n][:, None] * grads[o]
+        tl.store(grad_branch + offsets, narrow(back, grad_branch.dtype.element_ty), mask=mask)
+        for i in tl.static_range(n):
+            back = weights[i][:, None] * grads[0]
+            for o in tl.static_range(1, n):
+                back += weights[o * (n + 1) + i][:, None] * grads[o]
+            place = grad_streams + base[:, None] * n + i * width + column[None, :]
+            tl.store(place, narrow(back, grad_streams.dtype.element_ty), mask=mask)
+        parts = mixing_parts + (block * (n * (n + 1))).to(tl.int64) * tokens + token
+        for o in tl.static_range(n):
+            for i in tl.static_range(n):
+                tl.store(parts + (o * (n + 1) + i) * tokens, total(grads[o] * tiles[i], 1), mask=live)
+            tl.store(parts + (o * (n + 1) + n) * tokens, total(grads[o] * written, 1), mask=live)
+    part = tl.program_id(1).to(tl.int64) * (Q * N) + slot
+    for o in tl.static_range(n):
+        place = phi_parts + part[:, None] * (n * width) + o * width + column[None, :]
+        tl.store(place, grad_phi[o], mask=used[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def mixing_reduce_kernel(
+    mixing_parts,
+    grad_post,
+    grad_res,
+    tokens,
+    blocks,
+    n: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Add up one coefficient's gradient over the blocks of C, in their order."""
+    entry = tl.program_id(1)
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < tokens
+    token = token.to(tl.int64)
+    acc = tl.full([BLOCK_TOKENS], 0.0, tl.float32)
+    for block in range(blocks):
+        acc += tl.load(mixing_parts + token + (block * (n * (n + 1)) + entry) * tokens.to(tl.int64), mask=live, other=0.0)
+    o = entry // (n + 1)
+    i = entry % (n + 1)
+    if i == n:
+        tl.store(grad_post + token * n + o, narrow(acc, grad_post.dtype.element_ty), mask=live)
+    else:
+        tl.store(grad_res + token * (n * n) + o * n + i, narrow(acc, grad_res.dtype.element_ty), mask=live)
+
+
+def post_pre(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the new streams [*, n, C], and layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
+    *leading, n, width = streams.shape
+    geometry = geometry_of(streams, phi)
+    tokens = geometry.tokens
+    fresh = torch.empty_like(streams, memory_format=torch.contiguous_format)
+    layer_input = empty(streams, *leading, width, dtype=streams.dtype)
+    next_post, next_res = empty(streams, *leading, n), empty(streams, *leading, n, n)
+    outputs = (fresh, layer_input, next_post, next_res)
+    if tokens == 0:
+        return outputs
+    streams, branch, post, res, phi, scale, bias = (
+        tensor.contiguous() for tensor in (streams, branch, post, res, phi, scale, bias)
+    )
+    config = forward_config(geometry, streams.element_size())
+    common: dict[str, Any] = {**geometry.constants(), **MANIFOLD_FLAGS[manifold], "HAS_EPS": eps != 0.0}
+    if config.splits == 1:
+        launch(
+            post_pre_forward_kernel, (ceil_div(tokens, config.block_tokens),),
+            streams, branch, post, res, phi, scale, bias, *outputs, tokens, width, iters, norm_eps, eps,
+            BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
+            num_warps=config.warps, num_stages=config.stages, **common, **products(),
+        )  # fmt: skip
+        return outputs
+    sums, squares, _ = project_partials(streams, phi, geometry, mixing=(branch, post, res), fresh_streams=fresh)
+    finish(
+        fresh, sums, squares, scale, bias, layer_input, next_post, next_res,
+        iters, norm_eps, eps, geometry, config, common,
+    )  # fmt: skip
+    return outputs
+
+
+def post_pre_backward(
+    grad_fresh: Tensor,
+    grad_layer_input: Tensor,
+    grad_next_post: Tensor,
+    grad_next_res: Tensor,
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `post_pre` with respect to its seven tensors."""
+    inputs = (streams, branch, post, res, phi, scale, bias)
+    geometry = geometry_of(streams, phi)
+    if geometry.tokens == 0:
+        return tuple(torch.zeros_like(tensor) for tensor in inputs)
+    streams, branch, post, res, phi, scale, bias = (tensor.contiguous() for tensor in inputs)
+    grad_layer_input = grad_layer_input.contiguous()
+    sums, squares, gates = project_partials(
+        streams, phi, geometry, mixing=(branch, post, res), grad_input=grad_layer_input
+    )
+    slopes = coefficient_gradients(
+        sums, squares, gates, grad_next_post.contiguous(), grad_next_res.contiguous(), scale, bias,
+        iters, norm_eps, eps, geometry, MANIFOLD_FLAGS[manifold],
+    )  # fmt: skip
+    grads, phi_parts = _stream_gradients(
+        (streams, branch, post, res), phi, grad_fresh.contiguous(), grad_layer_input, slopes, geometry
+    )
+    return (*grads, *reduce_mapping(phi_parts, slopes, phi, scale, bias, geometry))
+
+
+def _stream_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    phi: Tensor,
+    grad_fresh: Tensor,
+    grad_input: Tensor,
+    slopes: Slopes,
+    geometry: Geometry,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Gradients of (streams, branch, post, res), and partial gradients of phi [splits, Q·N, n·C]."""
+    streams = inputs[0]
+    n, width, tokens = geometry.n, geometry.width, geometry.tokens
+    config = backward_config(geometry, streams.element_size())
+    span = ceil_div(ceil_div(tokens, config.splits), config.block_tokens) * config.block_tokens
+    splits, blocks = ceil_div(tokens, span), ceil_div(width, config.block_width)
+    grads = tuple(torch.empty_like(tensor) for tensor in inputs)
+    mixing_parts = empty(streams, blocks, n * (n + 1), tokens)
+    phi_parts = empty(streams, splits, geometry.slots, n * width)
+    launch(
+        post_pre_streams_kernel, (blocks, splits),
+        *inputs, phi, grad_fresh, grad_input, slopes.rows, slopes.pull, slopes.weights,
+        grads[0], grads[1], mixing_parts, phi_parts, tokens, width, span,
+        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
+        num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **products(),
+    )  # fmt: skip
+    launch(
+        mixing_reduce_kernel, (ceil_div(tokens, 128), n * (n + 1)),
+        mixing_parts, grads[2], grads[3], tokens, blocks, n=n, BLOCK_TOKENS=128, num_warps=4,
+    )  # fmt: skip
+    return grads, phi_parts
