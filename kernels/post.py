@@ -63,7 +63,7 @@ def post_forward_kernel(
     mask = live[:, None] & (column < width)[None, :]
     base = token.to(tl.int64) * width
     tiles = load_streams(streams, base, column, mask, n, width)
-    written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
     weights = load_mixing(post, res, token, live, n)
     for o in tl.static_range(n):
         fresh = narrow(mix(tiles, written, weights, o, n), mixed.dtype.element_ty)
@@ -105,10 +105,13 @@ def post_backward_kernel(
     for start in range(0, width, BLOCK_WIDTH):
         column = start + tl.arange(0, BLOCK_WIDTH)
         mask = live[:, None] & (column < width)[None, :]
-        grads = load_streams(grad_mixed, base, column, mask, n, width)
+        gathered = load_streams(grad_mixed, base, column, mask, n, width)
         tiles = load_streams(streams, base, column, mask, n, width)
         offsets = base[:, None] + column[None, :]
-        written = tl.load(branch + offsets, mask=mask, other=0.0).to(tl.float32)
+        written = tl.load(branch + offsets, mask=mask, other=0.0)
+        grads = ()
+        for o in tl.static_range(n):
+            grads = grads + (gathered[o].to(tl.float32),)
         back = weights[n][:, None] * grads[0]
         for o in tl.static_range(1, n):
             back += weights[o * (n + 1) + n][:, None] * grads[o]
@@ -122,9 +125,9 @@ def post_backward_kernel(
         grown = ()
         for o in tl.static_range(n):
             for i in tl.static_range(n):
-                share = _fold(grads[o] * tiles[i], BLOCK_TOKENS, BLOCK_WIDTH, VECTOR)
+                share = _fold(grads[o] * tiles[i].to(tl.float32), BLOCK_TOKENS, BLOCK_WIDTH, VECTOR)
                 grown = grown + (sums[o * (n + 1) + i] + share,)
-            share = _fold(grads[o] * written, BLOCK_TOKENS, BLOCK_WIDTH, VECTOR)
+            share = _fold(grads[o] * written.to(tl.float32), BLOCK_TOKENS, BLOCK_WIDTH, VECTOR)
             grown = grown + (sums[o * (n + 1) + n] + share,)
         sums = grown
     token = token.to(tl.int64)

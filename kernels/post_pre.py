@@ -141,8 +141,8 @@ def post_pre_streams_kernel(
         base = token * width
         offsets = base[:, None] + column[None, :]
         tiles = load_streams(streams, base, column, mask, n, width)
-        written = tl.load(branch + offsets, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(grad_input + offsets, mask=mask, other=0.0).to(tl.float32)
+        written = tl.load(branch + offsets, mask=mask, other=0.0)
+        grad = tl.load(grad_input + offsets, mask=mask, other=0.0)
         weights = load_mixing(post, res, token, live, n)
         factor = tl.load(pull + token, mask=live, other=0.0)
         slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
@@ -153,7 +153,7 @@ def post_pre_streams_kernel(
             weight = tl.load(pre + token * n + o, mask=live, other=0.0)
             place = base[:, None] * n + o * width + column[None, :]
             outer = tl.load(grad_fresh + place, mask=mask, other=0.0).to(tl.float32)
-            outer += weight[:, None] * grad + factor[:, None] * fresh.to(tl.float32)
+            outer += weight[:, None] * grad.to(tl.float32) + factor[:, None] * fresh.to(tl.float32)
             factors = tl.load(
                 phi + row[:, None] * (n * width) + o * width + column[None, :], mask=used[:, None] & inside, other=0.0
             ).to(tl.float32)
@@ -173,8 +173,8 @@ def post_pre_streams_kernel(
         parts = mixing_parts + (block * (n * (n + 1))).to(tl.int64) * tokens + token
         for o in tl.static_range(n):
             for i in tl.static_range(n):
-                tl.store(parts + (o * (n + 1) + i) * tokens, total(grads[o] * tiles[i], 1), mask=live)
-            tl.store(parts + (o * (n + 1) + n) * tokens, total(grads[o] * written, 1), mask=live)
+                tl.store(parts + (o * (n + 1) + i) * tokens, total(grads[o] * tiles[i].to(tl.float32), 1), mask=live)
+            tl.store(parts + (o * (n + 1) + n) * tokens, total(grads[o] * written.to(tl.float32), 1), mask=live)
     part = tl.program_id(1).to(tl.int64) * (Q * N) + slot
     for o in tl.static_range(n):
         place = phi_parts + part[:, None] * (n * width) + o * width + column[None, :]

@@ -15,11 +15,14 @@ from .device import narrow, one_weight, product_exact_left, slot_rows, total
 
 @triton.jit
 def load_streams(streams, base, column, mask, n: tl.constexpr, width):
-    """Load all streams of a tile: a tuple of n tiles [tokens, block] in float32."""
+    """Load all streams of a tile: a tuple of n tiles [tokens, block] in the streams' dtype.
+
+    They are widened where they are used: held as they came, they take half the registers.
+    """
     tiles = ()
     for i in tl.static_range(n):
-        tile = tl.load(streams + base[:, None] * n + i * width + column[None, :], mask=mask, other=0.0)
-        tiles = tiles + (tile.to(tl.float32),)
+        place = streams + base[:, None] * n + i * width + column[None, :]
+        tiles = tiles + (tl.load(place, mask=mask, other=0.0),)
     return tiles
 
 
@@ -40,9 +43,9 @@ def load_mixing(post, res, token, live, n: tl.constexpr):
 @triton.jit
 def mix(tiles, branch, weights, o: tl.constexpr, n: tl.constexpr):
     """Stream o after the site (Eq. 3): Σ_i res[o, i] X_i + post_o · branch, in float32."""
-    mixed = weights[o * (n + 1) + n][:, None] * branch
+    mixed = weights[o * (n + 1) + n][:, None] * branch.to(tl.float32)
     for i in tl.static_range(n):
-        mixed += weights[o * (n + 1) + i][:, None] * tiles[i]
+        mixed += weights[o * (n + 1) + i][:, None] * tiles[i].to(tl.float32)
     return mixed
 
 
@@ -93,9 +96,9 @@ def project(
         mask = live[:, None] & (column < width)[None, :]
         if MIX:
             tiles = load_streams(streams, base, column, mask, n, width)
-            written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
         if GRADS:
-            grad = tl.load(grad_input + base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(grad_input + base[:, None] + column[None, :], mask=mask, other=0.0)
         sums = ()
         for o in tl.static_range(n):
             offsets = base[:, None] * n + o * width + column[None, :]
@@ -114,7 +117,7 @@ def project(
             wide = fresh.to(tl.float32)
             squares += total(wide * wide, 1)
             if GRADS:
-                sums = sums + (gates[o] + total(wide * grad, 1),)
+                sums = sums + (gates[o] + total(wide * grad.to(tl.float32), 1),)
         gates = sums
     return products, squares, gates
 
@@ -147,8 +150,8 @@ def collapse(
         column = begin + (blocks - 1 - block) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
         mask = live[:, None] & (column < width)[None, :]
         tiles = load_streams(streams, base, column, mask, n, width)
-        collapsed = pre[0][:, None] * tiles[0]
+        collapsed = pre[0][:, None] * tiles[0].to(tl.float32)
         for i in tl.static_range(1, n):
-            collapsed += pre[i][:, None] * tiles[i]
+            collapsed += pre[i][:, None] * tiles[i].to(tl.float32)
         collapsed = narrow(collapsed, layer_input.dtype.element_ty)
         tl.store(layer_input + base[:, None] + column[None, :], collapsed, mask=mask)
