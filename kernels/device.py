@@ -45,6 +45,21 @@ def narrow(values, dtype: tl.constexpr):  # noqa: ANN001, ANN201
 
 
 @triton.jit
+def settle(values, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+    """Return `values` unchanged, made once.
+
+    Where a matmul takes a value in another register layout, the compiler would rather make it again in that layout
+    than move it. A mix of n streams, made again by every warp, costs hundreds of registers: an opaque move stops it.
+    """
+    if INTERPRETED:
+        return values
+    move: tl.constexpr = "v_mov_b32 $0, $1" if PRECISION == "ieee" else "mov.b32 $0, $1;"
+    registers: tl.constexpr = "=v,v" if PRECISION == "ieee" else "=r,r"
+    pack: tl.constexpr = 32 // values.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise(move, registers, [values], dtype=values.dtype, is_pure=False, pack=pack)
+
+
+@triton.jit
 def product(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
     """`acc + left @ right` on one pair of operands of equal dtype."""
     if INTERPRETED:
@@ -82,6 +97,23 @@ def product_exact_right(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN
         acc = product(middle, right, acc, PRECISION)
         return product(high, right, acc, PRECISION)
     return product(left, right.to(tl.float32), acc, PRECISION)
+
+
+@triton.jit
+def product_pair(left, right, acc, like: tl.constexpr, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+    """`acc + left @ right`, both float32, for a result that will be rounded to `like`.
+
+    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of TF32.
+    """
+    if like == tl.bfloat16:
+        left_high = left.to(tl.bfloat16)
+        left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
+        right_high = right.to(tl.bfloat16)
+        right_low = (right - right_high.to(tl.float32)).to(tl.bfloat16)
+        acc = product(left_low, right_high, acc, PRECISION)
+        acc = product(left_high, right_low, acc, PRECISION)
+        return product(left_high, right_high, acc, PRECISION)
+    return product(left, right, acc, PRECISION)
 
 
 @triton.jit

@@ -19,8 +19,9 @@ from .device import (
     logits_tile,
     matrix_slots,
     narrow,
-    product,
     product_exact_right,
+    product_pair,
+    settle,
     sigmoid,
     sinkhorn_tile_backward,
     slot_rows,
@@ -28,6 +29,7 @@ from .device import (
 )
 from .launch import Geometry, ceil_div, empty, launch, products
 from .partials import gather_partials
+from .project import load_row, load_streams, mix
 
 
 class Slopes(NamedTuple):
@@ -178,6 +180,10 @@ def slopes_kernel(
 @triton.jit(do_not_specialize=["tokens", "span"])
 def streams_kernel(
     streams,
+    branch,
+    post,
+    res,
+    grad_fresh,
     phi,
     grad_input,
     rows,
@@ -194,9 +200,15 @@ def streams_kernel(
     GROUPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    MIX: tl.constexpr,
+    STORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of one stream's block of C over a share of the tokens, and that share's gradient of phi."""
+    """Gradients of one stream's block of C over a share of the tokens, and that share's gradient of phi.
+
+    With MIX the stream is the one after a `post`, made in registers, and its own gradient `grad_fresh` is added.
+    Without STORE only phi's gradient is wanted. The n programs of a block run side by side and share loads in L2.
+    """
     stream = tl.program_id(0) % n
     column = (tl.program_id(0) // n) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = (column < width)[None, :]
@@ -213,14 +225,23 @@ def streams_kernel(
         token = token.to(tl.int64)
         mask = live[:, None] & inside
         offsets = (token * n + stream)[:, None] * width + column[None, :]
-        values = tl.load(streams + offsets, mask=mask, other=0.0)
-        grad = tl.load(grad_input + token[:, None] * width + column[None, :], mask=mask, other=0.0)
-        weight = tl.load(pre + token * n + stream, mask=live, other=0.0)
-        factor = tl.load(pull + token, mask=live, other=0.0)
+        if MIX:
+            tiles = load_streams(streams, token * width, column, mask, n, width)
+            written = tl.load(branch + token[:, None] * width + column[None, :], mask=mask, other=0.0)
+            mixing = load_row(post, res, token, live, stream, n)
+            values = settle(narrow(mix(tiles, written, mixing, 0, n), streams.dtype.element_ty), PRECISION)
+        else:
+            values = tl.load(streams + offsets, mask=mask, other=0.0)
         slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
-        direct = weight[:, None] * grad.to(tl.float32) + factor[:, None] * values.to(tl.float32)
-        direct = narrow(product(slopes, factors, direct, PRECISION), grad_streams.dtype.element_ty)
-        tl.store(grad_streams + offsets, direct, mask=mask)
+        if STORE:
+            grad = tl.load(grad_input + token[:, None] * width + column[None, :], mask=mask, other=0.0)
+            weight = tl.load(pre + token * n + stream, mask=live, other=0.0)
+            factor = tl.load(pull + token, mask=live, other=0.0)
+            direct = weight[:, None] * grad.to(tl.float32) + factor[:, None] * values.to(tl.float32)
+            if MIX:
+                direct += tl.load(grad_fresh + offsets, mask=mask, other=0.0).to(tl.float32)
+            direct = product_pair(slopes, factors, direct, grad_streams.dtype.element_ty, PRECISION)
+            tl.store(grad_streams + offsets, narrow(direct, grad_streams.dtype.element_ty), mask=mask)
         grad_phi = product_exact_right(tl.trans(slopes), values, grad_phi, PRECISION)
     part = tl.program_id(1).to(tl.int64) * (Q * N) + slot
     tl.store(
@@ -313,19 +334,33 @@ def coefficient_gradients(
 
 
 def stream_gradients(
-    streams: Tensor, phi: Tensor, grad_input: Tensor, slopes: Slopes, geometry: Geometry
+    streams: Tensor,
+    phi: Tensor,
+    grad_input: Tensor,
+    slopes: Slopes,
+    geometry: Geometry,
+    *,
+    mixing: tuple[Tensor, Tensor, Tensor] | None = None,
+    grad_fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of contiguous streams [tokens, n, C] and partial gradients of phi [splits, Q·N, n·C]."""
+    """Return the gradient of contiguous streams [tokens, n, C] and partial gradients of phi [splits, Q·N, n·C].
+
+    With `mixing`, the (branch, post, res) of a `post` that comes first, the streams are those after it, made again in
+    registers; their gradient is returned only if `grad_fresh`, their gradient from elsewhere, is given.
+    """
     config = streams_config(geometry, streams.element_size())
     span = ceil_div(ceil_div(geometry.tokens, config.splits), config.block_tokens) * config.block_tokens
     splits = ceil_div(geometry.tokens, span)
-    grad_streams = torch.empty_like(streams)
+    store = mixing is None or grad_fresh is not None
+    grad_streams = torch.empty_like(streams) if store else streams
+    branch, post, res = mixing or (streams, slopes.rows, slopes.rows)
     phi_parts = empty(streams, splits, geometry.slots, geometry.n * geometry.width)
     launch(
         streams_kernel, (geometry.n * ceil_div(geometry.width, config.block_width), splits),
-        streams, phi, grad_input, slopes.rows, slopes.pull, slopes.weights, grad_streams, phi_parts,
+        streams, branch, post, res, streams if grad_fresh is None else grad_fresh, phi, grad_input,
+        slopes.rows, slopes.pull, slopes.weights, grad_streams, phi_parts,
         geometry.tokens, geometry.width, span,
-        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
+        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, MIX=mixing is not None, STORE=store,
         num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **products(),
     )  # fmt: skip
     return grad_streams, phi_parts

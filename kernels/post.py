@@ -66,7 +66,7 @@ def post_forward_kernel(
     written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
     weights = load_mixing(post, res, token, live, n)
     for o in tl.static_range(n):
-        fresh = narrow(mix(tiles, written, weights, o, n), mixed.dtype.element_ty)
+        fresh = narrow(mix(tiles, written, weights, o * (n + 1), n), mixed.dtype.element_ty)
         tl.store(mixed + base[:, None] * n + o * width + column[None, :], fresh, mask=mask)
 
 

@@ -5,9 +5,10 @@ projects them from registers, and collapses them on a second walk, last channels
 tokens: two launches split over C. The projection reads the new streams as rounded to their dtype: unrounded ones
 would drift from what the next kernel sees.
 
-Backward: the new streams are made again in registers and never read. One walk gives the coefficients' gradients, a
-second, by programs that own a block of C of all streams, everything else; sums over C and over the tokens leave as
-partials and are added in a fixed order.
+Backward: the new streams are made again in registers and never read. One walk over C gives the coefficients' gradients;
+a second all gradients of a tile; a third phi's, in programs that own a block of C and walk over the tokens. Sums over
+C and over the tokens leave as partials and are added in a fixed order. From 5 streams on, n streams and n gradients no
+longer fit the registers: there the gradient of the new streams is written once, for `post`'s backward to read.
 """
 
 from __future__ import annotations
@@ -20,24 +21,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import activate, logits_tile, narrow, product, product_exact_right, slot_rows, store_coefficients, total
+from .device import activate, logits_tile, narrow, product_pair, settle, slot_rows, store_coefficients, total
 from .launch import Geometry, ceil_div, empty, launch, products
-from .mapping import Slopes, coefficient_gradients, reduce_mapping, token_splits
+from .mapping import Slopes, coefficient_gradients, reduce_mapping, stream_gradients
 from .partials import project_partials
+from .post import post_backward
 from .pre import MANIFOLD_FLAGS, PreConfig, finish, geometry_of
 from .pre import forward_config as pre_forward_config
-from .project import collapse, load_mixing, load_streams, mix, project
+from .project import collapse, load_mixing, load_row, load_streams, mix, project
 
 
 @dataclass(frozen=True)
 class PostPreGradConfig:
-    """Launch configuration of the streams' gradients; see `mapping.StreamsConfig`."""
+    """Launch configuration of the streams' gradients: tokens and channels of a tile, warps."""
 
     block_tokens: int
     block_width: int
     warps: int
-    stages: int
-    splits: int
 
 
 def forward_config(geometry: Geometry, element_size: int) -> PreConfig:
@@ -45,11 +45,11 @@ def forward_config(geometry: Geometry, element_size: int) -> PreConfig:
     return pre_forward_config(geometry, element_size)
 
 
-def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig:
-    """Choose blocks of C that hold n shares of phi's gradient in registers beside n streams."""
-    width = 32 if geometry.slots <= 32 else 16
-    splits = token_splits(geometry.tokens, ceil_div(geometry.width, width), 32)
-    return PostPreGradConfig(32, width, 8, 1, splits)
+def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig | None:
+    """Choose a tile whose n streams and n gradients fit the registers; None where none does, from 5 streams on."""
+    if geometry.n > 4:
+        return None
+    return PostPreGradConfig(64, 32, 8) if element_size == 2 else PostPreGradConfig(32, 16, 4)
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
@@ -96,8 +96,8 @@ def post_pre_forward_kernel(
     collapse(fresh_streams, weights, layer_input, token, live, width, 0, width, n, N, Q, BLOCK_WIDTH)
 
 
-@triton.jit(do_not_specialize=["tokens", "span"])
-def post_pre_streams_kernel(
+@triton.jit(do_not_specialize=["tokens"])
+def post_pre_backward_kernel(
     streams,
     branch,
     post,
@@ -111,10 +111,8 @@ def post_pre_streams_kernel(
     grad_streams,
     grad_branch,
     mixing_parts,
-    phi_parts,
     tokens,
     width,
-    span,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -123,62 +121,51 @@ def post_pre_streams_kernel(
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Every gradient of a block of C of all streams, over a share of the tokens."""
-    block = tl.program_id(0)
+    """Gradients of a block of C of all streams and of the branch, and its share of those of post and res."""
+    blocks = (width + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    block = tl.program_id(0) % blocks
     column = block * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = (column < width)[None, :]
     row, used = slot_rows(n, N, Q, GROUPS)
     slot = tl.arange(0, Q * N)
-    grad_phi = ()
-    for _ in tl.static_range(n):
-        grad_phi = grad_phi + (tl.full([Q * N, BLOCK_WIDTH], 0.0, tl.float32),)
-    first = tl.program_id(1) * span
-    for start in range(first, tl.minimum(first + span, tokens), BLOCK_TOKENS):
-        token = start + tl.arange(0, BLOCK_TOKENS)
-        live = token < tokens
-        token = token.to(tl.int64)
-        mask = live[:, None] & inside
-        base = token * width
-        offsets = base[:, None] + column[None, :]
-        tiles = load_streams(streams, base, column, mask, n, width)
-        written = tl.load(branch + offsets, mask=mask, other=0.0)
-        grad = tl.load(grad_input + offsets, mask=mask, other=0.0)
-        weights = load_mixing(post, res, token, live, n)
-        factor = tl.load(pull + token, mask=live, other=0.0)
-        slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
-        grads = ()
-        grown = ()
-        for o in tl.static_range(n):
-            fresh = narrow(mix(tiles, written, weights, o, n), streams.dtype.element_ty)
-            weight = tl.load(pre + token * n + o, mask=live, other=0.0)
-            place = base[:, None] * n + o * width + column[None, :]
-            outer = tl.load(grad_fresh + place, mask=mask, other=0.0).to(tl.float32)
-            outer += weight[:, None] * grad.to(tl.float32) + factor[:, None] * fresh.to(tl.float32)
-            factors = tl.load(
-                phi + row[:, None] * (n * width) + o * width + column[None, :], mask=used[:, None] & inside, other=0.0
-            ).to(tl.float32)
-            grads = grads + (product(slopes, factors, outer, PRECISION),)
-            grown = grown + (product_exact_right(tl.trans(slopes), fresh, grad_phi[o], PRECISION),)
-        grad_phi = grown
-        back = weights[n][:, None] * grads[0]
-        for o in tl.static_range(1, n):
-            back += weights[o * (n + 1) + n][:, None] * grads[o]
-        tl.store(grad_branch + offsets, narrow(back, grad_branch.dtype.element_ty), mask=mask)
-        for i in tl.static_range(n):
-            back = weights[i][:, None] * grads[0]
-            for o in tl.static_range(1, n):
-                back += weights[o * (n + 1) + i][:, None] * grads[o]
-            place = grad_streams + base[:, None] * n + i * width + column[None, :]
-            tl.store(place, narrow(back, grad_streams.dtype.element_ty), mask=mask)
-        parts = mixing_parts + (block * (n * (n + 1))).to(tl.int64) * tokens + token
-        for o in tl.static_range(n):
-            for i in tl.static_range(n):
-                tl.store(parts + (o * (n + 1) + i) * tokens, total(grads[o] * tiles[i].to(tl.float32), 1), mask=live)
-            tl.store(parts + (o * (n + 1) + n) * tokens, total(grads[o] * written.to(tl.float32), 1), mask=live)
-    part = tl.program_id(1).to(tl.int64) * (Q * N) + slot
+    token = (tl.program_id(0) // blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < tokens
+    token = token.to(tl.int64)
+    mask = live[:, None] & inside
+    base = token * width
+    offsets = base[:, None] + column[None, :]
+    tiles = load_streams(streams, base, column, mask, n, width)
+    written = tl.load(branch + offsets, mask=mask, other=0.0)
+    grad = tl.load(grad_input + offsets, mask=mask, other=0.0)
+    factor = tl.load(pull + token, mask=live, other=0.0)
+    slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
+    parts = mixing_parts + (block * (n * (n + 1))).to(tl.int64) * tokens + token
+    grads = ()
     for o in tl.static_range(n):
-        place = phi_parts + part[:, None] * (n * width) + o * width + column[None, :]
-        tl.store(place, grad_phi[o], mask=used[:, None] & inside)
+        weights = load_row(post, res, token, live, o, n)
+        fresh = settle(narrow(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
+        weight = tl.load(pre + token * n + o, mask=live, other=0.0)
+        outer = tl.load(grad_fresh + base[:, None] * n + o * width + column[None, :], mask=mask, other=0.0)
+        outer = outer.to(tl.float32) + weight[:, None] * grad.to(tl.float32) + factor[:, None] * fresh.to(tl.float32)
+        place = phi + row[:, None] * (n * width) + o * width + column[None, :]
+        factors = tl.load(place, mask=used[:, None] & inside, other=0.0).to(tl.float32)
+        outer = product_pair(slopes, factors, outer, streams.dtype.element_ty, PRECISION)
+        for i in tl.static_range(n):
+            tl.store(parts + (o * (n + 1) + i) * tokens, total(outer * tiles[i].to(tl.float32), 1), mask=live)
+        tl.store(parts + (o * (n + 1) + n) * tokens, total(outer * written.to(tl.float32), 1), mask=live)
+        grads = grads + (outer,)
+    # Loaded again: held over the matmuls, n² + n coefficients a token would crowd the registers.
+    weights = load_mixing(post, res, token, live, n)
+    back = weights[n][:, None] * grads[0]
+    for o in tl.static_range(1, n):
+        back += weights[o * (n + 1) + n][:, None] * grads[o]
+    tl.store(grad_branch + offsets, narrow(back, grad_branch.dtype.element_ty), mask=mask)
+    for i in tl.static_range(n):
+        back = weights[i][:, None] * grads[0]
+        for o in tl.static_range(1, n):
+            back += weights[o * (n + 1) + i][:, None] * grads[o]
+        place = grad_streams + base[:, None] * n + i * width + column[None, :]
+        tl.store(place, narrow(back, grad_streams.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
@@ -282,38 +269,44 @@ def post_pre_backward(
         sums, squares, gates, grad_next_post.contiguous(), grad_next_res.contiguous(), scale, bias,
         iters, norm_eps, eps, geometry, MANIFOLD_FLAGS[manifold],
     )  # fmt: skip
-    grads, phi_parts = _stream_gradients(
-        (streams, branch, post, res), phi, grad_fresh.contiguous(), grad_layer_input, slopes, geometry
-    )
+    mixing = (branch, post, res)
+    config = backward_config(geometry, streams.element_size())
+    if config is None:
+        grad_fresh, phi_parts = stream_gradients(
+            streams, phi, grad_layer_input, slopes, geometry, mixing=mixing, grad_fresh=grad_fresh.contiguous()
+        )
+        grads = post_backward(grad_fresh, streams, *mixing)
+    else:
+        _, phi_parts = stream_gradients(streams, phi, grad_layer_input, slopes, geometry, mixing=mixing)
+        grads = _all_stream_gradients(
+            (streams, *mixing), phi, grad_fresh.contiguous(), grad_layer_input, slopes, geometry, config
+        )
     return (*grads, *reduce_mapping(phi_parts, slopes, phi, scale, bias, geometry))
 
 
-def _stream_gradients(
+def _all_stream_gradients(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     phi: Tensor,
     grad_fresh: Tensor,
     grad_input: Tensor,
     slopes: Slopes,
     geometry: Geometry,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Gradients of (streams, branch, post, res), and partial gradients of phi [splits, Q·N, n·C]."""
-    streams = inputs[0]
+    config: PostPreGradConfig,
+) -> tuple[Tensor, ...]:
+    """Gradients of (streams, branch, post, res), the gradient of the new streams held in registers."""
     n, width, tokens = geometry.n, geometry.width, geometry.tokens
-    config = backward_config(geometry, streams.element_size())
-    span = ceil_div(ceil_div(tokens, config.splits), config.block_tokens) * config.block_tokens
-    splits, blocks = ceil_div(tokens, span), ceil_div(width, config.block_width)
+    blocks = ceil_div(width, config.block_width)
     grads = tuple(torch.empty_like(tensor) for tensor in inputs)
-    mixing_parts = empty(streams, blocks, n * (n + 1), tokens)
-    phi_parts = empty(streams, splits, geometry.slots, n * width)
+    mixing_parts = empty(phi, blocks, n * (n + 1), tokens)
     launch(
-        post_pre_streams_kernel, (blocks, splits),
+        post_pre_backward_kernel, (blocks * ceil_div(tokens, config.block_tokens),),
         *inputs, phi, grad_fresh, grad_input, slopes.rows, slopes.pull, slopes.weights,
-        grads[0], grads[1], mixing_parts, phi_parts, tokens, width, span,
-        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-        num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **products(),
+        grads[0], grads[1], mixing_parts, tokens, width,
+        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps, num_stages=1,
+        **geometry.constants(), **products(),
     )  # fmt: skip
     launch(
         mixing_reduce_kernel, (ceil_div(tokens, 128), n * (n + 1)),
         mixing_parts, grads[2], grads[3], tokens, blocks, n=n, BLOCK_TOKENS=128, num_warps=4,
     )  # fmt: skip
-    return grads, phi_parts
+    return grads

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import narrow, one_weight, product_exact_left, slot_rows, total
+from .device import narrow, one_weight, product_exact_left, settle, slot_rows, total
 
 
 @triton.jit
@@ -27,25 +27,32 @@ def load_streams(streams, base, column, mask, n: tl.constexpr, width):
 
 
 @triton.jit
-def load_mixing(post, res, token, live, n: tl.constexpr):
-    """Load a site's coefficients: for each stream o, res[o, 0 … n-1] then post[o], each [tokens]."""
+def load_row(post, res, token, live, stream, n: tl.constexpr):
+    """Load what makes one stream after a site: res[stream, 0 … n-1], then post[stream], each [tokens]."""
     weights = ()
     token = token.to(tl.int64)
-    for o in tl.static_range(n):
-        for i in tl.static_range(n):
-            entry = tl.load(res + token * (n * n) + o * n + i, mask=live, other=0.0)
-            weights = weights + (entry.to(tl.float32),)
-        entry = tl.load(post + token * n + o, mask=live, other=0.0)
+    for i in tl.static_range(n):
+        entry = tl.load(res + token * (n * n) + stream * n + i, mask=live, other=0.0)
         weights = weights + (entry.to(tl.float32),)
+    entry = tl.load(post + token * n + stream, mask=live, other=0.0)
+    return weights + (entry.to(tl.float32),)
+
+
+@triton.jit
+def load_mixing(post, res, token, live, n: tl.constexpr):
+    """Load `load_row` of every stream, one after the other: n² + n vectors [tokens]."""
+    weights = ()
+    for o in tl.static_range(n):
+        weights = weights + load_row(post, res, token, live, o, n)
     return weights
 
 
 @triton.jit
-def mix(tiles, branch, weights, o: tl.constexpr, n: tl.constexpr):
-    """Stream o after the site (Eq. 3): Σ_i res[o, i] X_i + post_o · branch, in float32."""
-    mixed = weights[o * (n + 1) + n][:, None] * branch.to(tl.float32)
+def mix(tiles, branch, weights, first: tl.constexpr, n: tl.constexpr):
+    """Make a stream after the site (Eq. 3), in float32, by the row of coefficients that starts at `first`."""
+    mixed = weights[first + n][:, None] * branch.to(tl.float32)
     for i in tl.static_range(n):
-        mixed += weights[o * (n + 1) + i][:, None] * tiles[i].to(tl.float32)
+        mixed += weights[first + i][:, None] * tiles[i].to(tl.float32)
     return mixed
 
 
@@ -103,7 +110,7 @@ def project(
         for o in tl.static_range(n):
             offsets = base[:, None] * n + o * width + column[None, :]
             if MIX:
-                fresh = narrow(mix(tiles, written, weights, o, n), streams.dtype.element_ty)
+                fresh = settle(narrow(mix(tiles, written, weights, o * (n + 1), n), streams.dtype.element_ty), PRECISION)
                 if STORE:
                     tl.store(fresh_streams + offsets, fresh, mask=mask)
             else:
