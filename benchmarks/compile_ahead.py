@@ -244,6 +244,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every n and dtype, on every target (minutes)")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--target", default="", choices=["", *(target.name for target in TARGETS)])
+    parser.add_argument("--bad", action="store_true", help="print only what spills or does not fit")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     rows: list[Row] = []
@@ -256,7 +257,7 @@ def main() -> int:
         for task in tasks:
             rows += task.result()
     rows.sort(key=lambda row: (row.kernel, row.case, [target.name for target in TARGETS].index(row.target)))
-    _print(rows)
+    _print([row for row in rows if not (arguments.bad and row.fits)])
     bad = [row for row in rows if not row.fits]
     print(f"{len(rows)} kernels compiled, {len(bad)} spill or do not fit")
     return 1 if bad or not rows else 0

@@ -78,8 +78,8 @@ class StreamsConfig:
 
 
 def slopes_config(geometry: Geometry) -> SlopesConfig:
-    """Choose tiles of about 512 slots: the replay is bound by registers, not by memory."""
-    return SlopesConfig(max(1, 512 // geometry.slots), 4, 512)
+    """Choose tiles of about 512 slots; Sinkhorn's replay takes twice the threads, for their registers."""
+    return SlopesConfig(max(1, 512 // geometry.slots), 4 if geometry.groups <= 2 else 8, 512)
 
 
 def streams_config(geometry: Geometry, element_size: int) -> StreamsConfig:
@@ -87,9 +87,10 @@ def streams_config(geometry: Geometry, element_size: int) -> StreamsConfig:
 
     The number of splits depends on the shape alone, so that results do not depend on the device.
     """
-    width = 64 if geometry.slots <= 64 and element_size == 2 else 32
+    width = 64 if geometry.slots <= 32 and element_size == 2 else 32
+    warps = 8 if geometry.slots > 64 or element_size == 4 else 4
     blocks = geometry.n * ceil_div(geometry.width, width)
-    return StreamsConfig(32, width, 4, 1, token_splits(geometry.tokens, blocks, 32))
+    return StreamsConfig(32, width, warps, 1, token_splits(geometry.tokens, blocks, 32))
 
 
 def token_splits(tokens: int, blocks: int, block_tokens: int) -> int:

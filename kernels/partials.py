@@ -17,21 +17,35 @@ from .project import project
 
 @dataclass(frozen=True)
 class PartialsConfig:
-    """Launch configuration: tile of tokens, channels of a step, warps, load stages, programs over C."""
+    """Launch configuration.
+
+    Attributes:
+        block_tokens: tokens of a tile, at least 16 to feed a matmul.
+        block_width: channels of a step.
+        warps: warps of a program.
+        stages: loads in flight; 1 leaves them unpipelined.
+        splits: programs over C.
+        one_stream: a program takes the share of one stream, and there are n times as many.
+    """
 
     block_tokens: int
     block_width: int
     warps: int
     stages: int
     splits: int
+    one_stream: bool
 
 
-def partials_config(geometry: Geometry, element_size: int) -> PartialsConfig:
-    """Choose by shape: few tokens are spread over C, two steps a program; many tokens fill the device themselves."""
-    narrow = 64 if geometry.slots <= 32 and element_size == 2 else 32
+def partials_config(geometry: Geometry, element_size: int, mixes: bool) -> PartialsConfig:
+    """Choose by shape: few tokens are spread over C, two steps a program; many tokens fill the device themselves.
+
+    From 5 streams on, n tiles and n² coefficients a token no longer fit the registers: one stream a program.
+    """
+    one_stream = geometry.n > 4
+    width = (64 if element_size == 2 else 32) if geometry.slots <= 32 and not mixes else 32 if element_size == 2 else 16
     if geometry.tokens <= 64:
-        return PartialsConfig(16, narrow, 4, 1, max(1, min(64, ceil_div(geometry.width, 2 * narrow))))
-    return PartialsConfig(32, narrow, 4, 1, 1)
+        return PartialsConfig(16, width, 4, 1, max(1, min(64, ceil_div(geometry.width, 2 * width))), one_stream)
+    return PartialsConfig(32, width, 4, 1, 1, one_stream)
 
 
 def chunk_of(width: int, splits: int, block_width: int) -> int:
@@ -60,6 +74,7 @@ def partials_kernel(
     GROUPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    ONE: tl.constexpr,
     MIX: tl.constexpr,
     STORE: tl.constexpr,
     GRADS: tl.constexpr,
@@ -68,11 +83,12 @@ def partials_kernel(
     """Write sums [splits, tokens, Q·N], squares [splits, tokens] and, with GRADS, gates [splits, tokens, n]."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
-    begin = tl.program_id(1) * chunk
+    stream = tl.program_id(1) % n if ONE else 0
+    begin = (tl.program_id(1) // n if ONE else tl.program_id(1)) * chunk
     end = tl.minimum(begin + chunk, width)
     summed, square, gate = project(
-        streams, branch, post, res, fresh_streams, grad_input, phi, token, live, width, begin, end,
-        n, N, Q, GROUPS, BLOCK_WIDTH, MIX, STORE, GRADS, PRECISION,
+        streams, branch, post, res, fresh_streams, grad_input, phi, token, live, width, begin, end, stream,
+        n, N, Q, GROUPS, BLOCK_WIDTH, ONE, MIX, STORE, GRADS, PRECISION,
     )  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * tokens + token
     slot = tl.arange(0, Q * N)
@@ -80,7 +96,8 @@ def partials_kernel(
     tl.store(squares + row, square, mask=live)
     if GRADS:
         for i in tl.static_range(n):
-            tl.store(gates + row * n + i, gate[i], mask=live)
+            share = tl.where(stream == i, gate[0], 0.0) if ONE else gate[i]
+            tl.store(gates + row * n + i, share, mask=live)
 
 
 @triton.jit
@@ -135,9 +152,10 @@ def project_partials(
     Returns:
         sums [splits, tokens, Q·N], squares [splits, tokens], gates [splits, tokens, n] (empty without `grad_input`).
     """
-    config = partials_config(geometry, streams.element_size())
+    config = partials_config(geometry, streams.element_size(), mixing is not None)
     chunk = chunk_of(geometry.width, config.splits, config.block_width)
-    splits, tokens = ceil_div(geometry.width, chunk), geometry.tokens
+    tokens = geometry.tokens
+    splits = ceil_div(geometry.width, chunk) * (geometry.n if config.one_stream else 1)
     sums, squares = empty(streams, splits, tokens, geometry.slots), empty(streams, splits, tokens)
     gates = empty(streams, splits, tokens, geometry.n if grad_input is not None else 0)
     branch, post, res = mixing or (streams, sums, sums)
@@ -146,8 +164,8 @@ def project_partials(
         streams, branch, post, res, streams if fresh_streams is None else fresh_streams,
         streams if grad_input is None else grad_input, phi, sums, squares, squares if grad_input is None else gates,
         tokens, geometry.width, chunk,
-        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, MIX=mixing is not None,
-        STORE=fresh_streams is not None, GRADS=grad_input is not None,
+        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, ONE=config.one_stream,
+        MIX=mixing is not None, STORE=fresh_streams is not None, GRADS=grad_input is not None,
         num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **products(),
     )  # fmt: skip
     return sums, squares, gates

@@ -26,8 +26,7 @@ from .launch import Geometry, ceil_div, empty, launch, products
 from .mapping import Slopes, coefficient_gradients, reduce_mapping, stream_gradients
 from .partials import project_partials
 from .post import post_backward
-from .pre import MANIFOLD_FLAGS, PreConfig, finish, geometry_of
-from .pre import forward_config as pre_forward_config
+from .pre import MANIFOLD_FLAGS, finish, forward_config, geometry_of
 from .project import collapse, load_mixing, load_row, load_streams, mix, project
 
 
@@ -38,11 +37,6 @@ class PostPreGradConfig:
     block_tokens: int
     block_width: int
     warps: int
-
-
-def forward_config(geometry: Geometry, element_size: int) -> PreConfig:
-    """Choose by shape; as for `pre`, and narrower where the n tiles of a step crowd the registers."""
-    return pre_forward_config(geometry, element_size)
 
 
 def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig | None:
@@ -85,8 +79,8 @@ def post_pre_forward_kernel(
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
     sums, squares, _ = project(
-        streams, branch, post, res, fresh_streams, streams, phi, token, live, width, 0, width,
-        n, N, Q, GROUPS, BLOCK_WIDTH, True, True, False, PRECISION,
+        streams, branch, post, res, fresh_streams, streams, phi, token, live, width, 0, width, 0,
+        n, N, Q, GROUPS, BLOCK_WIDTH, False, True, True, False, PRECISION,
     )  # fmt: skip
     logits, _, _, _ = logits_tile(sums, squares, scale, bias, width, norm_eps, n, N, Q, GROUPS)
     weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
@@ -220,9 +214,9 @@ def post_pre(
     streams, branch, post, res, phi, scale, bias = (
         tensor.contiguous() for tensor in (streams, branch, post, res, phi, scale, bias)
     )
-    config = forward_config(geometry, streams.element_size())
+    config = forward_config(geometry, streams.element_size(), mixes=True)
     common: dict[str, Any] = {**geometry.constants(), **MANIFOLD_FLAGS[manifold], "HAS_EPS": eps != 0.0}
-    if config.splits == 1:
+    if config.fused:
         launch(
             post_pre_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             streams, branch, post, res, phi, scale, bias, *outputs, tokens, width, iters, norm_eps, eps,

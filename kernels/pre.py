@@ -33,28 +33,33 @@ class PreConfig:
     """Launch configuration of the forward.
 
     Attributes:
+        fused: one launch; otherwise the partial projections and `pre_finish_kernel`.
         block_tokens: tokens of a program's tile; at least 16 where it feeds a matmul.
         block_width: channels of a step.
         warps: warps of a program.
         stages: loads in flight; 1 leaves them unpipelined.
-        splits: programs over C; 1 is the fused launch.
-        finish_tokens: tokens of a program of the second launch, where there is one.
+        chunks: programs over C of the second launch.
     """
 
+    fused: bool
     block_tokens: int
     block_width: int
     warps: int
-    stages: int
-    splits: int = 1
-    finish_tokens: int = 4
+    stages: int = 1
+    chunks: int = 1
 
 
-def forward_config(geometry: Geometry, element_size: int) -> PreConfig:
-    """Choose by shape: at most 64 tokens are split over C so that a decoding step fills the device."""
-    narrow = 64 if geometry.slots <= 32 and element_size == 2 else 32
+def forward_config(geometry: Geometry, element_size: int, mixes: bool) -> PreConfig:
+    """Choose by shape: at most 64 tokens are split over C, so that a decoding step fills the device.
+
+    From 5 streams on the launch is split too, for the registers' sake: see `partials_config`.
+    """
+    partials = partials_config(geometry, element_size, mixes)
     if geometry.tokens <= 64:
-        return PreConfig(16, narrow, 4, 1, splits=partials_config(geometry, element_size).splits)
-    return PreConfig(32, narrow, 4, 1)
+        return PreConfig(False, 4, 128, 4, chunks=ceil_div(geometry.width, 256))
+    if partials.one_stream:
+        return PreConfig(False, 4, 128, 4)
+    return PreConfig(True, partials.block_tokens, partials.block_width, partials.warps, partials.stages)
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
@@ -86,8 +91,8 @@ def pre_forward_kernel(
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
     sums, squares, _ = project(
-        streams, streams, streams, streams, streams, streams, phi, token, live, width, 0, width,
-        n, N, Q, GROUPS, BLOCK_WIDTH, False, False, False, PRECISION,
+        streams, streams, streams, streams, streams, streams, phi, token, live, width, 0, width, 0,
+        n, N, Q, GROUPS, BLOCK_WIDTH, False, False, False, False, PRECISION,
     )  # fmt: skip
     logits, _, _, _ = logits_tile(sums, squares, scale, bias, width, norm_eps, n, N, Q, GROUPS)
     weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
@@ -133,7 +138,7 @@ def pre_finish_kernel(
     logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
     weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
     if GROUPS > 1:
-        store_coefficients(weights, post, res, token, live & (tl.program_id(1) == 0), n, N, Q)
+        store_coefficients(weights, post, res, token, token < tl.where(tl.program_id(1) == 0, tokens, 0), n, N, Q)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, width)
     collapse(streams, weights, layer_input, token, live, width, begin, end, n, N, Q, BLOCK_WIDTH)
@@ -156,9 +161,9 @@ def forward(
     post, res = empty(streams, tokens, n), empty(streams, tokens, n, n)
     if tokens == 0:
         return layer_input, post, res
-    config = forward_config(geometry, streams.element_size())
+    config = forward_config(geometry, streams.element_size(), mixes=False)
     common: dict[str, Any] = {**geometry.constants(), **flags, "HAS_EPS": eps != 0.0}
-    if config.splits == 1:
+    if config.fused:
         launch(
             pre_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             streams, phi, scale, bias, layer_input, post, res, tokens, width, iters, norm_eps, eps,
@@ -188,12 +193,12 @@ def finish(
     common: dict[str, Any],
 ) -> None:
     """Launch the second half of a forward that was split over C."""
-    chunk = chunk_of(geometry.width, config.splits, config.block_width)
+    chunk = chunk_of(geometry.width, config.chunks, config.block_width)
     launch(
-        pre_finish_kernel, (ceil_div(geometry.tokens, config.finish_tokens), ceil_div(geometry.width, chunk)),
+        pre_finish_kernel, (ceil_div(geometry.tokens, config.block_tokens), ceil_div(geometry.width, chunk)),
         streams, sums, squares, scale, bias, layer_input, post, res,
         geometry.tokens, geometry.width, iters, norm_eps, eps, sums.shape[0], chunk,
-        BLOCK_TOKENS=config.finish_tokens, BLOCK_WIDTH=config.block_width, num_warps=4, **common,
+        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps, **common,
     )  # fmt: skip
 
 

@@ -70,11 +70,13 @@ def project(
     width,
     begin,
     end,
+    stream,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    ONE: tl.constexpr,
     MIX: tl.constexpr,
     STORE: tl.constexpr,
     GRADS: tl.constexpr,
@@ -83,10 +85,11 @@ def project(
     """Accumulate over channels begin … end what a site's coefficients, or their gradients, need.
 
     With MIX the streams are those after a `post`, made in registers and rounded to the streams' dtype as they are
-    stored (otherwise forward and backward would see different streams); with STORE they are written out.
+    stored (otherwise forward and backward would see different streams); with STORE they are written out. With ONE,
+    only the share of `stream` is accumulated.
 
     Returns:
-        products [tokens, Q·N] of the streams with phi, their sums of squares [tokens], and with GRADS a tuple of n
+        products [tokens, Q·N] of the streams with phi, their sums of squares [tokens], and with GRADS a tuple of the
         products [tokens] of each stream with the gradient of the collapsed streams.
     """
     row, used = slot_rows(n, N, Q, GROUPS)
@@ -94,10 +97,10 @@ def project(
     products = tl.full([token.shape[0], Q * N], 0.0, tl.float32)
     squares = tl.full([token.shape[0]], 0.0, tl.float32)
     gates = ()
-    for _ in tl.static_range(n if GRADS else 0):
+    for _ in tl.static_range((1 if ONE else n) if GRADS else 0):
         gates = gates + (squares,)
     if MIX:
-        weights = load_mixing(post, res, token, live, n)
+        weights = load_row(post, res, token, live, stream, n) if ONE else load_mixing(post, res, token, live, n)
     for start in range(begin, end, BLOCK_WIDTH):
         column = start + tl.arange(0, BLOCK_WIDTH)
         mask = live[:, None] & (column < width)[None, :]
@@ -107,10 +110,11 @@ def project(
         if GRADS:
             grad = tl.load(grad_input + base[:, None] + column[None, :], mask=mask, other=0.0)
         sums = ()
-        for o in tl.static_range(n):
+        for k in tl.static_range(1 if ONE else n):
+            o = stream if ONE else k
             offsets = base[:, None] * n + o * width + column[None, :]
             if MIX:
-                fresh = settle(narrow(mix(tiles, written, weights, o * (n + 1), n), streams.dtype.element_ty), PRECISION)
+                fresh = settle(narrow(mix(tiles, written, weights, k * (n + 1), n), streams.dtype.element_ty), PRECISION)
                 if STORE:
                     tl.store(fresh_streams + offsets, fresh, mask=mask)
             else:
@@ -124,7 +128,7 @@ def project(
             wide = fresh.to(tl.float32)
             squares += total(wide * wide, 1)
             if GRADS:
-                sums = sums + (gates[o] + total(wide * grad.to(tl.float32), 1),)
+                sums = sums + (gates[k] + total(wide * grad.to(tl.float32), 1),)
         gates = sums
     return products, squares, gates
 
