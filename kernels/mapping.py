@@ -377,6 +377,6 @@ def reduce_mapping(
         reduce_kernel, (geometry.rows + 1, ceil_div(flat_width, 1024)),
         phi_parts, slopes.bias_parts, slopes.scale_parts, *grads,
         flat_width, phi_parts.shape[0], slopes.bias_parts.shape[0],
-        BLOCK=1024, BLOCK_PROGRAMS=32, num_warps=4, **geometry.constants(),
+        BLOCK=1024, BLOCK_PROGRAMS=16, num_warps=4, **geometry.constants(),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]

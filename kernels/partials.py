@@ -36,16 +36,18 @@ class PartialsConfig:
     one_stream: bool
 
 
-def partials_config(geometry: Geometry, element_size: int, mixes: bool) -> PartialsConfig:
+def partials_config(geometry: Geometry, element_size: int, crowded: bool) -> PartialsConfig:
     """Choose by shape: few tokens are spread over C, two steps a program; many tokens fill the device themselves.
 
-    From 5 streams on, n tiles and n² coefficients a token no longer fit the registers: one stream a program.
+    Steps are half as wide where a mix or a backward (`crowded`) needs the registers as well. From 5 streams on, n tiles
+    and n² coefficients a token do not fit at all: one stream a program.
     """
     one_stream = geometry.n > 4
-    width = (64 if element_size == 2 else 32) if geometry.slots <= 32 and not mixes else 32 if element_size == 2 else 16
+    width = (32 if crowded or geometry.slots > 32 else 64) * 2 // element_size
     if geometry.tokens <= 64:
         return PartialsConfig(16, width, 4, 1, max(1, min(64, ceil_div(geometry.width, 2 * width))), one_stream)
-    return PartialsConfig(32, width, 4, 1, 1, one_stream)
+    warps = 8 if crowded and element_size == 4 else 4
+    return PartialsConfig(32, width, warps, 1, 1, one_stream)
 
 
 def chunk_of(width: int, splits: int, block_width: int) -> int:
@@ -152,7 +154,7 @@ def project_partials(
     Returns:
         sums [splits, tokens, Q·N], squares [splits, tokens], gates [splits, tokens, n] (empty without `grad_input`).
     """
-    config = partials_config(geometry, streams.element_size(), mixing is not None)
+    config = partials_config(geometry, streams.element_size(), mixing is not None or grad_input is not None)
     chunk = chunk_of(geometry.width, config.splits, config.block_width)
     tokens = geometry.tokens
     splits = ceil_div(geometry.width, chunk) * (geometry.n if config.one_stream else 1)
