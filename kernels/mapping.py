@@ -87,7 +87,7 @@ def streams_config(geometry: Geometry, element_size: int) -> StreamsConfig:
 
     The number of splits depends on the shape alone, so that results do not depend on the device.
     """
-    width = 64 if geometry.slots <= 32 and element_size == 2 else 32
+    width = 32
     warps = 8 if geometry.slots > 64 or element_size == 4 else 4
     blocks = geometry.n * ceil_div(geometry.width, width)
     return StreamsConfig(32, width, warps, 1, token_splits(geometry.tokens, blocks, 32))

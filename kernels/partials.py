@@ -45,7 +45,7 @@ def partials_config(geometry: Geometry, element_size: int, crowded: bool) -> Par
     one_stream = geometry.n > 4
     width = (32 if crowded or geometry.slots > 32 else 64) * 2 // element_size
     if geometry.tokens <= 64:
-        return PartialsConfig(16, width, 4, 1, max(1, min(64, ceil_div(geometry.width, 2 * width))), one_stream)
+        return PartialsConfig(16, width, 2 if crowded else 4, 1, max(1, min(64, ceil_div(geometry.width, 2 * width))), one_stream)
     warps = 8 if crowded and element_size == 4 else 4
     return PartialsConfig(32, width, warps, 1, 1, one_stream)
 

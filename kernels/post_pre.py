@@ -43,7 +43,7 @@ def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig 
     """Choose a tile whose n streams and n gradients fit the registers; None where none does, from 5 streams on."""
     if geometry.n > 4:
         return None
-    return PostPreGradConfig(64, 32, 8) if element_size == 2 else PostPreGradConfig(32, 16, 4)
+    return PostPreGradConfig(64, 16, 4) if element_size == 2 else PostPreGradConfig(32, 16, 4)
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
