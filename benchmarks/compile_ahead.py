@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     rows: list[Row] = []
-    with ProcessPoolExecutor(arguments.jobs) as pool:
+    pool_of = ProcessPoolExecutor if arguments.jobs > 1 else ThreadPoolExecutor
+    with pool_of(arguments.jobs) as pool:
         tasks = [
             pool.submit(compile_all, target, cases, arguments.kernel, part, 4)
             for target, cases in _work(arguments)

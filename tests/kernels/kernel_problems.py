@@ -81,7 +81,7 @@ def assert_as_good(
     """Check |truth − kernel| ≤ |truth − plain PyTorch| + slack, in the largest entry of each tensor.
 
     The slack is 64 float32 roundings of the largest true entry, for sums taken in another order, and where tensors
-    are of a narrower dtype an eighth of one of its roundings, for ties.
+    are of a narrower dtype one rounding to it: which way a tie goes, and which sums are rounded, differs.
     """
     assert len(kernel) == len(plain) == len(truth)
     for index, (ours, theirs, true) in enumerate(zip(kernel, plain, truth, strict=True)):
@@ -95,7 +95,7 @@ def assert_as_good(
         size = true.abs().max().item()
         slack = 64 * torch.finfo(torch.float32).eps * max(size, 1e-3)
         if dtype != torch.float32:
-            slack += torch.finfo(dtype).eps / 8 * size
+            slack += torch.finfo(dtype).eps / 2 * size
         assert error <= allowed + slack, f"{what}: output {index} errs by {error:.2e}, plain PyTorch {allowed:.2e}"
 
 
