@@ -2,8 +2,9 @@
 
     python -m benchmarks.compile_ahead [--all] [--kernel NAME] [--target sm_90] [--jobs N]
 
-The launches are those the operators would make: they run on meta tensors, with the launcher recorded. Prints registers,
-spilled bytes, shared memory and the widest global load; exits 1 on a spill or on a kernel that does not fit.
+The launches are those the operators would make: they run on meta tensors, with the launcher recorded. Prints
+registers, spilled bytes, shared memory and the widest global load; exits 1 on a spill or on a kernel that
+does not fit.
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+from mhc_compile.kernels import head, launch, post, post_pre, pre, sinkhorn
+from mhc_compile.kernels.manifolds import MANIFOLDS
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-
-from mhc_compile.kernels import head, launch, post, post_pre, pre, sinkhorn
-from mhc_compile.kernels.manifolds import MANIFOLDS
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def run_operators(case: Case) -> None:
 def launches(case: Case, target: Target) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Return (kernel, arguments, options) of every launch that the operators make for a case."""
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    with launch.recording(lambda kernel, grid, args, options: found.append((kernel, args, options)), target.gpu.backend):
+    with launch.recording(
+        lambda kernel, grid, args, options: found.append((kernel, args, options)), target.gpu.backend
+    ):
         run_operators(case)
     return found
 
@@ -198,14 +200,19 @@ def _resources(compiled: Any) -> tuple[int, int]:
         text = subprocess.run(
             [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack, local = (int(re.findall(rf"{key}:(\d+)", text)[-1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.findall(rf"{key}:(\d+)", text)[-1]) for key in ("REG", "STACK", "LOCAL")
+    )
     return registers, stack + local
 
 
 def _widest_load(assembly: dict[str, str]) -> int:
     """Bits of the widest load from global memory; 0 where the assembly shows none."""
     if "amdgcn" in assembly:
-        widths = re.findall(r"(?:global|buffer)_load_(?:lds_)?(dwordx4|dwordx3|dwordx2|dword|ushort|short)", assembly["amdgcn"])
+        widths = re.findall(
+            r"(?:global|buffer)_load_(?:lds_)?(dwordx4|dwordx3|dwordx2|dword|ushort|short)",
+            assembly["amdgcn"],
+        )
         bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
         return max((bits[width] for width in widths), default=0)
     text = assembly["ptx"]
@@ -217,11 +224,10 @@ def _widest_load(assembly: dict[str, str]) -> int:
 
 def _print(rows: list[Row]) -> None:
     table = Table(title="kernels compiled ahead of time", title_justify="left")
-    for heading, justify in (
-        ("kernel", "left"), ("case", "left"), ("tile", "left"), ("target", "left"), ("registers", "right"),
-        ("spilled B", "right"), ("shared B", "right"), ("load bits", "right"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify, no_wrap=True)
+    for heading in ("kernel", "case", "tile", "target"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("registers", "spilled B", "shared B", "load bits"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         style = None if row.fits else "bold red"
         cells = (row.registers, row.spilled, row.shared, row.load_bits)
@@ -232,7 +238,7 @@ def _print(rows: list[Row]) -> None:
 def _work(arguments: argparse.Namespace) -> Iterator[tuple[Target, tuple[Case, ...]]]:
     for target in TARGETS:
         if arguments.target in ("", target.name):
-            cases = MAIN_CASES
+            cases: tuple[Case, ...] = MAIN_CASES
             if arguments.all or target.name == "sm_90":
                 cases += MORE_CASES
             yield target, cases + (OTHER_CASES if arguments.all else ())

@@ -1,4 +1,7 @@
-"""`post_pre` in plain PyTorch: a site's `post`, then the next site's `pre`, each as the reference defines it."""
+"""`post_pre` in plain PyTorch.
+
+A site's `post`, then the next site's `pre`, each as the reference defines it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def post_pre(
     eps: float = 0.0,
     manifold: str = "sinkhorn",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the new streams [*, n, C], and layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
+    """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
     fresh = reference.post(streams, branch, post, res)
     return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold))
 
@@ -45,7 +48,17 @@ def post_pre_backward(
     """Return the gradients of `post_pre` with respect to its seven tensors, making the new streams again."""
     fresh = reference.post(streams, branch, post, res)
     through, *grad_mapping = reference.pre_backward(
-        grad_layer_input, grad_next_post, grad_next_res, fresh, phi, scale, bias, iters, norm_eps, eps, manifold
+        grad_layer_input,
+        grad_next_post,
+        grad_next_res,
+        fresh,
+        phi,
+        scale,
+        bias,
+        iters,
+        norm_eps,
+        eps,
+        manifold,
     )
     grads = reference.post_backward(grad_fresh + through, streams, branch, post, res)
     return (*grads, *grad_mapping)

@@ -1,12 +1,15 @@
-"""Device functions that several kernels share: sums, split-precision products, Sinkhorn, a site's coefficients.
+"""Device functions that kernels share: sums, split-precision products, Sinkhorn, a site's coefficients.
 
-A token's coefficients live in one register tile [tokens, Q, N], N and Q padded to powers of two: group 0 holds pre,
-group 1 post, groups 2 … n+1 the rows of the n×n matrix. Entry (q, j) belongs to row q·n + j of phi, so the tile is
-a reshape of the projection's product, nothing is moved between the matmul and Sinkhorn, and any n fits by masks.
+A token's coefficients live in one register tile [tokens, Q, N], N and Q padded to powers of two: group 0
+holds pre, group 1 post, groups 2 … n+1 the rows of the n×n matrix. Entry (q, j) belongs to row q·n + j of
+phi, so the tile is a reshape of the projection's product, nothing is moved between the matmul and Sinkhorn,
+and any n fits by masks.
 
-Only builtins of the language are used (`tl.reduce`, not `tl.sum`): the wrappers are themselves jitted, and stay
-compiled, hence uncallable, when Triton was imported before its interpreter was switched on.
+Only builtins of the language are used (`tl.reduce`, not `tl.sum`): the wrappers are themselves jitted, and
+stay compiled, hence uncallable, when Triton was imported before its interpreter was switched on.
 """
+
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -17,25 +20,25 @@ from triton.language import standard
 # Stands in for minus infinity in padding, where inf - inf would be NaN.
 LOWEST = tl.constexpr(-1.0e30)
 
-# Fixed when the kernels are decorated. The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16 in a dot
-# and truncates where a device rounds; both are done by hand there.
+# Fixed when the kernels are decorated. The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16
+# in a dot and truncates where a device rounds; both are done by hand there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def total(values, axis: tl.constexpr):  # noqa: ANN001, ANN201
+def total(values: tl.tensor, axis: tl.constexpr) -> tl.tensor:
     """Sum over an axis."""
     return tl.reduce(values, axis, standard._sum_combine)
 
 
 @triton.jit
-def largest(values, axis: tl.constexpr):  # noqa: ANN001, ANN201
+def largest(values: tl.tensor, axis: tl.constexpr) -> tl.tensor:
     """Maximum over an axis."""
     return tl.reduce(values, axis, standard._elementwise_max)
 
 
 @triton.jit
-def narrow(values, dtype: tl.constexpr):  # noqa: ANN001, ANN201
+def narrow(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Round float32 to `dtype`, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
@@ -45,11 +48,12 @@ def narrow(values, dtype: tl.constexpr):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def settle(values, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+def settle(values: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """Return `values` unchanged, made once.
 
-    Where a matmul takes a value in another register layout, the compiler would rather make it again in that layout
-    than move it. A mix of n streams, made again by every warp, costs hundreds of registers: an opaque move stops it.
+    Where a matmul takes a value in another register layout, the compiler would rather make it again in that
+    layout than move it. A mix of n streams, made again by every warp, costs hundreds of registers: an opaque
+    move stops it.
     """
     if INTERPRETED:
         return values
@@ -60,7 +64,7 @@ def settle(values, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def product(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+def product(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """`acc + left @ right` on one pair of operands of equal dtype."""
     if INTERPRETED:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
@@ -68,11 +72,13 @@ def product(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def product_exact_left(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+def product_exact_left(
+    left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr
+) -> tl.tensor:
     """`acc + left @ right` where `right` is float32 and `left` a stream; keeps float32 accuracy.
 
-    A bfloat16 stream is exact as it is, so three bfloat16 pieces of the float32 factor (8 bits each) give every
-    bit of the product, at the price of 1.5 TF32 products.
+    A bfloat16 stream is exact as it is, so three bfloat16 pieces of the float32 factor (8 bits each) give
+    every bit of the product, at the price of 1.5 TF32 products.
     """
     if left.dtype == tl.bfloat16:
         high = right.to(tl.bfloat16)
@@ -86,7 +92,9 @@ def product_exact_left(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN0
 
 
 @triton.jit
-def product_exact_right(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+def product_exact_right(
+    left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr
+) -> tl.tensor:
     """`acc + left @ right` where `left` is float32 and `right` a stream; see `product_exact_left`."""
     if right.dtype == tl.bfloat16:
         high = left.to(tl.bfloat16)
@@ -100,10 +108,13 @@ def product_exact_right(left, right, acc, PRECISION: tl.constexpr):  # noqa: ANN
 
 
 @triton.jit
-def product_pair(left, right, acc, like: tl.constexpr, PRECISION: tl.constexpr):  # noqa: ANN001, ANN201
+def product_pair(
+    left: tl.tensor, right: tl.tensor, acc: tl.tensor, like: tl.constexpr, PRECISION: tl.constexpr
+) -> tl.tensor:
     """`acc + left @ right`, both float32, for a result that will be rounded to `like`.
 
-    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of TF32.
+    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of
+        TF32.
     """
     if like == tl.bfloat16:
         left_high = left.to(tl.bfloat16)
@@ -117,13 +128,13 @@ def product_pair(left, right, acc, like: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _nonzero(sums):  # noqa: ANN001, ANN202
+def _nonzero(sums: tl.tensor) -> tl.tensor:
     """Padding sums to exactly 0; real sums lie in [1/n², n]."""
     return tl.where(sums == 0.0, 1.0, sums)
 
 
 @triton.jit
-def _sinkhorn_start(logits, valid, eps, HAS_EPS: tl.constexpr):  # noqa: ANN001, ANN202
+def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr) -> tuple:
     """First column and row normalisation, in the log domain where eps = 0.
 
     Returns the column softmax, the matrix and its row sums, all zero in the padding.
@@ -143,7 +154,7 @@ def _sinkhorn_start(logits, valid, eps, HAS_EPS: tl.constexpr):  # noqa: ANN001,
 
 
 @triton.jit
-def _sinkhorn_step(matrix, eps, active):  # noqa: ANN001, ANN202
+def _sinkhorn_step(matrix: tl.tensor, eps: tl.tensor, active: tl.tensor) -> tuple:
     """One column, then one row normalisation, and their sums; changes nothing unless `active`."""
     column_sums = tl.where(active, _nonzero(total(matrix, 1) + eps), 1.0)
     matrix = matrix / column_sums[:, None, :]
@@ -152,7 +163,14 @@ def _sinkhorn_step(matrix, eps, active):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _sinkhorn_step_backward(grad, matrix, column_sums, row_sums, valid, active):  # noqa: ANN001, ANN202
+def _sinkhorn_step_backward(
+    grad: tl.tensor,
+    matrix: tl.tensor,
+    column_sums: tl.tensor,
+    row_sums: tl.tensor,
+    valid: tl.tensor,
+    active: tl.tensor,
+) -> tuple:
     """Take `_sinkhorn_step` back: the gradient and the matrix before it."""
     keep = tl.where(active, 1.0, 0.0)
     grad = (grad - keep * total(grad * matrix, 2)[:, :, None]) / row_sums[:, :, None]
@@ -162,7 +180,9 @@ def _sinkhorn_step_backward(grad, matrix, column_sums, row_sums, valid, active):
 
 
 @triton.jit
-def sinkhorn_tile(logits, valid, iters, eps, HAS_EPS: tl.constexpr):  # noqa: ANN001, ANN201
+def sinkhorn_tile(
+    logits: tl.tensor, valid: tl.tensor, iters: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr
+) -> tl.tensor:
     """Project a tile of logits [tokens, out, in] onto the doubly stochastic matrices, rows last (Eq. 9)."""
     _, matrix, _ = _sinkhorn_start(logits, valid, eps, HAS_EPS)
     for _ in range(iters - 1):
@@ -171,10 +191,18 @@ def sinkhorn_tile(logits, valid, iters, eps, HAS_EPS: tl.constexpr):  # noqa: AN
 
 
 @triton.jit
-def sinkhorn_tile_backward(grad, logits, valid, iters, eps, HAS_EPS: tl.constexpr):  # noqa: ANN001, ANN201
+def sinkhorn_tile_backward(
+    grad: tl.tensor,
+    logits: tl.tensor,
+    valid: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    HAS_EPS: tl.constexpr,
+) -> tl.tensor:
     """Differentiate `sinkhorn_tile` exactly, replaying the iterates in registers.
 
-    Four iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are kept,
+    Four iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are
+        kept,
     and walking back multiplies by them. The padding of `grad` must be zero.
     """
     probabilities, first, first_sums = _sinkhorn_start(logits, valid, eps, HAS_EPS)
@@ -203,7 +231,7 @@ def sinkhorn_tile_backward(grad, logits, valid, iters, eps, HAS_EPS: tl.constexp
 
 
 @triton.jit
-def slot_rows(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr):  # noqa: ANN201
+def slot_rows(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr) -> tuple:
     """For each of the Q·N slots of a coefficient tile: its row of phi, and whether it has one."""
     slot = tl.arange(0, Q * N)
     return (slot // N) * n + slot % N, (slot // N < GROUPS) & (slot % N < n)
@@ -211,17 +239,17 @@ def slot_rows(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.cons
 
 @triton.jit
 def logits_tile(
-    products,  # noqa: ANN001
-    squares,  # noqa: ANN001
-    scale,  # noqa: ANN001
-    bias,  # noqa: ANN001
-    width,  # noqa: ANN001
-    norm_eps,  # noqa: ANN001
+    products: tl.tensor,
+    squares: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    width: tl.tensor,
+    norm_eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
-):  # noqa: ANN201
+) -> tuple:
     """Turn products [tokens, Q·N] and sums of squares [tokens] into logits (Eq. 7).
 
     Returns logits, raw products (both [tokens, Q, N]), 1/RMS [tokens] and the scale of each group [Q].
@@ -239,7 +267,7 @@ def logits_tile(
 
 
 @triton.jit
-def matrix_slots(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):  # noqa: ANN201
+def matrix_slots(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr) -> tl.tensor:
     """Which slots [1, Q, N] hold the n×n matrix."""
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
@@ -247,16 +275,16 @@ def matrix_slots(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):  # noqa: AN
 
 
 @triton.jit
-def sigmoid(values):  # noqa: ANN001, ANN201
+def sigmoid(values: tl.tensor) -> tl.tensor:
     """1 / (1 + exp(-x)); exact 0 and 1 at the ends."""
     return 1.0 / (1.0 + tl.exp(-values))
 
 
 @triton.jit
 def activate(
-    logits,  # noqa: ANN001
-    iters,  # noqa: ANN001
-    eps,  # noqa: ANN001
+    logits: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -264,7 +292,7 @@ def activate(
     GATED: tl.constexpr,
     SINKHORN: tl.constexpr,
     HAS_EPS: tl.constexpr,
-):  # noqa: ANN201
+) -> tl.tensor:
     """Turn logits into coefficients (Eq. 8): pre and post through sigmoids, res through the manifold."""
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
@@ -281,7 +309,9 @@ def activate(
 
 
 @triton.jit
-def one_weight(weights, group: tl.constexpr, index: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):  # noqa: ANN001, ANN201
+def one_weight(
+    weights: tl.tensor, group: tl.constexpr, index: tl.constexpr, N: tl.constexpr, Q: tl.constexpr
+) -> tl.tensor:
     """Take slot (group, index) of a coefficient tile: [tokens]."""
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
@@ -290,15 +320,15 @@ def one_weight(weights, group: tl.constexpr, index: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def store_coefficients(
-    weights,  # noqa: ANN001
-    post,  # noqa: ANN001
-    res,  # noqa: ANN001
-    token,  # noqa: ANN001
-    live,  # noqa: ANN001
+    weights: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-):  # noqa: ANN201
+) -> None:
     """Write groups 1 and 2 … n+1 of a coefficient tile to post [*, n] and res [*, n, n]."""
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]

@@ -1,11 +1,12 @@
 """Which implementation a call takes: the Triton kernels or plain PyTorch.
 
-On a CUDA or ROCm device the kernels, on a CPU the reference. The reference also takes what the kernels do not cover:
-float64, more than 8 streams, manifolds that others register. Triton is imported on the first call that uses it, so
-that the operators work without it.
+On a CUDA or ROCm device the kernels, on a CPU the reference. The reference also takes what the kernels do not
+cover: float64, more than 8 streams, manifolds that others register. Triton is imported on the first call that
+uses it, so that the operators work without it.
 
-The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference` never uses
-the kernels; `triton` also runs them on CPU tensors, which needs Triton's interpreter (`TRITON_INTERPRET=1`).
+The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference`
+never uses the kernels; `triton` also runs them on CPU tensors, which needs Triton's interpreter
+(`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which operators, and which kernels, each fusion choice uses.
 
-`site` runs each site's operators on their own; `boundary` runs a site's `post` and the next site's `pre` as one;
-`paper` splits as arXiv 2512.24880 does (section 4.3); `inductor` is plain ATen, left to Inductor.
+`site` runs each site's operators on their own; `boundary` runs a site's `post` and the next site's `pre` as
+one; `paper` splits as arXiv 2512.24880 does (section 4.3); `inductor` is plain ATen, left to Inductor.
 """
 
 from __future__ import annotations

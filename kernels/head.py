@@ -1,6 +1,7 @@
 """`head`: read the streams out by a learned, sigmoid-weighted sum (the head of DeepSeek-V4).
 
-A `pre` whose mapping has one group of rows, with no post and no matrix: the same kernels, compiled for that case.
+A `pre` whose mapping has one group of rows, with no post and no matrix: the same kernels, compiled for that
+case.
 """
 
 from __future__ import annotations

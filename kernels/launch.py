@@ -1,7 +1,7 @@
-"""What every launch shares: the padded geometry of a call, the target's options, and one function that launches.
+"""What every launch shares: a call's padded geometry, the target's options, one function that launches.
 
-All launches pass through `launch`, so that a tool without a GPU can see each kernel with the arguments and the
-configuration it would really get (`recording`).
+All launches pass through `launch`, so that a tool without a GPU can see each kernel with the arguments and
+the configuration it would really get (`recording`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Geometry:
 
     @property
     def padded_groups(self) -> int:
-        """Groups padded to a power of two, for a product at least 16 wide, the narrowest that tensor cores take."""
+        """Groups padded to a power of two, and to 16 slots, the narrowest product of tensor cores."""
         needed = 1 if self.groups == 1 else self.n + 2
         return max(triton.next_power_of_2(needed), 16 // self.padded_n)
 

@@ -1,9 +1,11 @@
 """The backward of a site's mapping, shared by `pre`, `head` and `post_pre`.
 
-Three steps, none with atomics: the gradients of the logits from partial projections (Sinkhorn replayed in registers);
-the gradients of the streams, in programs that own a block of C and walk over tokens, so that each keeps its share of
-phi's gradient on chip; the sum of those shares over the splits of the tokens.
+Three steps, none with atomics: the gradients of the logits from partial projections (Sinkhorn replayed in
+registers); the gradients of the streams, in programs that own a block of C and walk over tokens, so that each
+keeps its share of phi's gradient on chip; the sum of those shares over the splits of the tokens.
 """
+
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -100,24 +102,24 @@ def token_splits(tokens: int, blocks: int, block_tokens: int) -> int:
 
 @triton.jit(do_not_specialize=["tokens", "iters", "splits"])
 def slopes_kernel(
-    sums,
-    squares,
-    gates,
-    grad_post,
-    grad_res,
-    scale,
-    bias,
-    rows,
-    pull,
-    pre,
-    bias_parts,
-    scale_parts,
-    tokens,
-    width,
-    iters,
-    norm_eps,
-    eps,
-    splits,
+    sums: tl.tensor,
+    squares: tl.tensor,
+    gates: tl.tensor,
+    grad_post: tl.tensor,
+    grad_res: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    rows: tl.tensor,
+    pull: tl.tensor,
+    pre: tl.tensor,
+    bias_parts: tl.tensor,
+    scale_parts: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    iters: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
+    splits: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -126,7 +128,7 @@ def slopes_kernel(
     SINKHORN: tl.constexpr,
     HAS_EPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-):
+) -> None:
     """Recompute the coefficients of tiles of tokens and differentiate them."""
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
@@ -137,7 +139,9 @@ def slopes_kernel(
     for tile in range(tl.program_id(0), (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS, tl.num_programs(0)):
         token = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         live = token < tokens
-        summed, square, gate = gather_partials(sums, squares, gates, token, live, tokens, splits, n, N, Q, True)
+        summed, square, gate = gather_partials(
+            sums, squares, gates, token, live, tokens, splits, n, N, Q, True
+        )
         logits, raw, inverse_rms, scales = logits_tile(
             summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS
         )
@@ -180,21 +184,21 @@ def slopes_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "span"])
 def streams_kernel(
-    streams,
-    branch,
-    post,
-    res,
-    grad_fresh,
-    phi,
-    grad_input,
-    rows,
-    pull,
-    pre,
-    grad_streams,
-    phi_parts,
-    tokens,
-    width,
-    span,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    grad_fresh: tl.tensor,
+    phi: tl.tensor,
+    grad_input: tl.tensor,
+    rows: tl.tensor,
+    pull: tl.tensor,
+    pre: tl.tensor,
+    grad_streams: tl.tensor,
+    phi_parts: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    span: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -204,11 +208,12 @@ def streams_kernel(
     MIX: tl.constexpr,
     STORE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
     """Gradients of one stream's block of C over a share of the tokens, and that share's gradient of phi.
 
-    With MIX the stream is the one after a `post`, made in registers, and its own gradient `grad_fresh` is added.
-    Without STORE only phi's gradient is wanted. The n programs of a block run side by side and share loads in L2.
+    With MIX the stream is the one after a `post`, made in registers, and its own gradient `grad_fresh` is
+    added. Without STORE only phi's gradient is wanted. The n programs of a block run side by side and share
+    loads in L2.
     """
     stream = tl.program_id(0) % n
     column = (tl.program_id(0) // n) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -216,7 +221,9 @@ def streams_kernel(
     row, used = slot_rows(n, N, Q, GROUPS)
     slot = tl.arange(0, Q * N)
     factors = tl.load(
-        phi + row[:, None] * (n * width) + stream * width + column[None, :], mask=used[:, None] & inside, other=0.0
+        phi + row[:, None] * (n * width) + stream * width + column[None, :],
+        mask=used[:, None] & inside,
+        other=0.0,
     ).to(tl.float32)
     grad_phi = tl.full([Q * N, BLOCK_WIDTH], 0.0, tl.float32)
     first = tl.program_id(1) * span
@@ -246,28 +253,30 @@ def streams_kernel(
         grad_phi = product_exact_right(tl.trans(slopes), values, grad_phi, PRECISION)
     part = tl.program_id(1).to(tl.int64) * (Q * N) + slot
     tl.store(
-        phi_parts + part[:, None] * (n * width) + stream * width + column[None, :], grad_phi, mask=used[:, None] & inside
+        phi_parts + part[:, None] * (n * width) + stream * width + column[None, :],
+        grad_phi,
+        mask=used[:, None] & inside,
     )
 
 
 @triton.jit(do_not_specialize=["splits", "programs"])
 def reduce_kernel(
-    phi_parts,
-    bias_parts,
-    scale_parts,
-    grad_phi,
-    grad_scale,
-    grad_bias,
-    flat_width,
-    splits,
-    programs,
+    phi_parts: tl.tensor,
+    bias_parts: tl.tensor,
+    scale_parts: tl.tensor,
+    grad_phi: tl.tensor,
+    grad_scale: tl.tensor,
+    grad_bias: tl.tensor,
+    flat_width: tl.tensor,
+    splits: tl.tensor,
+    programs: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
-):
+) -> None:
     """Add up partial gradients in a fixed order: a row of phi a program, scale and bias in the last one."""
     if tl.program_id(0) < GROUPS * n:
         row = tl.program_id(0)
@@ -344,10 +353,11 @@ def stream_gradients(
     mixing: tuple[Tensor, Tensor, Tensor] | None = None,
     grad_fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of contiguous streams [tokens, n, C] and partial gradients of phi [splits, Q·N, n·C].
+    """Return the gradient of [tokens, n, C] streams and partial gradients of phi [splits, Q·N, n·C].
 
-    With `mixing`, the (branch, post, res) of a `post` that comes first, the streams are those after it, made again in
-    registers; their gradient is returned only if `grad_fresh`, their gradient from elsewhere, is given.
+    With `mixing`, the (branch, post, res) of a `post` that comes first, the streams are those after it, made
+    again in registers; their gradient is returned only if `grad_fresh`, their gradient from elsewhere, is
+    given.
     """
     config = streams_config(geometry, streams.element_size())
     span = ceil_div(ceil_div(geometry.tokens, config.splits), config.block_tokens) * config.block_tokens

@@ -1,19 +1,20 @@
 """Registration of the operators with PyTorch: schema, fake, autograd, dispatch.
 
-Every operator is opaque to Inductor, so that compile time does not grow with the number of Sinkhorn iterations, and
-so is its backward. `OPERATORS` is the one table that lists them; tests walk it. `dispatch` chooses between the Triton
-kernels and plain PyTorch.
+Every operator is opaque to Inductor, so that compile time does not grow with the number of Sinkhorn
+iterations, and so is its backward. `OPERATORS` is the one table that lists them; tests walk it. `dispatch`
+chooses between the Triton kernels and plain PyTorch.
 
 An operator saves nothing but its inputs for the backward and recomputes its coefficients there.
 
-Why `custom_op` and not `triton_op`. `triton_op` lets Inductor see the kernels and emit their launches itself, without
-Python dispatch. It was not taken, for three reasons. Dispatch here depends on the device and on an override, and an
-operator must also run as plain PyTorch; Inductor would have to trace the choice. The launch heuristics depend on the
-number of tokens, so tracing them would guard on it and compile again at each boundary between configurations; opaque,
-one graph serves every number of tokens. And `opcheck` fails on a `triton_op` under Triton's interpreter, so that the
-registration could not be tested without a GPU. The price is a Python call for each operator, tens of microseconds of
-host time, which CUDA graphs (`mode="reduce-overhead"`) remove: the kernels allocate through PyTorch, never wait for
-the device and launch the same grids for the same shapes. None of this has been measured, or captured, on a GPU yet.
+Why `custom_op` and not `triton_op`. `triton_op` lets Inductor see the kernels and emit their launches itself,
+without Python dispatch. It was not taken, for three reasons. Dispatch here depends on the device and on an
+override, and an operator must also run as plain PyTorch; Inductor would have to trace the choice. The launch
+heuristics depend on the number of tokens, so tracing them would guard on it and compile again at each
+boundary between configurations; opaque, one graph serves every number of tokens. And `opcheck` fails on a
+`triton_op` under Triton's interpreter, so that the registration could not be tested without a GPU. The price
+is a Python call for each operator, tens of microseconds of host time, which CUDA graphs
+(`mode="reduce-overhead"`) remove: the kernels allocate through PyTorch, never wait for the device and launch
+the same grids for the same shapes. None of this has been measured, or captured, on a GPU yet.
 """
 
 from __future__ import annotations
@@ -194,7 +195,9 @@ def _fake_pre(
     *tokens, n, width = streams.shape
     torch._check(
         phi.shape[0] == MANIFOLDS[manifold].rows(n),
-        lambda: f"phi has {phi.shape[0]} rows; {n} streams on {manifold!r} need {MANIFOLDS[manifold].rows(n)}",
+        lambda: (
+            f"phi has {phi.shape[0]} rows; {n} streams on {manifold!r} need {MANIFOLDS[manifold].rows(n)}"
+        ),
     )
     coefficients = accumulation_dtype(streams)
     return (
@@ -273,9 +276,7 @@ def _(
 
 
 @head.register_fake
-def _(
-    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float
-) -> Tensor:
+def _(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
     *tokens, _, width = streams.shape
     return streams.new_empty(*tokens, width)
 

@@ -1,7 +1,10 @@
 """Partial projections split over C: the first half of a split forward, and of every backward.
 
-A program walks over a chunk of C for a tile of tokens and leaves Q·N + 1 floats a token (and n more in a backward).
+A program walks over a chunk of C for a tile of tokens and leaves Q·N + 1 floats a token (and n more in a
+backward).
 """
+
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -37,15 +40,22 @@ class PartialsConfig:
 
 
 def partials_config(geometry: Geometry, element_size: int, crowded: bool) -> PartialsConfig:
-    """Choose by shape: few tokens are spread over C, two steps a program; many tokens fill the device themselves.
+    """Choose by shape: few tokens are spread over C, two steps a program; many fill the device as they are.
 
-    Steps are half as wide where a mix or a backward (`crowded`) needs the registers as well. From 5 streams on, n tiles
-    and n² coefficients a token do not fit at all: one stream a program.
+    Steps are half as wide where a mix or a backward (`crowded`) needs the registers as well. From 5 streams
+    on, n tiles and n² coefficients a token do not fit at all: one stream a program.
     """
     one_stream = geometry.n > 4
     width = (32 if crowded or geometry.slots > 32 else 64) * 2 // element_size
     if geometry.tokens <= 64:
-        return PartialsConfig(16, width, 2 if crowded else 4, 1, max(1, min(64, ceil_div(geometry.width, 2 * width))), one_stream)
+        return PartialsConfig(
+            16,
+            width,
+            2 if crowded else 4,
+            1,
+            max(1, min(64, ceil_div(geometry.width, 2 * width))),
+            one_stream,
+        )
     warps = 8 if crowded and element_size == 4 else 4
     return PartialsConfig(32, width, warps, 1, 1, one_stream)
 
@@ -57,19 +67,19 @@ def chunk_of(width: int, splits: int, block_width: int) -> int:
 
 @triton.jit(do_not_specialize=["tokens"])
 def partials_kernel(
-    streams,
-    branch,
-    post,
-    res,
-    fresh_streams,
-    grad_input,
-    phi,
-    sums,
-    squares,
-    gates,
-    tokens,
-    width,
-    chunk,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    fresh_streams: tl.tensor,
+    grad_input: tl.tensor,
+    phi: tl.tensor,
+    sums: tl.tensor,
+    squares: tl.tensor,
+    gates: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    chunk: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -81,8 +91,8 @@ def partials_kernel(
     STORE: tl.constexpr,
     GRADS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """Write sums [splits, tokens, Q·N], squares [splits, tokens] and, with GRADS, gates [splits, tokens, n]."""
+) -> None:
+    """Write sums [splits, tokens, Q·N], squares [splits, tokens] and gates [splits, tokens, n]."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
     stream = tl.program_id(1) % n if ONE else 0
@@ -104,19 +114,22 @@ def partials_kernel(
 
 @triton.jit
 def gather_partials(
-    sums,
-    squares,
-    gates,
-    token,
-    live,
-    tokens,
-    splits,
+    sums: tl.tensor,
+    squares: tl.tensor,
+    gates: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
+    tokens: tl.tensor,
+    splits: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
     GRADS: tl.constexpr,
-):
-    """Add up the partials of a tile of tokens, in the order of the chunks: [tokens, Q·N], [tokens], [tokens, N]."""
+) -> tuple:
+    """Add up the partials of a tile of tokens, in the order of the chunks.
+
+    [tokens, Q·N], [tokens], [tokens, N].
+    """
     slot = tl.arange(0, Q * N)
     stream = tl.arange(0, N)
     summed = tl.full([token.shape[0], Q * N], 0.0, tl.float32)
@@ -147,12 +160,14 @@ def project_partials(
         streams: [tokens, n, C].
         phi: [rows, n·C].
         geometry: of the call.
-        mixing: (branch, post, res) of a `post` that comes first; the projection is then of the streams after it.
+        mixing: (branch, post, res) of a `post` that comes first; the projection is then of the streams after
+            it.
         fresh_streams: where to write the streams after that `post`, or None to keep them in registers.
         grad_input: [tokens, C] gradient of the collapsed streams; adds its products with the streams.
 
     Returns:
-        sums [splits, tokens, Q·N], squares [splits, tokens], gates [splits, tokens, n] (empty without `grad_input`).
+        sums [splits, tokens, Q·N], squares [splits, tokens], gates [splits, tokens, n] (empty without
+        `grad_input`).
     """
     config = partials_config(geometry, streams.element_size(), mixing is not None or grad_input is not None)
     chunk = chunk_of(geometry.width, config.splits, config.block_width)
@@ -164,7 +179,8 @@ def project_partials(
     launch(
         partials_kernel, (ceil_div(tokens, config.block_tokens), splits),
         streams, branch, post, res, streams if fresh_streams is None else fresh_streams,
-        streams if grad_input is None else grad_input, phi, sums, squares, squares if grad_input is None else gates,
+        streams if grad_input is None else grad_input, phi,
+        sums, squares, squares if grad_input is None else gates,
         tokens, geometry.width, chunk,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, ONE=config.one_stream,
         MIX=mixing is not None, STORE=fresh_streams is not None, GRADS=grad_input is not None,

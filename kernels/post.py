@@ -1,8 +1,12 @@
 """`post`: mix the streams and write the branch's output into each (arXiv 2512.24880, Eq. 3).
 
-One pass forward, (2n + 1)C elements a token. One pass backward, (3n + 2)C, for the gradients of streams, branch, post
-and res together: a program owns its tokens' whole rows, so that the sums over C stay in its registers.
+One pass forward, (2n + 1)C elements a token. One pass backward, (3n + 2)C, for the gradients of streams,
+branch, post and res together: a program owns its tokens' whole rows, so that the sums over C stay in its
+registers.
 """
+
+# mypy: disable-error-code="assignment,misc,index"
+# ruff: noqa: N803, RUF005
 
 from __future__ import annotations
 
@@ -20,7 +24,10 @@ from .project import load_mixing, load_streams, mix
 
 @dataclass(frozen=True)
 class PostConfig:
-    """Launch configuration: tokens and channels of a tile, warps, and channels that a thread loads at once."""
+    """Launch configuration.
+
+    Tokens and channels of a tile, warps, and channels that a thread loads at once.
+    """
 
     block_tokens: int
     block_width: int
@@ -44,17 +51,17 @@ def backward_config(width: int, n: int, element_size: int) -> PostConfig:
 
 @triton.jit(do_not_specialize=["tokens"])
 def post_forward_kernel(
-    streams,
-    branch,
-    post,
-    res,
-    mixed,
-    tokens,
-    width,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    mixed: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
     n: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-):
+) -> None:
     """Mix a tile of tokens and channels; neighbouring programs share tokens."""
     blocks = (width + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     token = (tl.program_id(0) // blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -71,29 +78,31 @@ def post_forward_kernel(
 
 
 @triton.jit
-def _fold(values, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+def _fold(
+    values: tl.tensor, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VECTOR: tl.constexpr
+) -> tl.tensor:
     """Add up the channels that one thread holds, so that a running sum costs it one register."""
     return total(tl.reshape(values, [BLOCK_TOKENS, BLOCK_WIDTH // VECTOR, VECTOR]), 2)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def post_backward_kernel(
-    grad_mixed,
-    streams,
-    branch,
-    post,
-    res,
-    grad_streams,
-    grad_branch,
-    grad_post,
-    grad_res,
-    tokens,
-    width,
+    grad_mixed: tl.tensor,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    grad_streams: tl.tensor,
+    grad_branch: tl.tensor,
+    grad_post: tl.tensor,
+    grad_res: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
     n: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
-):
+) -> None:
     """All four gradients of a tile of tokens, walking over C once."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
@@ -149,7 +158,8 @@ def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
         grid = ceil_div(tokens, config.block_tokens) * ceil_div(width, config.block_width)
         launch(
             post_forward_kernel, (grid,),
-            streams.contiguous(), branch.contiguous(), post.contiguous(), res.contiguous(), mixed, tokens, width,
+            streams.contiguous(), branch.contiguous(), post.contiguous(), res.contiguous(), mixed,
+            tokens, width,
             n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
         )  # fmt: skip
     return mixed
@@ -161,7 +171,8 @@ def post_backward(
     """Return the gradients of `post` with respect to streams, branch, post and res."""
     inputs = (streams, branch, post, res)
     if streams.numel() == 0:
-        return tuple(torch.zeros_like(tensor) for tensor in inputs)
+        zeros = [torch.zeros_like(tensor) for tensor in inputs]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
     *leading, n, width = streams.shape
     tokens = torch.Size(leading).numel()

@@ -1,15 +1,19 @@
 """`post_pre`: one site's `post` and the next site's `pre` (arXiv 2512.24880, Eq. 3, then 5, 7, 8).
 
-Forward, many tokens: one launch. A program makes the new streams of a tile of tokens in registers, writes them once,
-projects them from registers, and collapses them on a second walk, last channels first, while they are in L2. Few
-tokens: two launches split over C. The projection reads the new streams as rounded to their dtype: unrounded ones
-would drift from what the next kernel sees.
+Forward, many tokens: one launch. A program makes the new streams of a tile of tokens in registers, writes
+them once, projects them from registers, and collapses them on a second walk, last channels first, while they
+are in L2. Few tokens: two launches split over C. The projection reads the new streams as rounded to their
+dtype: unrounded ones would drift from what the next kernel sees.
 
-Backward: the new streams are made again in registers and never read. One walk over C gives the coefficients' gradients;
-a second all gradients of a tile; a third phi's, in programs that own a block of C and walk over the tokens. Sums over
-C and over the tokens leave as partials and are added in a fixed order. From 5 streams on, n streams and n gradients no
-longer fit the registers: there the gradient of the new streams is written once, for `post`'s backward to read.
+Backward: the new streams are made again in registers and never read. One walk over C gives the coefficients'
+gradients; a second all gradients of a tile; a third phi's, in programs that own a block of C and walk over
+the tokens. Sums over C and over the tokens leave as partials and are added in a fixed order. From 5 streams
+on, n streams and n gradients no longer fit the registers: there the gradient of the new streams is written
+once, for `post`'s backward to read.
 """
+
+# mypy: disable-error-code="assignment,misc,index"
+# ruff: noqa: N803, RUF005
 
 from __future__ import annotations
 
@@ -40,7 +44,10 @@ class PostPreGradConfig:
 
 
 def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig | None:
-    """Choose a tile whose n streams and n gradients fit the registers; None where none does, from 5 streams on."""
+    """Choose a tile whose n streams and n gradients fit the registers.
+
+    None where none does, from 5 streams on.
+    """
     if geometry.n > 4:
         return None
     return PostPreGradConfig(64, 16, 4) if element_size == 2 else PostPreGradConfig(32, 16, 4)
@@ -48,22 +55,22 @@ def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
 def post_pre_forward_kernel(
-    streams,
-    branch,
-    post,
-    res,
-    phi,
-    scale,
-    bias,
-    fresh_streams,
-    layer_input,
-    next_post,
-    next_res,
-    tokens,
-    width,
-    iters,
-    norm_eps,
-    eps,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    phi: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    fresh_streams: tl.tensor,
+    layer_input: tl.tensor,
+    next_post: tl.tensor,
+    next_res: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    iters: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -74,7 +81,7 @@ def post_pre_forward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
     """Mix, write, project, make coefficients, collapse: one tile of tokens, one launch."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
@@ -92,21 +99,21 @@ def post_pre_forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def post_pre_backward_kernel(
-    streams,
-    branch,
-    post,
-    res,
-    phi,
-    grad_fresh,
-    grad_input,
-    rows,
-    pull,
-    pre,
-    grad_streams,
-    grad_branch,
-    mixing_parts,
-    tokens,
-    width,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    phi: tl.tensor,
+    grad_fresh: tl.tensor,
+    grad_input: tl.tensor,
+    rows: tl.tensor,
+    pull: tl.tensor,
+    pre: tl.tensor,
+    grad_streams: tl.tensor,
+    grad_branch: tl.tensor,
+    mixing_parts: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -114,7 +121,7 @@ def post_pre_backward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
     """Gradients of a block of C of all streams and of the branch, and its share of those of post and res."""
     blocks = (width + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     block = tl.program_id(0) % blocks
@@ -140,7 +147,11 @@ def post_pre_backward_kernel(
         fresh = settle(narrow(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
         weight = tl.load(pre + token * n + o, mask=live, other=0.0)
         outer = tl.load(grad_fresh + base[:, None] * n + o * width + column[None, :], mask=mask, other=0.0)
-        outer = outer.to(tl.float32) + weight[:, None] * grad.to(tl.float32) + factor[:, None] * fresh.to(tl.float32)
+        outer = (
+            outer.to(tl.float32)
+            + weight[:, None] * grad.to(tl.float32)
+            + factor[:, None] * fresh.to(tl.float32)
+        )
         place = phi + row[:, None] * (n * width) + o * width + column[None, :]
         factors = tl.load(place, mask=used[:, None] & inside, other=0.0).to(tl.float32)
         outer = product_pair(slopes, factors, outer, streams.dtype.element_ty, PRECISION)
@@ -164,14 +175,14 @@ def post_pre_backward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def mixing_reduce_kernel(
-    mixing_parts,
-    grad_post,
-    grad_res,
-    tokens,
-    blocks,
+    mixing_parts: tl.tensor,
+    grad_post: tl.tensor,
+    grad_res: tl.tensor,
+    tokens: tl.tensor,
+    blocks: tl.tensor,
     n: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-):
+) -> None:
     """Add up one coefficient's gradient over the blocks of C, in their order."""
     entry = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -179,7 +190,9 @@ def mixing_reduce_kernel(
     token = token.to(tl.int64)
     acc = tl.full([BLOCK_TOKENS], 0.0, tl.float32)
     for block in range(blocks):
-        acc += tl.load(mixing_parts + token + (block * (n * (n + 1)) + entry) * tokens.to(tl.int64), mask=live, other=0.0)
+        acc += tl.load(
+            mixing_parts + token + (block * (n * (n + 1)) + entry) * tokens.to(tl.int64), mask=live, other=0.0
+        )
     o = entry // (n + 1)
     i = entry % (n + 1)
     if i == n:
@@ -201,7 +214,7 @@ def post_pre(
     eps: float,
     manifold: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the new streams [*, n, C], and layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
+    """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
     *leading, n, width = streams.shape
     geometry = geometry_of(streams, phi)
     tokens = geometry.tokens
@@ -224,7 +237,9 @@ def post_pre(
             num_warps=config.warps, num_stages=config.stages, **common, **products(),
         )  # fmt: skip
         return outputs
-    sums, squares, _ = project_partials(streams, phi, geometry, mixing=(branch, post, res), fresh_streams=fresh)
+    sums, squares, _ = project_partials(
+        streams, phi, geometry, mixing=(branch, post, res), fresh_streams=fresh
+    )
     finish(
         fresh, sums, squares, scale, bias, layer_input, next_post, next_res,
         iters, norm_eps, eps, geometry, config, common,
@@ -267,7 +282,13 @@ def post_pre_backward(
     config = backward_config(geometry, streams.element_size())
     if config is None:
         grad_fresh, phi_parts = stream_gradients(
-            streams, phi, grad_layer_input, slopes, geometry, mixing=mixing, grad_fresh=grad_fresh.contiguous()
+            streams,
+            phi,
+            grad_layer_input,
+            slopes,
+            geometry,
+            mixing=mixing,
+            grad_fresh=grad_fresh.contiguous(),
         )
         grads = post_backward(grad_fresh, streams, *mixing)
     else:
@@ -296,8 +317,8 @@ def _all_stream_gradients(
         post_pre_backward_kernel, (blocks * ceil_div(tokens, config.block_tokens),),
         *inputs, phi, grad_fresh, grad_input, slopes.rows, slopes.pull, slopes.weights,
         grads[0], grads[1], mixing_parts, tokens, width,
-        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps, num_stages=1,
-        **geometry.constants(), **products(),
+        BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
+        num_warps=config.warps, num_stages=1, **geometry.constants(), **products(),
     )  # fmt: skip
     launch(
         mixing_reduce_kernel, (ceil_div(tokens, 128), n * (n + 1)),

@@ -1,9 +1,12 @@
 """`pre`: a site's coefficients and the collapse of its streams (arXiv 2512.24880, Eq. 5, 7, 8).
 
-Many tokens: one launch, a tile of tokens per program, which projects, does Sinkhorn in registers and collapses,
-reading its streams a second time (from L2 as far as they fit). Few tokens: two launches split over C, joined by
-partial sums of Q·N + 1 floats a token. Both are the same device functions, and so is `head`, a `pre` with one group.
+Many tokens: one launch, a tile of tokens per program, which projects, does Sinkhorn in registers and
+collapses, reading its streams a second time (from L2 as far as they fit). Few tokens: two launches split over
+C, joined by partial sums of Q·N + 1 floats a token. Both are the same device functions, and so is `head`, a
+`pre` with one group.
 """
+
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -64,18 +67,18 @@ def forward_config(geometry: Geometry, element_size: int, mixes: bool) -> PreCon
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
 def pre_forward_kernel(
-    streams,
-    phi,
-    scale,
-    bias,
-    layer_input,
-    post,
-    res,
-    tokens,
-    width,
-    iters,
-    norm_eps,
-    eps,
+    streams: tl.tensor,
+    phi: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    layer_input: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    iters: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -86,7 +89,7 @@ def pre_forward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
     """Project, make coefficients, collapse: one tile of tokens, one launch."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
@@ -103,21 +106,21 @@ def pre_forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "iters", "splits"])
 def pre_finish_kernel(
-    streams,
-    sums,
-    squares,
-    scale,
-    bias,
-    layer_input,
-    post,
-    res,
-    tokens,
-    width,
-    iters,
-    norm_eps,
-    eps,
-    splits,
-    chunk,
+    streams: tl.tensor,
+    sums: tl.tensor,
+    squares: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    layer_input: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    iters: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
+    splits: tl.tensor,
+    chunk: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -127,7 +130,7 @@ def pre_finish_kernel(
     HAS_EPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-):
+) -> None:
     """Add up the partial projections, make coefficients, collapse a chunk of C.
 
     Every program of a token repeats its Sinkhorn, which costs less than a third launch.
@@ -138,7 +141,9 @@ def pre_finish_kernel(
     logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
     weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
     if GROUPS > 1:
-        store_coefficients(weights, post, res, token, token < tl.where(tl.program_id(1) == 0, tokens, 0), n, N, Q)
+        store_coefficients(
+            weights, post, res, token, token < tl.where(tl.program_id(1) == 0, tokens, 0), n, N, Q
+        )
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, width)
     collapse(streams, weights, layer_input, token, live, width, begin, end, n, N, Q, BLOCK_WIDTH)
@@ -172,7 +177,22 @@ def forward(
         )  # fmt: skip
         return layer_input, post, res
     sums, squares, _ = project_partials(streams, phi, geometry)
-    finish(streams, sums, squares, scale, bias, layer_input, post, res, iters, norm_eps, eps, geometry, config, common)
+    finish(
+        streams,
+        sums,
+        squares,
+        scale,
+        bias,
+        layer_input,
+        post,
+        res,
+        iters,
+        norm_eps,
+        eps,
+        geometry,
+        config,
+        common,
+    )
     return layer_input, post, res
 
 
@@ -261,15 +281,20 @@ def backward(
     eps: float,
     flags: dict[str, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate `pre` (or, with one group, `head`): partial projections, coefficients, streams, mapping."""
+    """Differentiate `pre` (or, with one group, `head`).
+
+    Partial projections, coefficients, streams, mapping.
+    """
     geometry = geometry_of(streams, phi)
     if geometry.tokens == 0:
-        return tuple(torch.zeros_like(tensor) for tensor in (streams, phi, scale, bias))
+        zeros = [torch.zeros_like(tensor) for tensor in (streams, phi, scale, bias)]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
     streams, phi = streams.contiguous(), phi.contiguous()
     grad_layer_input = grad_layer_input.contiguous()
     sums, squares, gates = project_partials(streams, phi, geometry, grad_input=grad_layer_input)
     slopes = coefficient_gradients(
-        sums, squares, gates, grad_post.contiguous(), grad_res.contiguous(), scale.contiguous(), bias.contiguous(),
+        sums, squares, gates, grad_post.contiguous(), grad_res.contiguous(),
+        scale.contiguous(), bias.contiguous(),
         iters, norm_eps, eps, geometry, flags,
     )  # fmt: skip
     grad_streams, grad_phi_parts = stream_gradients(streams, phi, grad_layer_input, slopes, geometry)

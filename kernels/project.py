@@ -1,9 +1,12 @@
 """Device functions that walk over C: mixing streams in registers, the projection by phi, the collapse.
 
-Every function handles a tile of tokens; `token` [tokens] are indices, `live` [tokens] tells which exist. A range of
-channels begin … end is a whole number of steps, or ends at C: masks compare with C alone, whose divisibility is known,
-so that loads stay wide.
+Every function handles a tile of tokens; `token` [tokens] are indices, `live` [tokens] tells which exist. A
+range of channels begin … end is a whole number of steps, or ends at C: masks compare with C alone, whose
+divisibility is known, so that loads stay wide.
 """
+
+# mypy: disable-error-code="assignment,misc,index"
+# ruff: noqa: N803, RUF005
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from .device import narrow, one_weight, product_exact_left, settle, slot_rows, t
 
 
 @triton.jit
-def load_streams(streams, base, column, mask, n: tl.constexpr, width):
+def load_streams(
+    streams: tl.tensor, base: tl.tensor, column: tl.tensor, mask: tl.tensor, n: tl.constexpr, width: tl.tensor
+) -> tuple:
     """Load all streams of a tile: a tuple of n tiles [tokens, block] in the streams' dtype.
 
     They are widened where they are used: held as they came, they take half the registers.
@@ -27,7 +32,9 @@ def load_streams(streams, base, column, mask, n: tl.constexpr, width):
 
 
 @triton.jit
-def load_row(post, res, token, live, stream, n: tl.constexpr):
+def load_row(
+    post: tl.tensor, res: tl.tensor, token: tl.tensor, live: tl.tensor, stream: tl.tensor, n: tl.constexpr
+) -> tuple:
     """Load what makes one stream after a site: res[stream, 0 … n-1], then post[stream], each [tokens]."""
     weights = ()
     token = token.to(tl.int64)
@@ -39,7 +46,7 @@ def load_row(post, res, token, live, stream, n: tl.constexpr):
 
 
 @triton.jit
-def load_mixing(post, res, token, live, n: tl.constexpr):
+def load_mixing(post: tl.tensor, res: tl.tensor, token: tl.tensor, live: tl.tensor, n: tl.constexpr) -> tuple:
     """Load `load_row` of every stream, one after the other: n² + n vectors [tokens]."""
     weights = ()
     for o in tl.static_range(n):
@@ -48,7 +55,9 @@ def load_mixing(post, res, token, live, n: tl.constexpr):
 
 
 @triton.jit
-def mix(tiles, branch, weights, first: tl.constexpr, n: tl.constexpr):
+def mix(
+    tiles: tl.tensor, branch: tl.tensor, weights: tl.tensor, first: tl.constexpr, n: tl.constexpr
+) -> tl.tensor:
     """Make a stream after the site (Eq. 3), in float32, by the row of coefficients that starts at `first`."""
     mixed = weights[first + n][:, None] * branch.to(tl.float32)
     for i in tl.static_range(n):
@@ -58,19 +67,19 @@ def mix(tiles, branch, weights, first: tl.constexpr, n: tl.constexpr):
 
 @triton.jit
 def project(
-    streams,
-    branch,
-    post,
-    res,
-    fresh_streams,
-    grad_input,
-    phi,
-    token,
-    live,
-    width,
-    begin,
-    end,
-    stream,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    fresh_streams: tl.tensor,
+    grad_input: tl.tensor,
+    phi: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
+    width: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    stream: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -81,16 +90,16 @@ def project(
     STORE: tl.constexpr,
     GRADS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> tuple:
     """Accumulate over channels begin … end what a site's coefficients, or their gradients, need.
 
-    With MIX the streams are those after a `post`, made in registers and rounded to the streams' dtype as they are
-    stored (otherwise forward and backward would see different streams); with STORE they are written out. With ONE,
-    only the share of `stream` is accumulated.
+    With MIX the streams are those after a `post`, made in registers and rounded to the streams' dtype as they
+    are stored (otherwise forward and backward would see different streams); with STORE they are written out.
+    With ONE, only the share of `stream` is accumulated.
 
     Returns:
-        products [tokens, Q·N] of the streams with phi, their sums of squares [tokens], and with GRADS a tuple of the
-        products [tokens] of each stream with the gradient of the collapsed streams.
+        products [tokens, Q·N] of the streams with phi, their sums of squares [tokens], and with GRADS a tuple
+        of the products [tokens] of each stream with the gradient of the collapsed streams.
     """
     row, used = slot_rows(n, N, Q, GROUPS)
     base = token.to(tl.int64) * width
@@ -100,7 +109,9 @@ def project(
     for _ in tl.static_range((1 if ONE else n) if GRADS else 0):
         gates = gates + (squares,)
     if MIX:
-        weights = load_row(post, res, token, live, stream, n) if ONE else load_mixing(post, res, token, live, n)
+        weights = (
+            load_row(post, res, token, live, stream, n) if ONE else load_mixing(post, res, token, live, n)
+        )
     for start in range(begin, end, BLOCK_WIDTH):
         column = start + tl.arange(0, BLOCK_WIDTH)
         mask = live[:, None] & (column < width)[None, :]
@@ -114,7 +125,9 @@ def project(
             o = stream if ONE else k
             offsets = base[:, None] * n + o * width + column[None, :]
             if MIX:
-                fresh = settle(narrow(mix(tiles, written, weights, k * (n + 1), n), streams.dtype.element_ty), PRECISION)
+                fresh = settle(
+                    narrow(mix(tiles, written, weights, k * (n + 1), n), streams.dtype.element_ty), PRECISION
+                )
                 if STORE:
                     tl.store(fresh_streams + offsets, fresh, mask=mask)
             else:
@@ -135,19 +148,19 @@ def project(
 
 @triton.jit
 def collapse(
-    streams,
-    weights,
-    layer_input,
-    token,
-    live,
-    width,
-    begin,
-    end,
+    streams: tl.tensor,
+    weights: tl.tensor,
+    layer_input: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
+    width: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-):
+) -> None:
     """Write Σ_i pre_i X_i over channels begin … end (Eq. 5).
 
     Walks backwards: the channels that the projection touched last are still in the cache.

@@ -1,5 +1,7 @@
 """Sinkhorn-Knopp on its own (arXiv 2512.24880, Eq. 9), forward and backward."""
 
+# ruff: noqa: N803
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ def backward_config(tokens: int, padded_n: int) -> SinkhornConfig:
 
 
 @triton.jit
-def _matrix_offsets(tokens, n: tl.constexpr, N: tl.constexpr, BLOCK_TOKENS: tl.constexpr):  # noqa: ANN001, ANN202
+def _matrix_offsets(tokens: tl.tensor, n: tl.constexpr, N: tl.constexpr, BLOCK_TOKENS: tl.constexpr) -> tuple:
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     rows = tl.arange(0, N)[None, :, None]
     columns = tl.arange(0, N)[None, None, :]
@@ -45,16 +47,16 @@ def _matrix_offsets(tokens, n: tl.constexpr, N: tl.constexpr, BLOCK_TOKENS: tl.c
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
 def sinkhorn_forward_kernel(
-    logits,  # noqa: ANN001
-    res,  # noqa: ANN001
-    tokens,  # noqa: ANN001
-    iters,  # noqa: ANN001
-    eps,  # noqa: ANN001
+    logits: tl.tensor,
+    res: tl.tensor,
+    tokens: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     HAS_EPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-):  # noqa: ANN201
+) -> None:
     """Project a tile of matrices; reads and writes each entry once."""
     offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -64,17 +66,17 @@ def sinkhorn_forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
 def sinkhorn_backward_kernel(
-    grad_res,  # noqa: ANN001
-    logits,  # noqa: ANN001
-    grad_logits,  # noqa: ANN001
-    tokens,  # noqa: ANN001
-    iters,  # noqa: ANN001
-    eps,  # noqa: ANN001
+    grad_res: tl.tensor,
+    logits: tl.tensor,
+    grad_logits: tl.tensor,
+    tokens: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     HAS_EPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-):  # noqa: ANN201
+) -> None:
     """Differentiate a tile of projections; the iterates are replayed in registers."""
     offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)

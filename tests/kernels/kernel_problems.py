@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from mhc_compile.kernels import boundary, reference
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.manifolds import MANIFOLDS
+from torch import Tensor
 
 OPERATORS = ("sinkhorn", "pre", "post", "post_pre", "head")
 
@@ -32,7 +31,9 @@ class Problem:
     seed: int = 0
 
 
-def inputs(operator: str, problem: Problem, device: str = "cpu") -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def inputs(
+    operator: str, problem: Problem, device: str = "cpu"
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Return an operator's (tensors, constants)."""
     generator = torch.Generator().manual_seed(problem.seed)
     tokens, n, width = problem.tokens, problem.n, problem.width
@@ -80,8 +81,9 @@ def assert_as_good(
 ) -> None:
     """Check |truth − kernel| ≤ |truth − plain PyTorch| + slack, in the largest entry of each tensor.
 
-    The slack is 64 float32 roundings of the largest true entry, for sums taken in another order, and where tensors
-    are of a narrower dtype one rounding to it: which way a tie goes, and which sums are rounded, differs.
+    The slack is 64 float32 roundings of the largest true entry, for sums taken in another order, and where
+    tensors are of a narrower dtype one rounding to it: which way a tie goes, and which sums are rounded,
+    differs.
     """
     assert len(kernel) == len(plain) == len(truth)
     for index, (ours, theirs, true) in enumerate(zip(kernel, plain, truth, strict=True)):
@@ -96,7 +98,9 @@ def assert_as_good(
         slack = 64 * torch.finfo(torch.float32).eps * max(size, 1e-3)
         if dtype != torch.float32:
             slack += torch.finfo(dtype).eps / 2 * size
-        assert error <= allowed + slack, f"{what}: output {index} errs by {error:.2e}, plain PyTorch {allowed:.2e}"
+        assert error <= allowed + slack, (
+            f"{what}: output {index} errs by {error:.2e}, plain PyTorch {allowed:.2e}"
+        )
 
 
 def check_forward(operator: str, problem: Problem, device: str = "cpu") -> None:
@@ -118,7 +122,7 @@ def check_backward(operator: str, problem: Problem, device: str = "cpu") -> None
 
 
 def rounded_truth(problem: Problem, device: str = "cpu") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Float64 `post_pre` and its gradients, where the new streams are rounded to their dtype as they are stored."""
+    """Float64 `post_pre` and its gradients, the new streams rounded to their dtype as they are stored."""
     tensors, constants = inputs("post_pre", problem, device)
     fresh = reference.post(*double(tensors[:4])).to(problem.dtype).double()
     outputs = (fresh, *reference.pre(fresh, *double(tensors[4:]), *constants))

@@ -1,4 +1,7 @@
-"""The kernels against float64: no worse than plain PyTorch in the same dtype, and against independent oracles."""
+"""The kernels against float64.
+
+No worse than plain PyTorch in the same dtype, and against independent oracles.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,25 @@ from kernel_problems import (
     output_grads,
     rounded_truth,
 )
+from mhc_compile.kernels.dispatch import kernel_of
 
 from mhc_compile import functional
-from mhc_compile.kernels.dispatch import kernel_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Both launches of every operator: up to 64 tokens split over C, more of them fused; 5 streams on, one a program.
-SHAPES = ((3, 4, 80), (67, 4, 72), (66, 3, 17), (2, 7, 40), (65, 5, 24), (5, 1, 33), (9, 2, 130), (4, 6, 20), (3, 8, 24))
+# Both launches of every operator: up to 64 tokens split over C, more of them fused; 5 streams on, one a
+# program.
+SHAPES = (
+    (3, 4, 80),
+    (67, 4, 72),
+    (66, 3, 17),
+    (2, 7, 40),
+    (65, 5, 24),
+    (5, 1, 33),
+    (9, 2, 130),
+    (4, 6, 20),
+    (3, 8, 24),
+)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -104,7 +118,8 @@ def test_sinkhorn_by_hand(device):
 
 
 def test_orientation_by_hand(device):
-    # Stream 0 takes stream 1; stream 1 takes a quarter of stream 0 and three of its own; the branch enters by post.
+    # Stream 0 takes stream 1; stream 1 takes a quarter of stream 0 and three of its own; the branch enters by
+    # post.
     streams = torch.tensor([[[1.0], [8.0]]], device=device)
     res = torch.tensor([[[0.0, 1.0], [0.25, 0.75]]], device=device)
     branch, post = torch.tensor([[10.0]], device=device), torch.tensor([[1.0, 2.0]], device=device)
@@ -117,7 +132,9 @@ def test_orientation_by_hand(device):
     bias = torch.cat([torch.zeros(4, device=device), torch.tensor([1.0, 2.0, 3.0, 4.0], device=device).log()])
     mapping = (phi, torch.ones(3, device=device), bias)
     expected = torch.tensor([[3 / 7, 4 / 7], [9 / 17, 8 / 17]], device=device)
-    assert torch.allclose(kernel_of("pre")(streams, *mapping, 1, 1e-6, 0.0, "sinkhorn")[2][0], expected, atol=1e-6)
+    assert torch.allclose(
+        kernel_of("pre")(streams, *mapping, 1, 1e-6, 0.0, "sinkhorn")[2][0], expected, atol=1e-6
+    )
 
 
 def test_sinkhorn_against_log_domain(device):
@@ -136,7 +153,9 @@ def test_agrees_with_deepseek_v4(device):
     from transformers import DeepseekV4Config
 
     n, width = 4, 32
-    config = DeepseekV4Config(hidden_size=width, hc_mult=n, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6)
+    config = DeepseekV4Config(
+        hidden_size=width, hc_mult=n, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6
+    )
     theirs = modeling.DeepseekV4HyperConnection(config).to(device)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -169,7 +188,9 @@ def test_extreme_logits(device):
     tensors, constants = inputs("pre", Problem(3, 4, 24), device)
     bias = torch.linspace(-1e4, 1e4, 24, device=device)
     outputs = kernel_of("pre")(*tensors[:3], bias, *constants)
-    grads = kernel_of("pre_backward")(*(torch.ones_like(out) for out in outputs), *tensors[:3], bias, *constants)
+    grads = kernel_of("pre_backward")(
+        *(torch.ones_like(out) for out in outputs), *tensors[:3], bias, *constants
+    )
     assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *grads))
 
 

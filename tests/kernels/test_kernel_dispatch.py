@@ -1,4 +1,7 @@
-"""Registration and dispatch: which implementation runs, and that PyTorch's checks of custom operators pass."""
+"""Registration and dispatch.
+
+Which implementation runs, and that PyTorch's checks of custom operators pass.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import sys
 import pytest
 import torch
 from kernel_problems import OPERATORS, Problem, inputs, many, output_grads
-
-from mhc_compile import functional
 from mhc_compile.kernels import dispatch, ops
 from mhc_compile.kernels.dispatch import choosing, reference_of, uses_triton
 from mhc_compile.kernels.manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
+
+from mhc_compile import functional
 
 
 def _opcheck(operator, problem, device):
@@ -57,8 +60,10 @@ def test_autograd_through_the_kernels(operator, device):
 
 @pytest.mark.usefixtures("kernels")
 def test_public_post_pre_is_one_operator(device):
-    tensors, constants = inputs("post_pre", Problem(3, 4, 8), device)
-    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda *args: functional.post_pre(*args))(*tensors).graph
+    tensors, _ = inputs("post_pre", Problem(3, 4, 8), device)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda *args: functional.post_pre(*args))(
+        *tensors
+    ).graph
     called = [node.target for node in graph.nodes if node.op == "call_function"]
     assert torch.ops.mhc.post_pre.default in called
     assert torch.ops.mhc.post.default not in called
@@ -146,7 +151,7 @@ def test_compiles_into_one_graph_for_every_token_count(device):
 
 @pytest.mark.usefixtures("kernels")
 def test_autocast_leaves_the_projection_alone(device):
-    tensors, constants = inputs("pre", Problem(3, 4, 32), device)
+    tensors, _ = inputs("pre", Problem(3, 4, 32), device)
     with torch.autocast(device, dtype=torch.bfloat16):
         inside = functional.pre(*tensors)
         with choosing("reference"):

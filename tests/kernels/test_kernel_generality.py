@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_problems import OPERATORS, Problem, check_backward, check_forward, inputs, many, output_grads
-
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 
 
@@ -63,7 +62,9 @@ def test_any_shape(tokens, n, width, dtype, operator, manifold, iters):
 
 def _scattered(tensor):
     """The same values, strided in every dimension and off the start of their storage."""
-    big = torch.full([2 * size + 1 for size in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+    big = torch.full(
+        [2 * size + 1 for size in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device
+    )
     view = big[tuple(slice(1, None, 2) for _ in tensor.shape)]
     view.copy_(tensor)
     assert view.numel() == 1 or not view.is_contiguous()
@@ -79,7 +80,9 @@ def test_strided_inputs(operator, device):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
     grads = output_grads(outputs, Problem(5, 4, 24))
     expected = many(kernel_of(f"{operator}_backward")(*grads, *tensors, *constants))
-    ours = many(kernel_of(f"{operator}_backward")(*(_scattered(grad) for grad in grads), *strided, *constants))
+    ours = many(
+        kernel_of(f"{operator}_backward")(*(_scattered(grad) for grad in grads), *strided, *constants)
+    )
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
 
 

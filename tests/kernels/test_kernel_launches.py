@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_problems import OPERATORS, Problem, inputs, many
-
 from mhc_compile.kernels import fusion
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.launch import recording
@@ -20,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _launches(operator, problem):
-    """(kernel name, grid, tensors, options) of an operator's forward and backward, on tensors without data."""
+    """(kernel name, grid, tensors, options) of an operator's forward and backward."""
     found = []
 
     def record(kernel, grid, args, options):
@@ -63,7 +62,8 @@ def test_scratch_memory_does_not_grow_with_iterations(operator):
 
 @pytest.mark.parametrize("n", [4, 5])
 def test_backward_of_post_pre_never_reads_the_new_streams(n):
-    # They are no input of the backward, and nothing of their size is written before its last product of n streams.
+    # They are no input of the backward, and nothing of their size is written before its last product of n
+    # streams.
     tensors, constants = inputs("post_pre", Problem(70, n, 64))
     found = []
     grads = [grad.to("meta") for grad in many(reference_of("post_pre")(*tensors, *constants))]
@@ -119,12 +119,49 @@ def _compile(program, *arguments):
 
 
 def test_twenty_token_counts_compile_once():
-    counts = [65, 80, 96, 100, 127, 128, 129, 160, 192, 255, 256, 257, 300, 512, 513, 1000, 1024, 2048, 4000, 8192]
-    names = ["post_forward_kernel", "post_backward_kernel", "pre_forward_kernel", "post_pre_backward_kernel",
-             "mixing_reduce_kernel", "slopes_kernel", "streams_kernel", "reduce_kernel", "partials_kernel"]  # fmt: skip
+    counts = [
+        65,
+        80,
+        96,
+        100,
+        127,
+        128,
+        129,
+        160,
+        192,
+        255,
+        256,
+        257,
+        300,
+        512,
+        513,
+        1000,
+        1024,
+        2048,
+        4000,
+        8192,
+    ]
+    names = [
+        "post_forward_kernel",
+        "post_backward_kernel",
+        "pre_forward_kernel",
+        "post_pre_backward_kernel",
+        "mixing_reduce_kernel",
+        "slopes_kernel",
+        "streams_kernel",
+        "reduce_kernel",
+        "partials_kernel",
+    ]
     compiled, atomic = _compile(PROGRAM, counts, names)
-    # `head` and `pre` share kernels, and so do a backward that mixes and one that does not: once for each use.
-    uses = {"pre_forward_kernel": 2, "slopes_kernel": 2, "streams_kernel": 3, "reduce_kernel": 2, "partials_kernel": 3}
+    # `head` and `pre` share kernels, and so do a backward that mixes and one that does not: once for each
+    # use.
+    uses = {
+        "pre_forward_kernel": 2,
+        "slopes_kernel": 2,
+        "streams_kernel": 3,
+        "reduce_kernel": 2,
+        "partials_kernel": 3,
+    }
     assert compiled == {name: uses.get(name, 1) for name in names}
     assert atomic == []
 
@@ -148,6 +185,7 @@ def test_grids_cover_every_token_count(operator):
     # A launch without programs is an error on a device, and one beyond 65535 in its second dimension.
     for tokens in (1, 64, 65, 100000):
         if operator == "sinkhorn" or tokens < 1000:
-            for _, grid, _, _ in sum(_launches(operator, Problem(tokens, 4, 16)), []):
+            forward, backward = _launches(operator, Problem(tokens, 4, 16))
+            for _, grid, _, _ in forward + backward:
                 assert all(count >= 1 for count in grid)
                 assert all(count <= 65535 for count in grid[1:])
