@@ -3,8 +3,8 @@
     python -m benchmarks.kernels --device cuda [--quick] [--out results.json]
 
 Each figure is a share of the copy bandwidth measured in the same run, counting only the least traffic of the
-operator. On a CPU the checks run (in plain PyTorch, or in Triton's interpreter where `TRITON_INTERPRET=1`), and times
-mean little. Exits 1 if a check fails, and then measures nothing.
+operator. On a CPU the checks run, in plain PyTorch or, with `MHC_KERNELS=triton TRITON_INTERPRET=1`, in Triton's
+interpreter, and times mean little. Exits 1 if a check fails, and then measures nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mhc_compile.kernels import dispatch
+from mhc_compile.kernels.dispatch import choosing, reference_of
+from mhc_compile.kernels.ops import OPERATORS
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-
-from mhc_compile.kernels import dispatch
-from mhc_compile.kernels.dispatch import choosing, reference_of
-from mhc_compile.kernels.ops import OPERATORS
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _many(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def check(shape: Shape, device: str) -> list[str]:
-    """Return what is wrong: errors beyond those of plain PyTorch in the same dtype plus a slack of one rounding."""
+    """Return what is wrong: errors beyond those of plain PyTorch in that dtype and one rounding."""
     tensors, constants = make_inputs(shape, device)
     operator = OPERATORS[shape.operator]
     ours = _many(operator.forward(*tensors, *constants))
@@ -139,7 +138,7 @@ def copy_bandwidth(device: str, repeats: int) -> float:
 
 
 def measure_shape(shape: Shape, device: str, bandwidth: float, repeats: int) -> dict[str, Any]:
-    """Return seconds and shares of the copy bandwidth, forward and backward, with plain PyTorch beside them."""
+    """Return seconds and shares of the copy bandwidth, with plain PyTorch beside them."""
     tensors, constants = make_inputs(shape, device)
     operator = OPERATORS[shape.operator]
     grads = tuple(torch.randn_like(out) for out in _many(operator.forward(*tensors, *constants)))
@@ -212,7 +211,8 @@ def _print(rows: list[dict[str, Any]], bandwidth: float) -> None:
 def main() -> int:
     """Check, measure, print, and write JSON; return 1 if a check fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=default)
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()

@@ -63,6 +63,11 @@ class Geometry:
         return {"n": self.n, "N": self.padded_n, "Q": self.padded_groups, "GROUPS": self.groups}
 
 
+def operand_size(streams: Tensor) -> int:
+    """Return the bytes of a stream's element as matmuls take it: float16 goes through float32."""
+    return 2 if streams.dtype == torch.bfloat16 else 4
+
+
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter."""
     return bool(triton.knobs.runtime.interpret)

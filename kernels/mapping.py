@@ -29,7 +29,7 @@ from .device import (
     slot_rows,
     total,
 )
-from .launch import Geometry, ceil_div, empty, launch, products
+from .launch import Geometry, ceil_div, empty, launch, operand_size, products
 from .partials import gather_partials
 from .project import load_row, load_streams, mix
 
@@ -84,13 +84,13 @@ def slopes_config(geometry: Geometry) -> SlopesConfig:
     return SlopesConfig(max(1, 512 // geometry.slots), 4 if geometry.groups <= 2 else 8, 512)
 
 
-def streams_config(geometry: Geometry, element_size: int) -> StreamsConfig:
+def streams_config(geometry: Geometry, operand_bytes: int) -> StreamsConfig:
     """Choose blocks of C that keep phi's gradient in registers, and splits that fill the device.
 
     The number of splits depends on the shape alone, so that results do not depend on the device.
     """
-    width = 32
-    warps = 8 if geometry.slots > 64 or element_size == 4 else 4
+    width = 16 if geometry.slots > 64 and operand_bytes == 4 else 32
+    warps = 8 if geometry.slots > 64 or operand_bytes == 4 else 4
     blocks = geometry.n * ceil_div(geometry.width, width)
     return StreamsConfig(32, width, warps, 1, token_splits(geometry.tokens, blocks, 32))
 
@@ -359,7 +359,7 @@ def stream_gradients(
     again in registers; their gradient is returned only if `grad_fresh`, their gradient from elsewhere, is
     given.
     """
-    config = streams_config(geometry, streams.element_size())
+    config = streams_config(geometry, operand_size(streams))
     span = ceil_div(ceil_div(geometry.tokens, config.splits), config.block_tokens) * config.block_tokens
     splits = ceil_div(geometry.tokens, span)
     store = mixing is None or grad_fresh is not None

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Geometry, ceil_div, empty, launch, products
+from .launch import Geometry, ceil_div, empty, launch, operand_size, products
 from .project import project
 
 
@@ -39,14 +39,14 @@ class PartialsConfig:
     one_stream: bool
 
 
-def partials_config(geometry: Geometry, element_size: int, crowded: bool) -> PartialsConfig:
+def partials_config(geometry: Geometry, operand_bytes: int, crowded: bool) -> PartialsConfig:
     """Choose by shape: few tokens are spread over C, two steps a program; many fill the device as they are.
 
     Steps are half as wide where a mix or a backward (`crowded`) needs the registers as well. From 5 streams
     on, n tiles and n² coefficients a token do not fit at all: one stream a program.
     """
     one_stream = geometry.n > 4
-    width = (32 if crowded or geometry.slots > 32 else 64) * 2 // element_size
+    width = (32 if crowded or geometry.slots > 32 else 64) * 2 // operand_bytes
     if geometry.tokens <= 64:
         return PartialsConfig(
             16,
@@ -56,7 +56,7 @@ def partials_config(geometry: Geometry, element_size: int, crowded: bool) -> Par
             max(1, min(64, ceil_div(geometry.width, 2 * width))),
             one_stream,
         )
-    warps = 8 if crowded and element_size == 4 else 4
+    warps = 8 if crowded and operand_bytes == 4 else 4
     return PartialsConfig(32, width, warps, 1, 1, one_stream)
 
 
@@ -169,7 +169,7 @@ def project_partials(
         sums [splits, tokens, Q·N], squares [splits, tokens], gates [splits, tokens, n] (empty without
         `grad_input`).
     """
-    config = partials_config(geometry, streams.element_size(), mixing is not None or grad_input is not None)
+    config = partials_config(geometry, operand_size(streams), mixing is not None or grad_input is not None)
     chunk = chunk_of(geometry.width, config.splits, config.block_width)
     tokens = geometry.tokens
     splits = ceil_div(geometry.width, chunk) * (geometry.n if config.one_stream else 1)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import activate, logits_tile, narrow, product_pair, settle, slot_rows, store_coefficients, total
-from .launch import Geometry, ceil_div, empty, launch, products
+from .launch import Geometry, ceil_div, empty, launch, operand_size, products
 from .mapping import Slopes, coefficient_gradients, reduce_mapping, stream_gradients
 from .partials import project_partials
 from .post import post_backward
@@ -43,14 +43,14 @@ class PostPreGradConfig:
     warps: int
 
 
-def backward_config(geometry: Geometry, element_size: int) -> PostPreGradConfig | None:
+def backward_config(geometry: Geometry, operand_bytes: int) -> PostPreGradConfig | None:
     """Choose a tile whose n streams and n gradients fit the registers.
 
     None where none does, from 5 streams on.
     """
     if geometry.n > 4:
         return None
-    return PostPreGradConfig(64, 16, 4) if element_size == 2 else PostPreGradConfig(32, 16, 4)
+    return PostPreGradConfig(64, 16, 4) if operand_bytes == 2 else PostPreGradConfig(32, 16, 4)
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
@@ -227,7 +227,7 @@ def post_pre(
     streams, branch, post, res, phi, scale, bias = (
         tensor.contiguous() for tensor in (streams, branch, post, res, phi, scale, bias)
     )
-    config = forward_config(geometry, streams.element_size(), mixes=True)
+    config = forward_config(geometry, operand_size(streams), mixes=True)
     common: dict[str, Any] = {**geometry.constants(), **MANIFOLD_FLAGS[manifold], "HAS_EPS": eps != 0.0}
     if config.fused:
         launch(
@@ -279,7 +279,7 @@ def post_pre_backward(
         iters, norm_eps, eps, geometry, MANIFOLD_FLAGS[manifold],
     )  # fmt: skip
     mixing = (branch, post, res)
-    config = backward_config(geometry, streams.element_size())
+    config = backward_config(geometry, operand_size(streams))
     if config is None:
         grad_fresh, phi_parts = stream_gradients(
             streams,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import activate, logits_tile, store_coefficients
-from .launch import Geometry, ceil_div, empty, launch, products
+from .launch import Geometry, ceil_div, empty, launch, operand_size, products
 from .mapping import coefficient_gradients, reduce_mapping, stream_gradients
 from .partials import chunk_of, gather_partials, partials_config, project_partials
 from .project import collapse, project
@@ -52,12 +52,12 @@ class PreConfig:
     chunks: int = 1
 
 
-def forward_config(geometry: Geometry, element_size: int, mixes: bool) -> PreConfig:
+def forward_config(geometry: Geometry, operand_bytes: int, mixes: bool) -> PreConfig:
     """Choose by shape: at most 64 tokens are split over C, so that a decoding step fills the device.
 
     From 5 streams on the launch is split too, for the registers' sake: see `partials_config`.
     """
-    partials = partials_config(geometry, element_size, mixes)
+    partials = partials_config(geometry, operand_bytes, mixes)
     if geometry.tokens <= 64:
         return PreConfig(False, 4, 128, 4, chunks=ceil_div(geometry.width, 256))
     if partials.one_stream:
@@ -166,7 +166,7 @@ def forward(
     post, res = empty(streams, tokens, n), empty(streams, tokens, n, n)
     if tokens == 0:
         return layer_input, post, res
-    config = forward_config(geometry, streams.element_size(), mixes=False)
+    config = forward_config(geometry, operand_size(streams), mixes=False)
     common: dict[str, Any] = {**geometry.constants(), **flags, "HAS_EPS": eps != 0.0}
     if config.fused:
         launch(
