@@ -3,7 +3,7 @@
     python -m benchmarks.kernels --device cuda [--quick] [--out results.json]
 
 Each figure is a share of the copy bandwidth measured in the same run, counting only the least traffic of the
-operator. On a CPU the checks run, in plain PyTorch or, with `MHC_KERNELS=triton TRITON_INTERPRET=1`, in Triton's
+operator. On a CPU the checks run, in plain PyTorch or, with `MHC_KERNELS=triton TRITON_INTERPRET=1`, in the
 interpreter, and times mean little. Exits 1 if a check fails, and then measures nothing.
 """
 
