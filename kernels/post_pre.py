@@ -1,14 +1,17 @@
 """`post_pre`: one site's `post` and the next site's `pre` (arXiv 2512.24880, Eq. 3, then 5, 7, 8).
 
 Forward, many tokens: one launch. A program makes the new streams of a tile of tokens in registers, writes
-them once, projects them from registers, and collapses them on a second walk, last channels first, while they
-are in L2. Few tokens: two launches split over C. The projection reads the new streams as rounded to their
-dtype: unrounded ones would drift from what the next kernel sees.
+them once, projects them from registers, and collapses them on a second walk, last channels first, to find as
+many as it can in L2. Collapsing needs coefficients that need the whole row, and rows are wider than the
+registers: what has left L2 (a tile of 32 tokens at n = 4, C = 4096 is 1 MB, for every program in flight) is
+read from device memory again, (3n + 2)C at worst where (2n + 2)C is the least. Few tokens, or 5 streams and
+more: two launches, split over C and over the streams. The projection reads the new streams as rounded to
+their dtype: unrounded ones would drift from what the next kernel sees.
 
 Backward: the new streams are made again in registers and never read. One walk over C gives the coefficients'
 gradients; a second all gradients of a tile; a third phi's, in programs that own a block of C and walk over
-the tokens. Sums over C and over the tokens leave as partials and are added in a fixed order. From 5 streams
-on, n streams and n gradients no longer fit the registers: there the gradient of the new streams is written
+the tokens: (5n + 6)C where (3n + 3)C is the least. Sums over C and over the tokens leave as partials and are
+added in a fixed order. From 5 streams on, n streams and n gradients no longer fit the registers: there the gradient of the new streams is written
 once, for `post`'s backward to read.
 """
 
