@@ -1,7 +1,8 @@
 """What every launch shares: a call's padded geometry, the target's options, one function that launches.
 
-The configurations that the heuristics beside the kernels choose were fitted to the registers, ahead of time, for
-sm_80, sm_90, sm_100 and gfx942 (`python -m benchmarks.compile_ahead`). They have not been timed on a device yet.
+The configurations that the heuristics beside the kernels choose were fitted to the registers, ahead of time,
+for sm_80, sm_90, sm_100 and gfx942 (`python -m benchmarks.compile_ahead`). They have not been timed on a
+device yet.
 
 All launches pass through `launch`, so that a tool without a GPU can see each kernel with the arguments and
 the configuration it would really get (`recording`).

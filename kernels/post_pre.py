@@ -11,8 +11,8 @@ their dtype: unrounded ones would drift from what the next kernel sees.
 Backward: the new streams are made again in registers and never read. One walk over C gives the coefficients'
 gradients; a second all gradients of a tile; a third phi's, in programs that own a block of C and walk over
 the tokens: (5n + 6)C where (3n + 3)C is the least. Sums over C and over the tokens leave as partials and are
-added in a fixed order. From 5 streams on, n streams and n gradients no longer fit the registers: there the gradient of the new streams is written
-once, for `post`'s backward to read.
+added in a fixed order. From 5 streams on, n streams and n gradients no longer fit the registers: there the
+gradient of the new streams is written once, for `post`'s backward to read.
 """
 
 # mypy: disable-error-code="assignment,misc,index"
