@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_problems import (
+from mhc_compile.kernels.dispatch import kernel_of
+
+from mhc_compile import functional
+
+from .kernel_problems import (
     OPERATORS,
     Problem,
     check_backward,
@@ -17,9 +21,6 @@ from kernel_problems import (
     output_grads,
     rounded_truth,
 )
-from mhc_compile.kernels.dispatch import kernel_of
-
-from mhc_compile import functional
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

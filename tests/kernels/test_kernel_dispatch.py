@@ -10,12 +10,13 @@ import sys
 
 import pytest
 import torch
-from kernel_problems import OPERATORS, Problem, inputs, many, output_grads
 from mhc_compile.kernels import dispatch, ops
 from mhc_compile.kernels.dispatch import choosing, reference_of, uses_triton
 from mhc_compile.kernels.manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
 
 from mhc_compile import functional
+
+from .kernel_problems import OPERATORS, Problem, inputs, many, output_grads
 
 
 def _opcheck(operator, problem, device):

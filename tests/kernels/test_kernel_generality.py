@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_problems import OPERATORS, Problem, check_backward, check_forward, inputs, many, output_grads
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
+
+from .kernel_problems import OPERATORS, Problem, check_backward, check_forward, inputs, many, output_grads
 
 
 @pytest.mark.parametrize(("width", "operator"), [

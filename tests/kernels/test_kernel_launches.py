@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_problems import OPERATORS, Problem, inputs, many
 from mhc_compile.kernels import fusion
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.launch import recording
+
+from .kernel_problems import OPERATORS, Problem, inputs, many
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_problems import Problem, inputs, output_grads
 from mhc_compile.kernels import fusion, paper
 from mhc_compile.kernels.launch import recording
 
 from mhc_compile import functional
+
+from .kernel_problems import Problem, inputs, output_grads
 
 
 @pytest.mark.usefixtures("kernels")
