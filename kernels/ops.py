@@ -1,9 +1,20 @@
 """Registration of the operators with PyTorch: schema, fake, autograd, dispatch.
 
-Every operator is opaque to Inductor, so that compile time does not grow with the number of Sinkhorn iterations, and
-so is its backward. `OPERATORS` is the one table that lists them; tests walk it.
+Every operator is opaque to Inductor, so that compile time does not grow with the number of Sinkhorn
+iterations, and so is its backward. `OPERATORS` is the one table that lists them; tests walk it. `dispatch`
+chooses between the Triton kernels and plain PyTorch.
 
 An operator saves nothing but its inputs for the backward and recomputes its coefficients there.
+
+Why `custom_op` and not `triton_op`. `triton_op` lets Inductor see the kernels and emit their launches itself,
+without Python dispatch. It was not taken, for three reasons. Dispatch here depends on the device and on an
+override, and an operator must also run as plain PyTorch; Inductor would have to trace the choice. The launch
+heuristics depend on the number of tokens, so tracing them would guard on it and compile again at each
+boundary between configurations; opaque, one graph serves every number of tokens. And `opcheck` fails on a
+`triton_op` under Triton's interpreter, so that the registration could not be tested without a GPU. The price
+is a Python call for each operator, which CUDA graphs (`mode="reduce-overhead"`) should remove: the kernels
+allocate through PyTorch, never wait for the device and launch the same grids for the same shapes. None of
+this has been measured, or captured, on a GPU yet.
 """
 
 from __future__ import annotations
@@ -15,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import boundary, reference
+from .dispatch import run
 from .manifolds import MANIFOLDS
 from .reference import accumulation_dtype
 
@@ -30,23 +42,16 @@ class Operator:
     reference: Callable[..., Any]
 
 
-def _without_autocast(streams: Tensor) -> torch.autocast:
-    """Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger."""
-    return torch.autocast(device_type=streams.device.type, enabled=False)
-
-
 @torch.library.custom_op("mhc::sinkhorn", mutates_args=())
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """See `reference.sinkhorn`."""
-    with _without_autocast(logits):
-        return reference.sinkhorn(logits.contiguous(), iters, eps)
+    return run("sinkhorn", (logits,), logits.shape[-1], "sinkhorn", iters, eps)
 
 
 @torch.library.custom_op("mhc::sinkhorn_backward", mutates_args=())
 def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
     """See `reference.sinkhorn_backward`."""
-    with _without_autocast(logits):
-        return reference.sinkhorn_backward(grad_res.contiguous(), logits.contiguous(), iters, eps)
+    return run("sinkhorn_backward", (grad_res, logits), logits.shape[-1], "sinkhorn", iters, eps)
 
 
 @torch.library.custom_op("mhc::pre", mutates_args=())
@@ -61,9 +66,8 @@ def pre(
     manifold: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
-    with _without_autocast(streams):
-        layer_input, post, res = reference.pre(streams.contiguous(), phi, scale, bias, iters, norm_eps, eps, manifold)
-        return layer_input, post, res
+    tensors = (streams, phi, scale, bias)
+    return tuple(run("pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold))
 
 
 @torch.library.custom_op("mhc::pre_backward", mutates_args=())
@@ -81,18 +85,14 @@ def pre_backward(
     manifold: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.pre_backward`."""
-    with _without_autocast(streams):
-        return reference.pre_backward(
-            grad_layer_input, grad_post, grad_res, streams.contiguous(), phi, scale, bias,
-            iters, norm_eps, eps, manifold,
-        )  # fmt: skip
+    tensors = (grad_layer_input, grad_post, grad_res, streams, phi, scale, bias)
+    return run("pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold)
 
 
 @torch.library.custom_op("mhc::post", mutates_args=())
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """See `reference.post`."""
-    with _without_autocast(streams):
-        return reference.post(streams.contiguous(), branch, post, res)
+    return run("post", (streams, branch, post, res), streams.shape[-2], "sinkhorn")
 
 
 @torch.library.custom_op("mhc::post_backward", mutates_args=())
@@ -100,15 +100,56 @@ def post_backward(
     grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.post_backward`."""
-    with _without_autocast(streams):
-        return reference.post_backward(grad_streams, streams.contiguous(), branch.contiguous(), post, res)
+    return run("post_backward", (grad_streams, streams, branch, post, res), streams.shape[-2], "sinkhorn")
+
+
+@torch.library.custom_op("mhc::post_pre", mutates_args=())
+def post_pre(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `boundary.post_pre`."""
+    tensors = (streams, branch, post, res, phi, scale, bias)
+    return run("post_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold)
+
+
+@torch.library.custom_op("mhc::post_pre_backward", mutates_args=())
+def post_pre_backward(
+    grad_fresh: Tensor,
+    grad_layer_input: Tensor,
+    grad_next_post: Tensor,
+    grad_next_res: Tensor,
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `boundary.post_pre_backward`."""
+    grads = (grad_fresh, grad_layer_input, grad_next_post, grad_next_res)
+    tensors = (*grads, streams, branch, post, res, phi, scale, bias)
+    return run("post_pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold)
 
 
 @torch.library.custom_op("mhc::head", mutates_args=())
 def head(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
     """See `reference.head`."""
-    with _without_autocast(streams):
-        return reference.head(streams.contiguous(), phi, scale, bias, norm_eps, eps)
+    return run("head", (streams, phi, scale, bias), streams.shape[-2], "sinkhorn", norm_eps, eps)
 
 
 @torch.library.custom_op("mhc::head_backward", mutates_args=())
@@ -122,8 +163,8 @@ def head_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.head_backward`."""
-    with _without_autocast(streams):
-        return reference.head_backward(grad_output, streams.contiguous(), phi, scale, bias, norm_eps, eps)
+    tensors = (grad_output, streams, phi, scale, bias)
+    return run("head_backward", tensors, streams.shape[-2], "sinkhorn", norm_eps, eps)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -141,7 +182,7 @@ def _(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
 
 
 @pre.register_fake
-def _(
+def _fake_pre(
     streams: Tensor,
     phi: Tensor,
     scale: Tensor,
@@ -193,6 +234,45 @@ def _(
     return _like(streams), _like(branch), _like(post), _like(res)
 
 
+@post_pre.register_fake
+def _(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (_like(streams), *_fake_pre(streams, phi, scale, bias, iters, norm_eps, eps, manifold))
+
+
+@post_pre_backward.register_fake
+def _(
+    grad_fresh: Tensor,
+    grad_layer_input: Tensor,
+    grad_next_post: Tensor,
+    grad_next_res: Tensor,
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first = (_like(streams), _like(branch), _like(post), _like(res))
+    return (*first, _like(phi), _like(scale), _like(bias))
+
+
 @head.register_fake
 def _(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
     *tokens, _, width = streams.shape
@@ -236,6 +316,7 @@ def _apply(backward: Callable[..., Any]) -> Callable[..., Any]:
 sinkhorn.register_autograd(_apply(sinkhorn_backward), setup_context=_save(1))
 pre.register_autograd(_apply(pre_backward), setup_context=_save(4))
 post.register_autograd(_apply(post_backward), setup_context=_save(4))
+post_pre.register_autograd(_apply(post_pre_backward), setup_context=_save(7))
 head.register_autograd(_apply(head_backward), setup_context=_save(4))
 
 OPERATORS: dict[str, Operator] = {
@@ -244,6 +325,7 @@ OPERATORS: dict[str, Operator] = {
         Operator("sinkhorn", sinkhorn, sinkhorn_backward, reference.sinkhorn),
         Operator("pre", pre, pre_backward, reference.pre),
         Operator("post", post, post_backward, reference.post),
+        Operator("post_pre", post_pre, post_pre_backward, boundary.post_pre),
         Operator("head", head, head_backward, reference.head),
     )
 }

@@ -78,8 +78,7 @@ def post_pre(
     Returns:
         the new streams [*, n, C], layer_input [*, C], post [*, n] and res [*, n, n] of the next site.
     """
-    mixed = ops.post(streams, branch, post, res)
-    return (mixed, *ops.pre(mixed, phi, scale, bias, iters, norm_eps, eps, manifold))
+    return ops.post_pre(streams, branch, post, res, phi, scale, bias, iters, norm_eps, eps, manifold)
 
 
 def head(

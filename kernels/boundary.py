@@ -1,0 +1,64 @@
+"""`post_pre` in plain PyTorch.
+
+A site's `post`, then the next site's `pre`, each as the reference defines it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+
+
+def post_pre(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int = 20,
+    norm_eps: float = reference.NORM_EPS,
+    eps: float = 0.0,
+    manifold: str = "sinkhorn",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
+    fresh = reference.post(streams, branch, post, res)
+    return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold))
+
+
+def post_pre_backward(
+    grad_fresh: Tensor,
+    grad_layer_input: Tensor,
+    grad_next_post: Tensor,
+    grad_next_res: Tensor,
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `post_pre` with respect to its seven tensors, making the new streams again."""
+    fresh = reference.post(streams, branch, post, res)
+    through, *grad_mapping = reference.pre_backward(
+        grad_layer_input,
+        grad_next_post,
+        grad_next_res,
+        fresh,
+        phi,
+        scale,
+        bias,
+        iters,
+        norm_eps,
+        eps,
+        manifold,
+    )
+    grads = reference.post_backward(grad_fresh + through, streams, branch, post, res)
+    return (*grads, *grad_mapping)

@@ -1,0 +1,334 @@
+"""Device functions that kernels share: sums, split-precision products, Sinkhorn, a site's coefficients.
+
+A token's coefficients live in one register tile [tokens, Q, N], N and Q padded to powers of two: group 0
+holds pre, group 1 post, groups 2 … n+1 the rows of the n×n matrix. Entry (q, j) belongs to row q·n + j of
+phi, so the tile is a reshape of the projection's product, nothing is moved between the matmul and Sinkhorn,
+and any n fits by masks.
+
+Only builtins of the language are used (`tl.reduce`, not `tl.sum`): the wrappers are themselves jitted, and
+stay compiled, hence uncallable, when Triton was imported before its interpreter was switched on.
+"""
+
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language import standard
+
+# Stands in for minus infinity in padding, where inf - inf would be NaN.
+LOWEST = tl.constexpr(-1.0e30)
+
+# Fixed when the kernels are decorated. The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16
+# in a dot and truncates where a device rounds; both are done by hand there.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def total(values: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    """Sum over an axis."""
+    return tl.reduce(values, axis, standard._sum_combine)
+
+
+@triton.jit
+def largest(values: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    """Maximum over an axis."""
+    return tl.reduce(values, axis, standard._elementwise_max)
+
+
+@triton.jit
+def narrow(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Round float32 to `dtype`, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        values = bits.to(tl.float32, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def settle(values: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return `values` unchanged, made once.
+
+    Where a matmul takes a value in another register layout, the compiler would rather make it again in that
+    layout than move it. A mix of n streams, made again by every warp, costs hundreds of registers: an opaque
+    move stops it.
+    """
+    if INTERPRETED:
+        return values
+    move: tl.constexpr = "v_mov_b32 $0, $1" if PRECISION == "ieee" else "mov.b32 $0, $1;"
+    registers: tl.constexpr = "=v,v" if PRECISION == "ieee" else "=r,r"
+    pack: tl.constexpr = 32 // values.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise(move, registers, [values], dtype=values.dtype, is_pure=False, pack=pack)
+
+
+@triton.jit
+def product(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` on one pair of operands of equal dtype."""
+    if INTERPRETED:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product_exact_left(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` where `right` is float32 and `left` a stream; keeps float32 accuracy.
+
+    A bfloat16 stream is exact as it is, so three bfloat16 pieces of the float32 factor (8 bits each) give
+    every bit of the product, at the price of 1.5 TF32 products.
+    """
+    if left.dtype == tl.bfloat16:
+        high = right.to(tl.bfloat16)
+        rest = right - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = product(left, low, acc, PRECISION)
+        acc = product(left, middle, acc, PRECISION)
+        return product(left, high, acc, PRECISION)
+    return product(left.to(tl.float32), right, acc, PRECISION)
+
+
+@triton.jit
+def product_exact_right(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` where `left` is float32 and `right` a stream; see `product_exact_left`."""
+    if right.dtype == tl.bfloat16:
+        high = left.to(tl.bfloat16)
+        rest = left - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = product(low, right, acc, PRECISION)
+        acc = product(middle, right, acc, PRECISION)
+        return product(high, right, acc, PRECISION)
+    return product(left, right.to(tl.float32), acc, PRECISION)
+
+
+@triton.jit
+def product_pair(
+    left: tl.tensor, right: tl.tensor, acc: tl.tensor, like: tl.constexpr, PRECISION: tl.constexpr
+) -> tl.tensor:
+    """`acc + left @ right`, both float32, for a result that will be rounded to `like`.
+
+    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of
+        TF32.
+    """
+    if like == tl.bfloat16:
+        left_high = left.to(tl.bfloat16)
+        left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
+        right_high = right.to(tl.bfloat16)
+        right_low = (right - right_high.to(tl.float32)).to(tl.bfloat16)
+        acc = product(left_low, right_high, acc, PRECISION)
+        acc = product(left_high, right_low, acc, PRECISION)
+        return product(left_high, right_high, acc, PRECISION)
+    return product(left, right, acc, PRECISION)
+
+
+@triton.jit
+def _nonzero(sums: tl.tensor) -> tl.tensor:
+    """Padding sums to exactly 0; real sums lie in [1/n², n]."""
+    return tl.where(sums == 0.0, 1.0, sums)
+
+
+@triton.jit
+def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr) -> tuple:
+    """First column and row normalisation, in the log domain where eps = 0.
+
+    Returns the column softmax, the matrix and its row sums, all zero in the padding.
+    """
+    shown = tl.where(valid, logits, LOWEST)
+    shown = shown - largest(shown, 1)[:, None, :]
+    columns = shown - tl.log(total(tl.exp(shown), 1))[:, None, :]
+    probabilities = tl.where(valid, tl.exp(columns), 0.0)
+    if HAS_EPS:
+        matrix = tl.where(valid, probabilities + eps, 0.0)
+        sums = _nonzero(total(matrix, 2) + eps)
+    else:
+        columns = tl.where(valid, columns, LOWEST)
+        matrix = tl.where(valid, tl.exp(columns - largest(columns, 2)[:, :, None]), 0.0)
+        sums = _nonzero(total(matrix, 2))
+    return probabilities, matrix / sums[:, :, None], sums
+
+
+@triton.jit
+def _sinkhorn_step(matrix: tl.tensor, eps: tl.tensor, active: tl.tensor) -> tuple:
+    """One column, then one row normalisation, and their sums; changes nothing unless `active`."""
+    column_sums = tl.where(active, _nonzero(total(matrix, 1) + eps), 1.0)
+    matrix = matrix / column_sums[:, None, :]
+    row_sums = tl.where(active, _nonzero(total(matrix, 2) + eps), 1.0)
+    return matrix / row_sums[:, :, None], column_sums, row_sums
+
+
+@triton.jit
+def _sinkhorn_step_backward(
+    grad: tl.tensor,
+    matrix: tl.tensor,
+    column_sums: tl.tensor,
+    row_sums: tl.tensor,
+    valid: tl.tensor,
+    active: tl.tensor,
+) -> tuple:
+    """Take `_sinkhorn_step` back: the gradient and the matrix before it."""
+    keep = tl.where(active, 1.0, 0.0)
+    grad = (grad - keep * total(grad * matrix, 2)[:, :, None]) / row_sums[:, :, None]
+    matrix = matrix * row_sums[:, :, None]
+    grad = (grad - keep * total(grad * matrix, 1)[:, None, :]) / column_sums[:, None, :]
+    return tl.where(valid, grad, 0.0), matrix * column_sums[:, None, :]
+
+
+@triton.jit
+def sinkhorn_tile(
+    logits: tl.tensor, valid: tl.tensor, iters: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr
+) -> tl.tensor:
+    """Project a tile of logits [tokens, out, in] onto the doubly stochastic matrices, rows last (Eq. 9)."""
+    _, matrix, _ = _sinkhorn_start(logits, valid, eps, HAS_EPS)
+    for _ in range(iters - 1):
+        matrix, _, _ = _sinkhorn_step(matrix, eps, True)
+    return matrix
+
+
+@triton.jit
+def sinkhorn_tile_backward(
+    grad: tl.tensor,
+    logits: tl.tensor,
+    valid: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    HAS_EPS: tl.constexpr,
+) -> tl.tensor:
+    """Differentiate `sinkhorn_tile` exactly, replaying the iterates in registers.
+
+    Four iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are
+        kept,
+    and walking back multiplies by them. The padding of `grad` must be zero.
+    """
+    probabilities, first, first_sums = _sinkhorn_start(logits, valid, eps, HAS_EPS)
+    rounds = iters - 1
+    for segment in range((rounds + 3) // 4):
+        end = rounds - 4 * segment
+        begin = tl.maximum(end - 4, 0)
+        matrix = first
+        for _ in range(begin):
+            matrix, _, _ = _sinkhorn_step(matrix, eps, True)
+        second, third, fourth = begin + 1 < end, begin + 2 < end, begin + 3 < end
+        matrix, columns_1, rows_1 = _sinkhorn_step(matrix, eps, True)
+        matrix, columns_2, rows_2 = _sinkhorn_step(matrix, eps, second)
+        matrix, columns_3, rows_3 = _sinkhorn_step(matrix, eps, third)
+        matrix, columns_4, rows_4 = _sinkhorn_step(matrix, eps, fourth)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_4, rows_4, valid, fourth)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_3, rows_3, valid, third)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_2, rows_2, valid, second)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_1, rows_1, valid, True)
+    if HAS_EPS:
+        grad = (grad - total(grad * first, 2)[:, :, None]) / first_sums[:, :, None]
+        grad = grad * probabilities
+    else:
+        grad = first * (grad - total(grad * first, 2)[:, :, None])
+    return grad - probabilities * total(grad, 1)[:, None, :]
+
+
+@triton.jit
+def slot_rows(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr) -> tuple:
+    """For each of the Q·N slots of a coefficient tile: its row of phi, and whether it has one."""
+    slot = tl.arange(0, Q * N)
+    return (slot // N) * n + slot % N, (slot // N < GROUPS) & (slot % N < n)
+
+
+@triton.jit
+def logits_tile(
+    products: tl.tensor,
+    squares: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    width: tl.tensor,
+    norm_eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> tuple:
+    """Turn products [tokens, Q·N] and sums of squares [tokens] into logits (Eq. 7).
+
+    Returns logits, raw products (both [tokens, Q, N]), 1/RMS [tokens] and the scale of each group [Q].
+    """
+    tile = tl.reshape(products, [products.shape[0], Q, N])
+    q = tl.arange(0, Q)
+    j = tl.arange(0, N)
+    used = (q[:, None] < GROUPS) & (j[None, :] < n)
+    inverse_rms = tl.rsqrt(squares / (n * width) + norm_eps)
+    scales = tl.load(scale + tl.minimum(q, 2), mask=q < GROUPS, other=0.0).to(tl.float32)
+    shift = tl.load(bias + q[:, None] * n + j[None, :], mask=used, other=0.0).to(tl.float32)
+    # 1/RMS after the matmul: it must not scale the bias.
+    logits = tile * inverse_rms[:, None, None] * scales[None, :, None] + shift[None, :, :]
+    return logits, tile, inverse_rms, scales
+
+
+@triton.jit
+def matrix_slots(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr) -> tl.tensor:
+    """Which slots [1, Q, N] hold the n×n matrix."""
+    q = tl.arange(0, Q)[None, :, None]
+    j = tl.arange(0, N)[None, None, :]
+    return (q >= 2) & (q < n + 2) & (j < n)
+
+
+@triton.jit
+def sigmoid(values: tl.tensor) -> tl.tensor:
+    """1 / (1 + exp(-x)); exact 0 and 1 at the ends."""
+    return 1.0 / (1.0 + tl.exp(-values))
+
+
+@triton.jit
+def activate(
+    logits: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GATED: tl.constexpr,
+    SINKHORN: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+) -> tl.tensor:
+    """Turn logits into coefficients (Eq. 8): pre and post through sigmoids, res through the manifold."""
+    q = tl.arange(0, Q)[None, :, None]
+    j = tl.arange(0, N)[None, None, :]
+    weights = logits
+    if GATED:
+        gate = sigmoid(logits)
+        weights = tl.where(q == 0, gate + eps, 2.0 * gate)
+    if SINKHORN:
+        matrix = sinkhorn_tile(logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
+        weights = tl.where(q >= 2, matrix, weights)
+    elif GROUPS == 2:
+        weights = tl.where(q >= 2, tl.where(q - 2 == j, 1.0, 0.0), weights)
+    return weights
+
+
+@triton.jit
+def one_weight(
+    weights: tl.tensor, group: tl.constexpr, index: tl.constexpr, N: tl.constexpr, Q: tl.constexpr
+) -> tl.tensor:
+    """Take slot (group, index) of a coefficient tile: [tokens]."""
+    q = tl.arange(0, Q)[None, :, None]
+    j = tl.arange(0, N)[None, None, :]
+    return total(total(tl.where((q == group) & (j == index), weights, 0.0), 2), 1)
+
+
+@triton.jit
+def store_coefficients(
+    weights: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+) -> None:
+    """Write groups 1 and 2 … n+1 of a coefficient tile to post [*, n] and res [*, n, n]."""
+    q = tl.arange(0, Q)[None, :, None]
+    j = tl.arange(0, N)[None, None, :]
+    token = token.to(tl.int64)[:, None, None]
+    alive = live[:, None, None] & (j < n)
+    tl.store(post + token * n + j + 0 * q, weights, mask=alive & (q == 1))
+    tl.store(res + token * (n * n) + (q - 2) * n + j, weights, mask=alive & (q >= 2) & (q < n + 2))

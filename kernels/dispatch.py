@@ -1,0 +1,101 @@
+"""Which implementation a call takes: the Triton kernels or plain PyTorch.
+
+On a CUDA or ROCm device the kernels, on a CPU the reference. The reference also takes what the kernels do not
+cover: float64, more than 8 streams, manifolds that others register. Triton is imported on the first call that
+uses it, so that the operators work without it.
+
+The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference`
+never uses the kernels; `triton` also runs them on CPU tensors, which needs Triton's interpreter
+(`TRITON_INTERPRET=1`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import boundary, reference
+from .manifolds import MANIFOLDS
+
+MAX_STREAMS = 8
+CHOICES = ("auto", "triton", "reference")
+
+_KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
+_BUILT_IN = {name: MANIFOLDS[name] for name in ("sinkhorn", "none", "identity")}
+_chosen: str | None = None
+
+
+@contextlib.contextmanager
+def choosing(choice: str) -> Iterator[None]:
+    """Inside, operators take the given choice, one of `CHOICES`."""
+    if choice not in CHOICES:
+        raise ValueError(f"{choice!r} is not one of {', '.join(CHOICES)}")
+    global _chosen
+    previous, _chosen = _chosen, choice
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def current_choice() -> str:
+    """Return the choice in force."""
+    return _chosen or os.environ.get("MHC_KERNELS", "auto")
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def covered(tensors: tuple[Tensor, ...], n_streams: int, manifold: str) -> bool:
+    """Whether the kernels cover these dtypes, this number of streams and this manifold."""
+    # A re-registered name is another manifold.
+    family = _BUILT_IN.get(manifold)
+    return (
+        1 <= n_streams <= MAX_STREAMS
+        and all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
+        and family is not None
+        and MANIFOLDS.get(manifold) is family
+    )
+
+
+def uses_triton(tensors: tuple[Tensor, ...], n_streams: int, manifold: str = "sinkhorn") -> bool:
+    """Whether a call with these tensors takes the Triton kernels."""
+    choice = current_choice()
+    device = tensors[0].device.type
+    if choice == "reference" or device not in ("cuda", "cpu") or (device == "cpu" and choice != "triton"):
+        return False
+    return have_triton() and covered(tensors, n_streams, manifold)
+
+
+def run(name: str, tensors: tuple[Tensor, ...], n_streams: int, manifold: str, *constants: Any) -> Any:
+    """Call operator `name` (or `name_backward`) in the implementation that fits."""
+    streams = tensors[0]
+    # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
+    with torch.autocast(device_type=streams.device.type, enabled=False):
+        if not uses_triton(tensors, n_streams, manifold):
+            return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(streams):
+            return kernel_of(name)(*tensors, *constants)
+
+
+def reference_of(name: str) -> Callable[..., Any]:
+    """Return the plain PyTorch of an operator or its backward."""
+    return getattr(boundary if name.startswith("post_pre") else reference, name)
+
+
+def kernel_of(name: str) -> Callable[..., Any]:
+    """Return the Triton implementation of an operator or its backward."""
+    module = importlib.import_module(f".{name.removesuffix('_backward')}", __package__)
+    return getattr(module, name)

@@ -1,0 +1,151 @@
+"""The paper's own split of `pre` into separate kernels (arXiv 2512.24880, section 4.3), to compare with.
+
+Projection and norm; affine maps and sigmoids; Sinkhorn; collapse: four launches, each with its result in
+device memory, then `post` as a fifth, after the branch. The backward is that of `pre`, so that what differs
+is the forward. A function for benchmarks and for `fusion="paper"`; manifold `sinkhorn`, float32 and narrower
+streams.
+"""
+
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dispatch, ops
+from .device import logits_tile, narrow, sigmoid
+from .launch import Geometry, ceil_div, empty, launch
+from .partials import gather_partials, project_partials
+from .post import forward_config
+from .pre import geometry_of
+from .project import load_streams
+from .reference import NORM_EPS
+from .sinkhorn import sinkhorn
+
+
+@triton.jit(do_not_specialize=["tokens", "splits"])
+def paper_affine_kernel(
+    sums: tl.tensor,
+    squares: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    pre: tl.tensor,
+    post: tl.tensor,
+    logits: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
+    splits: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+) -> None:
+    """Scale, shift and squash the projections: pre and post [tokens, n], logits of res [tokens, n, n]."""
+    q = tl.arange(0, Q)[None, :, None]
+    j = tl.arange(0, N)[None, None, :]
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < tokens
+    summed, square, _ = gather_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
+    tile, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
+    gate = sigmoid(tile)
+    deep = token.to(tl.int64)[:, None, None]
+    alive = live[:, None, None] & (j < n)
+    tl.store(pre + deep * n + j + 0 * q, gate + eps, mask=alive & (q == 0))
+    tl.store(post + deep * n + j + 0 * q, 2.0 * gate, mask=alive & (q == 1))
+    tl.store(logits + deep * (n * n) + (q - 2) * n + j, tile, mask=alive & (q >= 2) & (q < n + 2))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def paper_collapse_kernel(
+    streams: tl.tensor,
+    pre: tl.tensor,
+    layer_input: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    n: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+) -> None:
+    """Add up a tile of streams by weights in device memory (Eq. 5)."""
+    blocks = (width + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    token = (tl.program_id(0) // blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = (tl.program_id(0) % blocks) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    live = token < tokens
+    mask = live[:, None] & (column < width)[None, :]
+    token = token.to(tl.int64)
+    tiles = load_streams(streams, token * width, column, mask, n, width)
+    collapsed = tl.full([BLOCK_TOKENS, BLOCK_WIDTH], 0.0, tl.float32)
+    for i in tl.static_range(n):
+        collapsed += tl.load(pre + token * n + i, mask=live, other=0.0)[:, None] * tiles[i].to(tl.float32)
+    place = layer_input + (token * width)[:, None] + column[None, :]
+    tl.store(place, narrow(collapsed, layer_input.dtype.element_ty), mask=mask)
+
+
+def split_forward(
+    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iters: int, norm_eps: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the four kernels; shapes as in `pre`."""
+    geometry: Geometry = geometry_of(streams, phi)
+    *leading, n, width = streams.shape
+    streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
+    layer_input = empty(streams, *leading, width, dtype=streams.dtype)
+    pre, post = empty(streams, *leading, n), empty(streams, *leading, n)
+    logits = empty(streams, *leading, n, n)
+    if geometry.tokens:
+        sums, squares, _ = project_partials(streams, phi, geometry)
+        block = max(1, 512 // geometry.slots)
+        launch(
+            paper_affine_kernel, (ceil_div(geometry.tokens, block),),
+            sums, squares, scale, bias, pre, post, logits,
+            geometry.tokens, width, norm_eps, eps, sums.shape[0],
+            BLOCK_TOKENS=block, num_warps=4, **geometry.constants(),
+        )  # fmt: skip
+        config = forward_config(width, streams.element_size())
+        grid = ceil_div(geometry.tokens, config.block_tokens) * ceil_div(width, config.block_width)
+        launch(
+            paper_collapse_kernel, (grid,), streams, pre, layer_input, geometry.tokens, width,
+            n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
+        )  # fmt: skip
+    return layer_input, post, sinkhorn(logits, iters, eps)
+
+
+class _PaperPre(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(*arguments[:4])
+        ctx.constants = arguments[4:]
+        with torch.cuda.device_of(arguments[0]):
+            return split_forward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ops.pre_backward(*grads, *ctx.saved_tensors, *ctx.constants, "sinkhorn"), None, None, None)
+
+
+def pre(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    iters: int = 20,
+    norm_eps: float = NORM_EPS,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `functional.pre` does, in the paper's four kernels.
+
+    Shapes: streams [*, n, C], phi [n² + 2n, n·C], scale [3], bias [n² + 2n]. Returns layer_input [*, C], post
+    [*, n], res [*, n, n]. Where the kernels do not run, the operator `pre` is called.
+    """
+    tensors = (streams, phi, scale, bias)
+    if dispatch.uses_triton(tensors, streams.shape[-2]):
+        return _PaperPre.apply(*tensors, iters, norm_eps, eps)
+    return ops.pre(*tensors, iters, norm_eps, eps, "sinkhorn")
