@@ -78,7 +78,7 @@ def test_a_saved_config_is_explained_from_its_folder_and_from_its_file(tmp_path)
     assert printed["config"]["n_streams"] == 2
     as_text = run("explain", tmp_path / "config.json")
     assert as_text.exit_code == 0
-    assert "4 sites in 1 chains" in as_text.stdout
+    assert "4 sites in 1 chain," in as_text.stdout
 
 
 def test_a_llama_of_8b_parameters_is_explained_without_weights(tmp_path):

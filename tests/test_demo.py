@@ -43,7 +43,7 @@ def test_demo_saves_figure_page_and_results(ran):
     assert [run["name"] for run in record["runs"]] == ["plain", "mHC"]
     assert record["gain"]["sites"] == [site.name for site in files.report.sites]
     assert record["verdict"] == files.result.verdict()
-    assert "4 sites in 1 chains" in printed
+    assert "4 sites in 1 chain," in printed
     assert "time per step" in printed
 
 
