@@ -22,6 +22,7 @@ from .mappings import (
     Mapping,
     SiteShape,
     add_mapping,
+    attached_config,
     joined,
     mappings_of,
     readout_mapping,
@@ -65,6 +66,7 @@ def attach_plan(plan: Plan, frame: Frame, config: MHCConfig) -> list[tuple[nn.Mo
     for key, (path, owner) in owners.items():
         guard.arm(path, owner, children[key])
     if frame.roots:
+        guard.arm_root(frame.root)
         guard.watch_optimizers(frame.root)
     return created
 
@@ -88,7 +90,7 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callabl
             "wrapping it."
         )
     created = attach_plan(plan, frame, config)
-    undo_with_break(frame, lambda: _take_back(created))
+    undo_with_break(frame, lambda: _take_back(created, frame.root))
     warnings.warn(
         f"backend='mhc' created the mHC parameters of {len(missing)} sites at the first call. An optimizer built "
         "before does not own them: call mhc_compile.attach(model, example_input) first, or add "
@@ -96,10 +98,10 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callabl
         MHCWarning,
         stacklevel=2,
     )
-    return lambda: _take_back(created)
+    return lambda: _take_back(created, frame.root)
 
 
-def _take_back(created: list[tuple[nn.Module, str]]) -> None:
+def _take_back(created: list[tuple[nn.Module, str]], root: nn.Module) -> None:
     for owner, label in created:
         mappings = mappings_of(owner)
         if mappings is None or label not in mappings._modules:
@@ -108,6 +110,8 @@ def _take_back(created: list[tuple[nn.Module, str]]) -> None:
         if not mappings._modules:
             guard.disarm(owner)
             delattr(owner, CHILD)
+    if attached_config(root) is None:
+        guard.disarm(root)
 
 
 def bind(plan: Plan, config: MHCConfig, fake_mode: Any) -> Binding:

@@ -55,9 +55,9 @@ def raise_if_plain(owner: str, labels: list[str], only_inside_owner: bool) -> No
     if only_inside_owner and not _owner_is_running(labels):
         return
     name = owner or "the model"
+    which = f" ({', '.join(labels)})" if labels else ""
     raise UnrewrittenCallError(
-        f"the plain forward of {name} was about to run, although it carries mHC parameters "
-        f"({', '.join(labels)}): the result would not be the rewritten model's. Call the compiled model "
+        f"the plain forward of {name} was about to run, although it carries mHC parameters{which}: the result would not be the rewritten model's. Call the compiled model "
         "(torch.compile(model, backend='mhc'), or model.compile(backend='mhc') so that generate() and Trainer use it "
         "too). If it was called compiled, Dynamo fell back: look for a graph break or a recompile limit with "
         "TORCH_LOGS=graph_breaks,recompiles. mhc_compile.detach(model) gives back the plain model."
@@ -98,6 +98,15 @@ def arm(owner_path: str, owner: nn.Module, children: dict[str, list[nn.Module]])
         for child in modules:
             if not any(isinstance(hook, Sentinel) for hook in child._forward_pre_hooks.values()):
                 child.register_forward_pre_hook(Sentinel(owner_path, (label,), only_inside_owner=True))
+
+
+def arm_root(root: nn.Module) -> None:
+    """Put a sentinel on the model itself, which no higher-order region hides from other compilers.
+
+    In the body of an activation checkpoint a sentinel may be dropped as dead code.
+    """
+    if not any(isinstance(hook, Sentinel) for hook in root._forward_pre_hooks.values()):
+        root.register_forward_pre_hook(Sentinel("", (), only_inside_owner=False))
 
 
 def disarm(root: nn.Module) -> None:

@@ -69,6 +69,10 @@ def _rewritten(plan: Plan) -> set[tuple[str, str]]:
 
 
 def _traces(graph_module: GraphModule) -> Iterator[_Trace]:
+    """Yield the sentinels of a graph and of the bodies inside it, such as those of activation checkpointing."""
+    for body in graph_module.children():
+        if isinstance(body, GraphModule):
+            yield from _traces(body)
     for node in graph_module.graph.nodes:
         if is_sentinel(node):
             owner, labels, only_inside_owner = node.args

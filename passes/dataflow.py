@@ -88,6 +88,11 @@ def is_float(node: Node) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point
 
 
+def holds_data(node: Node) -> bool:
+    """Tell whether a node may hold features: a floating-point tensor, or several values at once."""
+    return is_float(node) or isinstance(node.meta.get("example_value"), tuple | list)
+
+
 def operands(node: Node) -> tuple[Any, Any]:
     """Return the two operands of a binary node, whether given by position or by name."""
     arguments = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]

@@ -7,7 +7,7 @@ import re
 
 from torch.fx import Node
 
-from .dataflow import is_float, op_name, tensor_of
+from .dataflow import holds_data, op_name, tensor_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
@@ -62,7 +62,7 @@ def branch_children(branch: Node, owner: tuple[tuple[str, str], ...], mixing: se
                 children.setdefault(*path[depth])
             continue
         for source in reversed(node.all_input_nodes):
-            if source not in seen and is_float(source) and source.op != "placeholder":
+            if source not in seen and holds_data(source) and source.op != "placeholder":
                 seen.add(source)
                 stack.append(source)
     return tuple(children.items())
@@ -92,7 +92,7 @@ def feature_dim_of(add: Node, branch: Node) -> int:
             break
         if name in ("permute", "transpose", "movedim", "swapaxes"):
             moves.append(node)
-        node = next((source for source in node.all_input_nodes if is_float(source)), None)
+        node = next((source for source in node.all_input_nodes if holds_data(source)), None)
     return rank - 1
 
 
