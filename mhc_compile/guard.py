@@ -57,7 +57,8 @@ def raise_if_plain(owner: str, labels: list[str], only_inside_owner: bool) -> No
     name = owner or "the model"
     which = f" ({', '.join(labels)})" if labels else ""
     raise UnrewrittenCallError(
-        f"the plain forward of {name} was about to run, although it carries mHC parameters{which}: the result would not be the rewritten model's. Call the compiled model "
+        f"the plain forward of {name} was about to run, although it carries mHC parameters{which}: the "
+        "result would not be the rewritten model's. Call the compiled model "
         "(torch.compile(model, backend='mhc'), or model.compile(backend='mhc') so that generate() and Trainer use it "
         "too). If it was called compiled, Dynamo fell back: look for a graph break or a recompile limit with "
         "TORCH_LOGS=graph_breaks,recompiles. mhc_compile.detach(model) gives back the plain model."
