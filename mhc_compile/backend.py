@@ -23,6 +23,7 @@ from .inner import compile_inner
 from .mappings import attached_config
 from .passes.expand_streams import expand_streams
 from .passes.find_residuals import find_residuals
+from .passes.fuse_boundaries import fuse_boundaries
 from .passes.normalize import normalize
 from .passes.verify import verify
 from .planning import Plan, plan_sites
@@ -97,6 +98,9 @@ def mhc(
         binding = bind(plan, config, _fake_mode(plain))
         rewritten = expand_streams(plain, binding.chains, config)
         verify(plain, rewritten, config.n_streams)
+        if config.fusion == "boundary":
+            rewritten = fuse_boundaries(rewritten)
+            verify(plain, rewritten, config.n_streams)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
         undo()

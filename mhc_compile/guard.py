@@ -10,6 +10,7 @@ A check that asks "am I being compiled?" would not do: Dynamo traces it into a f
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 import weakref
@@ -129,18 +130,16 @@ _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def watch_optimizers(root: nn.Module) -> None:
     """Report, once an optimizer steps the parameters of `root`, if it does not own its mHC parameters."""
-    if not _WATCHED:
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-        global _WATCHING
-        if not _WATCHING:
-            register_optimizer_step_pre_hook(_before_step)
-            _WATCHING = True
+    _hook_optimizers()
     _WATCHED.add(root)
     _CHECKED.clear()
 
 
-_WATCHING = False
+@functools.cache
+def _hook_optimizers() -> None:
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

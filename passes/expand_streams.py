@@ -71,7 +71,7 @@ class _Lowering:
 
 _OPAQUE = _Lowering(torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default)
 _INLINED = _Lowering(reference.pre, reference.post, reference.head)
-LOWERINGS = {"auto": _OPAQUE, "site": _OPAQUE, "inductor": _INLINED}
+LOWERINGS = {"auto": _OPAQUE, "site": _OPAQUE, "boundary": _OPAQUE, "inductor": _INLINED}
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
 

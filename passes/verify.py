@@ -12,6 +12,7 @@ from mhc_compile.errors import GraphInvariantError
 from ..kernels import reference
 from .dataflow import sizes_of, tensor_of
 
+_POST_PRE = torch.ops.mhc.post_pre.default
 _POSTS = {torch.ops.mhc.post.default, reference.post}
 
 
@@ -33,7 +34,9 @@ def verify(before: GraphModule, after: GraphModule, n_streams: int) -> None:
         if node.op == "placeholder" and had_sources and not hasattr(node, "_dynamo_source"):
             _fail(node, "lost its _dynamo_source")
         if node.target in _POSTS:
-            _check_post(node, n_streams)
+            _check_post(node, n_streams, tensor_of(node))
+        elif node.target is _POST_PRE:
+            _check_post(node, n_streams, node.meta["example_value"][0])
 
 
 def _check_outputs(before: GraphModule, after: GraphModule) -> None:
@@ -55,9 +58,9 @@ def _outputs(graph_module: GraphModule) -> list[Node]:
     return found
 
 
-def _check_post(node: Node, n_streams: int) -> None:
+def _check_post(node: Node, n_streams: int, after: torch.Tensor | None) -> None:
     streams, branch = node.args[0], node.args[1]
-    before, after, written = tensor_of(streams), tensor_of(node), tensor_of(branch)
+    before, written = tensor_of(streams), tensor_of(branch)
     if before is None or after is None or written is None:
         _fail(node, "has no example value")
     if sizes_of(before) != sizes_of(after) or before.dtype != after.dtype:

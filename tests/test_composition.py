@@ -228,3 +228,41 @@ def test_hugging_face_trainer(tmp_path):
     assert trainer.train().training_loss > 0
     mhc_compile.check_optimizer(model, trainer.optimizer.optimizer)
     assert not torch.equal(before, mhc_compile.parameters(model)["model.layers.0.mhc.mlp.bias"])
+
+
+class _Targets:
+    """An inner backend that runs the rewritten graph as it is and remembers its operators."""
+
+    def __init__(self):
+        self.seen = []
+        self.name = f"targets_{id(self)}"
+        torch._dynamo.register_backend(self, name=self.name)
+
+    def __call__(self, graph_module, inputs):
+        from torch._dynamo.backends.registry import lookup_backend
+
+        self.seen += [str(node.target) for node in graph_module.graph.nodes]
+        return lookup_backend("aot_eager")(graph_module, inputs)
+
+
+@pytest.mark.parametrize("build", [Stack, llama])
+def test_boundary_fusion_is_the_same_to_the_bit(build):
+    model = build()
+    inputs = (features(),) if build is Stack else (token_ids(),)
+    mhc_compile.attach(model, *inputs)
+    _perturb(model)
+    results = {}
+    for fusion in ("site", "boundary"):
+        inner = _Targets()
+        options = {"inner": inner.name, "fusion": fusion}
+        out = torch.compile(model, backend="mhc", options=options)(*inputs)
+        out = out if build is Stack else out.logits
+        model.zero_grad()
+        out.square().sum().backward()
+        counts = [inner.seen.count(f"mhc.{name}.default") for name in ("pre", "post_pre", "post")]
+        results[fusion] = (out.detach(), [p.grad.clone() for p in model.parameters()], counts)
+    assert results["site"][2] == [4, 0, 4]
+    assert results["boundary"][2] == [1, 3, 1]
+    assert torch.equal(results["site"][0], results["boundary"][0])
+    for left, right in zip(results["site"][1], results["boundary"][1], strict=True):
+        assert torch.equal(left, right)

@@ -25,6 +25,13 @@ def case(request) -> Case:
     return CASES[request.param]()
 
 
+@pytest.fixture(autouse=True)
+def _traceable(request):
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if "mixtral" in request.node.name and version < (2, 12):
+        pytest.skip("before torch 2.12 AOTAutograd cannot trace the plain Mixtral on a CPU either: grouped_mm")
+
+
 def test_outputs_and_gradients_are_the_plain_ones(case):
     model, inputs = case.build().eval(), case.inputs()
     logits, gradients = _run(model, model, inputs)
