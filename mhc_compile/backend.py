@@ -89,7 +89,7 @@ def mhc(
     require_sites(plan, frame, config)
     checks = remaining_checks(graph_module, plan)
     if not plan.chains:
-        _log(graph_module, plain, plan, frame, config)
+        _publish(graph_module, plain, plan, frame, config)
         return _checked(compile_inner(plain, example_inputs, config, mode), checks)
 
     undo = attach_on_first_call(plan, frame, config)
@@ -105,7 +105,7 @@ def mhc(
     except Exception:
         undo()
         raise
-    _log(graph_module, rewritten, plan, frame, config)
+    _publish(graph_module, rewritten, plan, frame, config)
     return _checked(_with_live_parameters(compiled, binding.live), checks)
 
 
@@ -128,10 +128,12 @@ def _checked(compiled: Compiled, checks: list[Callable[[], None]]) -> Compiled:
     return run
 
 
-def _log(before: GraphModule, after: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> None:
-    entry = graph_report(frame.function, len(before.graph.nodes), plan, frame.break_reason)
+def _publish(before: GraphModule, after: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> None:
+    """Add the graph to the model's report, and show both to TORCH_LOGS."""
     if frame.roots and (plan.chains or not frame.resumed):
-        logs.artifact("mhc_report").debug("%s", add_to_report(frame.root, config, entry))
+        entry = graph_report(frame.function, len(before.graph.nodes), plan, frame.break_reason)
+        report = add_to_report(frame.root, config, entry)
+        logs.artifact("mhc_report").debug("%s", report)
     graphs = logs.artifact("mhc_graph")
     graphs.debug("before:\n%s", before.graph)
     graphs.debug("after:\n%s", after.graph)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 
+_PACKAGE = "mhc_compile"
+
 ARTIFACTS = {
     "mhc_report": "What backend='mhc' rewrote, what it left alone and why, per graph",
     "mhc_graph": "The graph before and after backend='mhc' rewrote it",
@@ -17,10 +19,12 @@ ARTIFACTS = {
 def autoload() -> None:
     """Register the artifacts, if this version of torch lets us."""
     try:
-        from torch._logging._internal import register_artifact
+        from torch._logging._internal import getArtifactLogger, register_artifact
 
         for name, description in ARTIFACTS.items():
             register_artifact(name, description, visible=True, off_by_default=True)
+            # Loggers that exist when TORCH_LOGS is parsed are given a handler; later ones would stay mute.
+            getArtifactLogger(_PACKAGE, name)
     except Exception:
         logging.getLogger(__name__).debug("the TORCH_LOGS artifacts are not available", exc_info=True)
 
@@ -30,6 +34,6 @@ def artifact(name: str) -> logging.Logger:
     from torch._logging import getArtifactLogger
 
     try:
-        return getArtifactLogger(__name__, name)
+        return getArtifactLogger(_PACKAGE, name)
     except ValueError:
-        return logging.getLogger(f"mhc_compile.{name}")
+        return logging.getLogger(f"{_PACKAGE}.{name}")

@@ -1,7 +1,11 @@
 """The report: text, dictionary; and explain on a model of Llama-3-8B's size without weights."""
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import expecttest
 import pytest
@@ -11,6 +15,8 @@ import mhc_compile
 from mhc_compile import MHCConfig
 
 from .models import QUICK, Stack, features, llama, token_ids
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class TestText(expecttest.TestCase):
@@ -100,10 +106,16 @@ def test_explain_an_8b_model_on_the_meta_device():
     assert report.parameters_before == sum(p.numel() for p in model.parameters()) > 8e9
 
 
-def test_torch_logs_artifact_is_registered():
-    from torch._logging._internal import log_registry
-
-    assert {"mhc_report", "mhc_graph"} <= log_registry.artifact_names
+def test_torch_logs_print_the_report_and_the_graph(tmp_path):
+    script = (
+        "import torch; from tests.models import QUICK, Stack, features;"
+        "torch.compile(Stack(), backend='mhc', options=QUICK)(features())"
+    )
+    environment = {**os.environ, "TORCH_LOGS": "mhc_report,mhc_graph"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "4 sites in 1 chain" in done.stderr
+    assert "torch.ops.mhc.pre.default" in done.stderr or "mhc.pre" in done.stderr
 
 
 def test_options_are_in_the_report():
