@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 
-_PACKAGE = "mhc_compile"
+# torch gives handlers to its own loggers alone, and artifacts propagate to them: so ours hang below "torch".
+_PARENT = "torch.mhc_compile"
 
 ARTIFACTS = {
     "mhc_report": "What backend='mhc' rewrote, what it left alone and why, per graph",
@@ -23,8 +24,8 @@ def autoload() -> None:
 
         for name, description in ARTIFACTS.items():
             register_artifact(name, description, visible=True, off_by_default=True)
-            # Loggers that exist when TORCH_LOGS is parsed are given a handler; later ones would stay mute.
-            getArtifactLogger(_PACKAGE, name)
+            # Known before TORCH_LOGS is parsed, a logger is given its level then.
+            getArtifactLogger(_PARENT, name)
     except Exception:
         logging.getLogger(__name__).debug("the TORCH_LOGS artifacts are not available", exc_info=True)
 
@@ -34,6 +35,6 @@ def artifact(name: str) -> logging.Logger:
     from torch._logging import getArtifactLogger
 
     try:
-        return getArtifactLogger(_PACKAGE, name)
+        return getArtifactLogger(_PARENT, name)
     except ValueError:
-        return logging.getLogger(f"{_PACKAGE}.{name}")
+        return logging.getLogger(f"{_PARENT}.{name}")
