@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import ConfigMismatchError, MHCOptionError
@@ -19,6 +19,9 @@ BOUNDARIES = ("error", "collapse")
 # The options that decide which parameters exist and what they mean. The rest may change from one
 # compilation to the next without touching a checkpoint.
 STRUCTURAL = ("n_streams", "manifold", "init", "readout", "sites", "min_sites")
+
+# What decides the function that the model computes, and so comes with its parameters.
+_INHERITED = (*STRUCTURAL, "sinkhorn_iters")
 
 SiteFilter = str | Callable[[str], bool] | None
 
@@ -101,7 +104,10 @@ class MHCConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, attached: MHCConfig | None = None) -> MHCConfig:
-        """Build a config from `options=`; options left out come from the config already attached, if any.
+        """Build a config from `options=`.
+
+        Options that decide the function and are left out come from the config that is attached, if any; the others,
+        such as `inner`, from the defaults.
 
         Raises:
             MHCOptionError: an unknown name (the message lists near matches) or a bad value.
@@ -125,7 +131,8 @@ class MHCConfig:
                     "or call mhc_compile.detach(model) first and attach again (trained mHC parameters are "
                     "dropped: save them before)."
                 )
-        return replace(attached, **options)
+        inherited = {name: getattr(attached, name) for name in _INHERITED}
+        return cls(**{**inherited, **options})
 
     def wants(self, site_name: str) -> bool:
         """Tell whether the `sites` option picks the site of this name."""

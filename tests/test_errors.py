@@ -94,6 +94,9 @@ def test_a_config_that_differs_from_the_attached_one():
         torch.compile(model, backend="mhc", options={**QUICK, "n_streams": 4})(features())
     # Left out, or about the computation alone: no conflict.
     torch.compile(model, backend="mhc", options={**QUICK, "sinkhorn_iters": 5})(features())
+    # The function is inherited, how it is compiled is not.
+    attached = MHCConfig(n_streams=2, sinkhorn_iters=7, inner="eager")
+    assert MHCConfig.from_options({}, attached) == MHCConfig(n_streams=2, sinkhorn_iters=7)
     assert mhc_compile.parameters(model)["blocks.0.mhc.mlp.phi"].shape[0] == 8
 
 
