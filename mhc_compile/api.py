@@ -22,6 +22,7 @@ from .config import STRUCTURAL, MHCConfig
 from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError, StreamCutError
 from .fallbacks import BACKEND_NAME, watch_fallbacks
 from .mappings import CHILD, attached_config, owners_in
+from .passes.dataflow import output_of
 from .passes.find_residuals import find_residuals
 from .passes.normalize import normalize
 from .planning import Plan, plan_sites
@@ -287,7 +288,7 @@ def _dummy_inputs(root: nn.Module) -> dict[str, Any]:
 
 def _shapes_only(graph_module: GraphModule) -> Any:
     """Stand in for a compiled graph that a graph break ended: outputs of the right shapes, no arithmetic."""
-    output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+    output = output_of(graph_module)
 
     def blank(node: Any) -> Any:
         value = node.meta.get("example_value")

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from .capture import Frame
 from .config import MHCConfig
 from .errors import StreamCutError
-from .passes.dataflow import carried_from, data_inputs, is_add, is_float, mixes, operands
+from .passes.dataflow import carried_from, data_inputs, is_add, is_float, mixes, operands, output_of
 from .planning import Plan
 from .residual import Reason
 
@@ -140,7 +140,7 @@ def _leaves(add: Node) -> bool:
 
 def _branch_leaves(graph_module: GraphModule) -> bool:
     """Tell whether a value leaves the graph together with something that was mixed from it."""
-    output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+    output = output_of(graph_module)
     leaving = {node for node in output.all_input_nodes if is_float(node)}
     for start in leaving:
         stack: list[tuple[Node, bool]] = [(start, False)]

@@ -114,6 +114,11 @@ def is_higher_order(node: Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
+def output_of(graph_module: GraphModule) -> Node:
+    """Return a graph's output node."""
+    return next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+
+
 def data_inputs(node: Node) -> list[Node]:
     """Return the inputs whose values matter: `expand_as(x, like)` reads only the shape of `like`."""
     name = op_name(node)
@@ -249,11 +254,6 @@ def is_activation(node: Node) -> bool:
 def is_dropout(node: Node) -> bool:
     """Tell whether a node is a dropout."""
     return op_name(node) in _DROPOUT_NAMES
-
-
-def is_cast(node: Node) -> bool:
-    """Tell whether a node only changes dtype or device."""
-    return op_name(node) in _CAST_NAMES
 
 
 def carried_from(node: Node) -> Node | None:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from mhc_compile.errors import GraphInvariantError
 
 from ..kernels import reference
-from .dataflow import sizes_of, tensor_of
+from .dataflow import output_of, sizes_of, tensor_of
 
 _POST_PRE = torch.ops.mhc.post_pre.default
 _POSTS = {torch.ops.mhc.post.default, reference.post}
@@ -52,7 +52,7 @@ def _check_outputs(before: GraphModule, after: GraphModule) -> None:
 
 
 def _outputs(graph_module: GraphModule) -> list[Node]:
-    output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+    output = output_of(graph_module)
     found: list[Node] = []
     torch.fx.node.map_arg(output.args, found.append)
     return found
