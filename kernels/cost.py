@@ -26,7 +26,6 @@ TOKENS, STREAMS, WIDTH, SITES, INTERVAL, ELEMENT, ITERS = sympy.symbols(
     "tokens n_streams width sites interval element_size iters", integer=True, positive=True
 )
 FLOAT = 4
-FUSIONS = ("inductor", "paper", "site", "boundary")
 
 _n, _C, _0 = STREAMS, WIDTH, Integer(0)
 _ROWS = _n**2 + 2 * _n

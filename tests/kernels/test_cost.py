@@ -61,7 +61,7 @@ def test_each_fusion_moves_less_than_the_one_before(n, tokens):
         totals = [
             cost.evaluate(getattr(cost.chain(fusion).forward, amount).bytes, **values)
             + cost.evaluate(getattr(cost.chain(fusion).backward, amount).bytes, **values)
-            for fusion in cost.FUSIONS
+            for fusion in cost.PER_SITE
         ]
         assert totals == sorted(totals, reverse=True)
         assert len(set(totals)) == len(totals)
