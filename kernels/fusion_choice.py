@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -89,18 +89,31 @@ def choose_fusion(
         return FusionChoice("site", FusionReason.PLAIN_PYTORCH)
     gpu = gpu_of_device(torch.cuda.get_device_name(device))
     if gpu is not None:
-        rows = _table() if table is None else table
-        row = _nearest(rows, gpu, tokens, width, n_streams, dtype, training)
-        if row is not None:
-            seconds = {name: row["microseconds"][name] / 1e6 for name in CANDIDATES}
-            return _fastest(seconds, FusionReason.MEASURED, row["tokens"], row["width"], gpu.name)
+        return choose_on(gpu, tokens, width, n_streams, dtype, training=training, table=table)
     # A GPU that the table lacks differs from the others in scale more than in the ratio that decides here.
-    model = gpu or GPUS["h100"]
-    seconds = {
-        name: site_seconds(name, model, tokens, width, n_streams, dtype.itemsize, training) for name in CANDIDATES
-    }
-    where = model.name if gpu is not None else f"an unknown GPU, taken for {model.name}"
-    return _fastest(seconds, FusionReason.PREDICTED, tokens, width, where)
+    stand_in = GPUS["h100"]
+    choice = choose_on(stand_in, tokens, width, n_streams, dtype, training=training, table=())
+    return replace(choice, detail=f"this GPU is not in the table; {choice.detail}")
+
+
+def choose_on(
+    gpu: GPU,
+    tokens: int,
+    width: int,
+    n_streams: int,
+    dtype: torch.dtype,
+    *,
+    training: bool = True,
+    table: Sequence[dict[str, Any]] | None = None,
+) -> FusionChoice:
+    """Choose for a GPU of the table, which need not be here; arguments as in `choose_fusion`."""
+    row = _nearest(_table() if table is None else table, gpu, tokens, width, n_streams, dtype, training)
+    if row is not None:
+        seconds = {name: row["microseconds"][name] / 1e6 for name in CANDIDATES}
+        return _fastest(seconds, FusionReason.MEASURED, row["tokens"], row["width"], gpu)
+    size = (tokens, width, n_streams, dtype.itemsize)
+    seconds = {name: site_seconds(name, gpu, *size, training) for name in CANDIDATES}
+    return _fastest(seconds, FusionReason.PREDICTED, tokens, width, gpu)
 
 
 def site_seconds(
@@ -124,9 +137,9 @@ def _kernels_run(device: torch.device, dtype: torch.dtype, n_streams: int, manif
     )
 
 
-def _fastest(seconds: dict[str, float], reason: FusionReason, tokens: int, width: int, where: str) -> FusionChoice:
+def _fastest(seconds: dict[str, float], reason: FusionReason, tokens: int, width: int, gpu: GPU) -> FusionChoice:
     times = ", ".join(f"{name} {second * 1e6:.0f} µs" for name, second in seconds.items())
-    detail = f"{tokens} tokens of width {width} on {where}: {times} a site"
+    detail = f"{tokens} tokens of width {width} on {gpu.name}: {times} a site"
     return FusionChoice(min(seconds, key=lambda name: seconds[name]), reason, detail)
 
 

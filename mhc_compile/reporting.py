@@ -17,6 +17,7 @@ from .config import MHCConfig
 from .kernels.fusion_choice import FusionChoice
 from .kernels.manifolds import MANIFOLDS
 from .planning import Plan
+from .prediction import Prediction
 from .residual import Chain, Reason, Rejection, Site
 
 _MOST_ROWS = 40
@@ -54,6 +55,7 @@ class Report:
     config: MHCConfig
     graphs: list[GraphReport] = field(default_factory=list)
     parameters_before: int = 0
+    prediction: Prediction | None = None
 
     @property
     def chains(self) -> tuple[Chain, ...]:
@@ -102,6 +104,7 @@ class Report:
             "parameters_added": self.parameters_added,
             "chains": [asdict(chain) for chain in self.chains],
             "rejected": [_rejection_dict(entry) for entry in self.rejected],
+            "prediction": self.prediction.to_dict() if self.prediction is not None else None,
             "graphs": [
                 {
                     "function": graph.function,
@@ -159,6 +162,8 @@ class Report:
                 for location, count in entries:
                     table.add_row(str(count), reason, location)
             console.print(table)
+        if self.prediction is not None:
+            console.print(str(self.prediction))
         return buffer.getvalue().rstrip()
 
     def _summary(self) -> str:
