@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from mhc_compile.kernels import fusion_choice
 from mhc_compile.kernels.dispatch import choosing
-from mhc_compile.kernels.fusion_choice import FusionReason, choose_fusion, site_seconds
+from mhc_compile.kernels.fusion_choice import FusionReason, choose_fusion, choose_on, site_seconds
 from mhc_compile.kernels.gpus import GPUS, LAUNCH_SECONDS, find_gpu, gpu_of_device
 
 from mhc_compile.errors import MHCOptionError
@@ -97,3 +100,29 @@ def test_gpus_are_found_by_name_and_by_device():
     assert {name: gpu_of_device(name).name for name in names} == names
     assert gpu_of_device("Tesla V100") is None
     assert GPUS["h200"].matmul_rate(2) == 2 * GPUS["h200"].matmul_rate(4)
+
+
+def test_the_benchmark_writes_rows_that_are_read(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    bench = importlib.import_module("benchmarks.fusion_choice")
+    run = []
+    for name, operator in bench.OPERATORS.items():
+        counted = replace(
+            operator,
+            forward=lambda *arguments, name=name, call=operator.forward: run.append(name) or call(*arguments),
+            backward=lambda *arguments, name=name, call=operator.backward: (
+                run.append(f"{name}_backward") or call(*arguments)
+            ),
+        )
+        monkeypatch.setitem(bench.OPERATORS, name, counted)
+    monkeypatch.setattr(bench, "measure", lambda call, device, repeats: call() or 1e-3)
+    shape = bench.Shape("post_pre", 3, 2, 8, torch.bfloat16)
+    written = bench.measure_row(shape, "cpu", "h200", training=False, repeats=1)
+    assert run == ["post", "pre", "post_pre"]
+    assert written["microseconds"] == {"site": 1000.0, "boundary": 1000.0}
+    assert choose_on(GPUS["h200"], 3, 8, 2, torch.bfloat16, training=False, table=[written]).reason.name == "MEASURED"
+    run.clear()
+    bench.measure_row(shape, "cpu", "h200", training=True, repeats=1)
+    # Each forward once for the gradients' shapes, then the site.
+    assert run[-2:] == ["post_pre", "post_pre_backward"]
+    assert run[2:6] == ["post", "pre", "post_backward", "pre_backward"]
