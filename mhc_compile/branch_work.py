@@ -61,6 +61,16 @@ def count_branch_work(graph_module: GraphModule) -> BranchWork:
     return BranchWork(counter.flops, counter.saved_bytes)
 
 
+def _grouped_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    """Flops of one product a group: rows [rows, K] times [groups, K, N], each row in one group; or [groups, …] both."""
+    shared = left[0] if len(left) > len(right) else 1
+    return 2 * left.numel() * right[-1] // shared
+
+
+# The experts of a mixture, which the counter of PyTorch does not know.
+_EXPERTS = {torch.ops.aten._grouped_mm: _grouped_flops}
+
+
 class _Counter(Interpreter):
     """Runs a graph node by node and counts."""
 
@@ -73,7 +83,7 @@ class _Counter(Interpreter):
         self.attention_flops = 0
         self.row_bytes = 0
         self.paused = False
-        self.counted = FlopCounterMode(display=False)
+        self.counted = FlopCounterMode(display=False, custom_mapping=_EXPERTS)
 
     @property
     def flops(self) -> int:

@@ -115,7 +115,8 @@ class Prediction:
             "less of the plain part.",
             f"Plain step: {self.plain_seconds * 1e3:.1f} ms of matrix products at {gpu.matmul_share:.0%} of the "
             f"datasheet's rate. mHC's traffic runs at {gpu.copy_share:.0%} of {gpu.bandwidth / 1e12:.1f} TB/s, less "
-            "what the residual adds move.",
+            "what the residual adds move. The rest of a step (norms, activations, optimizer) is left out, so that real "
+            "shares are smaller.",
             f"fusion='auto' takes {self.auto}.",
         ]
 

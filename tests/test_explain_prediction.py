@@ -154,6 +154,17 @@ def test_attention_counts_as_a_fused_kernel(device):
     assert counted(models[True], features) == BranchWork(linear + product // 2, kept)
 
 
+class Experts(nn.Module):
+    def forward(self, rows, weights, ends):
+        return torch._grouped_mm(rows, weights, offs=ends)
+
+
+def test_a_mixture_counts_the_experts_that_a_token_takes():
+    rows, weights = (torch.zeros(*size, dtype=torch.bfloat16, device="meta") for size in ((24, 32), (4, 32, 16)))
+    ends = torch.zeros(4, dtype=torch.int32, device="meta")
+    assert counted(Experts(), rows, weights, ends).flops == 2 * 24 * 32 * 16
+
+
 def test_a_look_counts_and_changes_nothing():
     model, ids = llama(), token_ids()
     state = {name: value.clone() for name, value in model.state_dict().items()}
