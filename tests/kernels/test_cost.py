@@ -10,7 +10,6 @@ from mhc_compile.kernels import cost
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.launch import recording
 from mhc_compile.kernels.mapping import token_splits
-from mhc_compile.kernels.paper import split_forward
 
 from .kernel_problems import Problem, inputs, many
 
@@ -163,10 +162,10 @@ def test_the_papers_split_is_that_of_its_kernels(n):
     def record(kernel, grid, args, options):
         launches.append((kernel.__name__, [arg for arg in args if isinstance(arg, torch.Tensor)], options))
 
-    (streams, *mapping), _ = inputs("pre", Problem(tokens, n, width, torch.bfloat16))
+    (streams, *mapping), constants = inputs("paper_pre", Problem(tokens, n, width, torch.bfloat16))
     (_, branch, *mixing), _ = inputs("post", Problem(tokens, n, width, torch.bfloat16))
     with recording(record):
-        split_forward(streams.to("meta"), *(tensor.to("meta") for tensor in mapping), 20, 1e-6, 0.0)
+        kernel_of("paper_pre")(*(tensor.to("meta") for tensor in (streams, *mapping)), *constants)
         kernel_of("post")(*(tensor.to("meta") for tensor in (streams, branch, *mixing)))
     forward = cost.PER_SITE["paper"].forward
     assert rows(forward.ours, n, tokens, width) == stream_rows(launches, n, tokens, width) == 4 * n + 2
