@@ -64,7 +64,7 @@ class Sweep:
     seeds: tuple[int, ...]
 
 
-FULL = Sweep((20, 60, 120, 240), (0.05, 0.2, 1.0), 100, 32, 64, 60, (1e-3, 4e-3, 1.6e-2, 6.4e-2), (0, 1, 2))
+FULL = Sweep((20, 60, 120, 240), (0.05, 0.2, 1.0), 100, 32, 64, 60, (1e-3, 4e-3, 8e-3, 1.6e-2), (0, 1, 2))
 QUICK = Sweep((20, 60), (0.2,), 12, 16, 32, 8, (4e-3, 6.4e-2), (0,))
 
 
@@ -129,6 +129,8 @@ class Trainer:
         torch.manual_seed(seed)
         fresh = DigitsNet(self.sweep.blocks, self.sweep.width).state_dict()
         self.model.load_state_dict({**self.model.state_dict(), **fresh, **self.start})
+        # A run that diverged leaves gradients that are not finite.
+        self.model.zero_grad(set_to_none=True)
 
     def train(self, rate: float, seed: int, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
         """Train from fresh weights and return one row: curves, and the step of divergence if any.
