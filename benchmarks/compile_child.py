@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import mhc_compile
 import torch
+
+import mhc_compile
 from mhc_compile import backend
 
 from .llama import PLAIN, Setting, build, tokens_of

@@ -67,9 +67,7 @@ def compile_in_process(case: Case, setting: Setting, inner: str, options: Option
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
     limit = None if options.seconds_left == float("inf") else max(options.seconds_left, 1.0)
     begin = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=limit
-    )
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

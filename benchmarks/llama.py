@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import mhc_compile
 import torch
 from torch import Tensor, nn
+
+import mhc_compile
 
 PLAIN = "plain"
 
@@ -80,9 +81,7 @@ def tokens_of(setting: Setting, device: str, seed: int = 0) -> Tensor:
     return torch.randint(setting.vocabulary, (setting.batch, setting.length), generator=generator).to(device)
 
 
-def compiled(
-    model: nn.Module, example: Tensor, options: Mapping[str, Any] | None, inner: str
-) -> Callable[..., Any]:
+def compiled(model: nn.Module, example: Tensor, options: Mapping[str, Any] | None, inner: str) -> Callable[..., Any]:
     """Compile a model, plain where `options` is None, else attached first and through the backend."""
     if options is None:
         return torch.compile(model, backend=inner, dynamic=False)

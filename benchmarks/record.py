@@ -189,9 +189,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--note", default="", help="kept in the JSON: what disturbed the run, for example")
 
 
-def options_from(
-    parser: argparse.ArgumentParser, given: argparse.Namespace, only: tuple[str, ...] = ()
-) -> Options:
+def options_from(parser: argparse.ArgumentParser, given: argparse.Namespace, only: tuple[str, ...] = ()) -> Options:
     """Turn parsed arguments into options; a device that is not there is an error."""
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device; --device cpu checks correctness and counts bytes")

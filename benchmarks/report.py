@@ -64,9 +64,7 @@ def _environment(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return environment
 
 
-def _hardware_section(
-    folder: Path, place: Path, results: dict[str, dict[str, Any]], drawing: bool
-) -> list[str]:
+def _hardware_section(folder: Path, place: Path, results: dict[str, dict[str, Any]], drawing: bool) -> list[str]:
     environment = _environment(results)
     parts = [f"## {environment['hardware']}"]
     if environment["device"] == "cpu":

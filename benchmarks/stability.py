@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import mhc_compile
 import torch
-from mhc_compile.gain import composite_gain
 from mhc_compile.kernels import ops
 from mhc_compile.kernels.manifolds import MANIFOLDS
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+
+import mhc_compile
+from mhc_compile.gain import composite_gain
 
 from . import stability_report
 from .digits import DigitsNet, batches, digits
@@ -145,7 +146,7 @@ class Trainer:
         diverged: int | None = None
         begin = time.perf_counter()
         drawn = batches(*data, size=self.sweep.batch, steps=self.sweep.steps, seed=seed)
-        for step, (pixels, classes) in enumerate(drawn):
+        for pixels, classes in drawn:
             with recorded_mixing() as matrices:
                 loss = nnf.cross_entropy(self.compiled(pixels.to(self.device)), classes.to(self.device))
             loss.backward()
@@ -160,7 +161,8 @@ class Trainer:
         tail = losses[-10:]
         return {
             "part": "training", "kind": self.kind, "rate": rate, "seed": seed, "steps": len(losses),
-            "diverged_at": diverged, "final_loss": _short([sum(tail) / len(tail)])[0], "seconds": time.perf_counter() - begin,
+            "diverged_at": diverged, "final_loss": _short([sum(tail) / len(tail)])[0],
+            "seconds": time.perf_counter() - begin,
             "losses": _short(losses), "gradient_norms": _short(norms),
             "forward_gains": _short([gain[0] for gain in gains]),
             "backward_gains": _short([gain[1] for gain in gains]),

@@ -61,9 +61,9 @@ def _training_table(result: dict[str, Any]) -> Table:
         tuple(cells),
         frozenset(best),
         "AdamW, no clipping, no warm-up. Diverged: the loss is not finite, or above 3 ln 10 for 5 steps. Final loss: "
-        "mean of the last 10 steps, over the seeds that did not diverge, ± their spread. Gain: largest over depth and steps, forward / "
-        "backward. The best of a learning rate is marked where it diverges less often than the others, or its loss is "
-        "lower by more than the seeds spread.",
+        "mean of the last 10 steps, over the seeds that did not diverge, ± their spread. Gain: largest over depth and "
+        "steps, forward / backward. The best of a learning rate is marked where it diverges less often "
+        "than the others, or its loss is lower by more than the seeds spread.",
     )
 
 

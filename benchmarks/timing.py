@@ -13,7 +13,8 @@ import torch
 _BATCH_SECONDS = {"cuda": 2e-3, "cpu": 5e-3}
 # Rotating inputs are several times as large as the last cache: 60 MB on an H200, 126 MB on a B200.
 _ROTATION_BYTES = {"cuda": 2**29, "cpu": 2**26}
-_MOST_COPIES = 16
+# Of a few tokens phi is all there is: 64 times 1.5 MB.
+_MOST_COPIES = 64
 
 
 def copies_to_rotate(bytes_each: int, device: str) -> int:
@@ -73,3 +74,23 @@ def copy_bandwidth(device: str, repeats: int) -> float:
     source = torch.empty(amount, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * amount / median_seconds([lambda: target.copy_(source)], device, repeats)
+
+
+def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float | None:
+    """Return the median time of one call within a CUDA graph of all `calls`; None where it cannot be captured."""
+    try:
+        with torch.no_grad():
+            # Capture wants warm caches, on the stream that is captured.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for call in calls:
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        return median_seconds([graph.replay], "cuda", repeats) / len(calls)
+    except RuntimeError:
+        return None

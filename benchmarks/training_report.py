@@ -52,7 +52,7 @@ def _step_table(result: dict[str, Any], group: list[Row]) -> Table:
     fastest = min(range(len(ours)), key=lambda index: ours[index]["step_seconds"], default=None)
     drift = [row["step_seconds"] for row in group if row["fusion"] == PLAIN]
     note = (
-        f"Plain: `backend=\"{plain['inner']}\"`, measured before and after the others"
+        f'Plain: `backend="{plain["inner"]}"`, measured before and after the others'
         + (f" ({max(drift) / min(drift) - 1.0:.1%} apart)" if len(drift) > 1 else "")
         + ". "
     )
@@ -132,9 +132,7 @@ def figures(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
         drawn.append((path, "Overhead against the number of tokens in a step, at one width."))
     depth = [row for row in result["rows"] if row["part"] == "depth"]
     if depth:
-        in_mib = {
-            name: [(x, y / 2**20) for x, y in points] for name, points in _depth_curves(depth).items()
-        }
+        in_mib = {name: [(x, y / 2**20) for x, y in points] for name, points in _depth_curves(depth).items()}
         panel = Panel("saved for the backward", "layers", "MiB")
         drawn.append((lines(folder / "training-depth.png", [(panel, in_mib)]), "Memory against depth."))
     return drawn

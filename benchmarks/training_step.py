@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from mhc_compile import MHCConfig
 from mhc_compile.errors import MHCOptionError
-from torch import Tensor, nn
 
 from . import training_report
 from .llama import PLAIN, Setting, build, compiled, missing, tokens_of
@@ -261,9 +262,7 @@ def measure_depth(plan: Plan, options: Options, record: Record) -> None:
 
         amount, loss = saved_bytes(model, forward)
         loss.backward()
-        record.add(
-            part="depth", **setting.to_dict(), fusion=case.fusion, recompute=case.recompute, saved_bytes=amount
-        )
+        record.add(part="depth", **setting.to_dict(), fusion=case.fusion, recompute=case.recompute, saved_bytes=amount)
 
 
 def run(options: Options, record: Record) -> None:
