@@ -11,6 +11,7 @@ from mhc_compile.kernels import dispatch, ops
 from mhc_compile.kernels.dispatch import reference_of
 from mhc_compile.kernels.ops import OPERATORS
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from .problems import Shape, excess, make_inputs, many
 
@@ -79,7 +80,7 @@ def prepare(way: Way, tensors: Sequence[Tensor], constants: Sequence[Any], seed:
     """
     leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
     # Donated buffers of a compiled backward would forbid to run it a second time.
-    with torch._functorch.config.patch(donated_buffer=False):
+    with functorch_config.patch(donated_buffer=False):
         outputs = many(way(*leaves, *constants))
     generator = torch.Generator(leaves[0].device).manual_seed(seed)
     grads = tuple(
