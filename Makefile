@@ -1,6 +1,6 @@
 # make demo     train a small Llama twice, plain and with mHC, and compare (two to three minutes)
-# make test     everything there is to check: lint, types, tests
-# make lint | format | types | clean
+# make test     everything there is to check: lint, types, tests, kernels compiled ahead for GPUs that are not there
+# make lint | format | types | kernels | clean
 #
 # Each target makes the environment that it needs in .venv. To use an environment that exists already (a GPU
 # machine's, a container's), with the package and its extras installed there: make test VENV=none PYTHON=python
@@ -26,7 +26,7 @@ endif
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format types clean
+.PHONY: demo test lint format types kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
@@ -34,6 +34,10 @@ demo: $(DEMO_READY)
 
 test: lint types
 	$(PY) -m pytest $(PYTEST_ARGS)
+	$(MAKE) kernels
+
+kernels: $(TEST_READY)
+	$(PY) -m benchmarks.compile_ahead
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .

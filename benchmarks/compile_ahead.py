@@ -27,7 +27,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from mhc_compile.kernels import head, launch, paper, post, post_pre, pre, sinkhorn
+from mhc_compile.kernels import head, launch, paper_pre, post, post_pre, pre, sinkhorn
 from mhc_compile.kernels.manifolds import MANIFOLDS
 from rich.console import Console
 from rich.table import Table
@@ -130,8 +130,7 @@ def run_operators(case: Case) -> None:
     sinkhorn.sinkhorn(res, 20, 0.0)
     sinkhorn.sinkhorn_backward(res, res, 20, 0.0)
     pre.pre(streams, *mapping, *constants)
-    if case.manifold == "sinkhorn":
-        paper.split_forward(streams, *mapping, *constants[:3])
+    paper_pre.paper_pre(streams, *mapping, *constants)
     pre.pre_backward(branch, post_weights, res, streams, *mapping, *constants)
     post.post(streams, branch, post_weights, res)
     post.post_backward(streams, streams, branch, post_weights, res)

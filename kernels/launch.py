@@ -82,8 +82,20 @@ def products() -> dict[str, Any]:
 
     TF32 alone keeps 11 bits; three TF32 products keep float32's. AMD multiplies float32 natively.
     """
-    hip = _recorded_backend == "hip" if _recorder is not None else torch.version.hip is not None
-    return {"PRECISION": "ieee" if hip else "tf32x3"}
+    return {"PRECISION": "ieee" if _on_hip() else "tf32x3"}
+
+
+def registers(most: int | None) -> dict[str, int]:
+    """Return the launch option that lets a thread have up to `most` registers; None leaves it to the compiler.
+
+    Left alone, ptxas aims at an occupancy and spills a value or two to reach it, also where few programs run and
+    occupancy gains nothing. AMD's compiler has no such option and needs none.
+    """
+    return {} if most is None or _on_hip() else {"maxnreg": most}
+
+
+def _on_hip() -> bool:
+    return _recorded_backend == "hip" if _recorder is not None else torch.version.hip is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

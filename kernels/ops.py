@@ -89,6 +89,22 @@ def pre_backward(
     return run("pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold)
 
 
+@torch.library.custom_op("mhc::paper_pre", mutates_args=())
+def paper_pre(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.pre`; on a device it runs in the paper's separate kernels. Its backward is that of `pre`."""
+    tensors = (streams, phi, scale, bias)
+    return tuple(run("paper_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold))
+
+
 @torch.library.custom_op("mhc::post", mutates_args=())
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """See `reference.post`."""
@@ -182,6 +198,7 @@ def _(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
 
 
 @pre.register_fake
+@paper_pre.register_fake
 def _fake_pre(
     streams: Tensor,
     phi: Tensor,
@@ -315,6 +332,7 @@ def _apply(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 sinkhorn.register_autograd(_apply(sinkhorn_backward), setup_context=_save(1))
 pre.register_autograd(_apply(pre_backward), setup_context=_save(4))
+paper_pre.register_autograd(_apply(pre_backward), setup_context=_save(4))
 post.register_autograd(_apply(post_backward), setup_context=_save(4))
 post_pre.register_autograd(_apply(post_pre_backward), setup_context=_save(7))
 head.register_autograd(_apply(head_backward), setup_context=_save(4))
@@ -324,6 +342,7 @@ OPERATORS: dict[str, Operator] = {
     for operator in (
         Operator("sinkhorn", sinkhorn, sinkhorn_backward, reference.sinkhorn),
         Operator("pre", pre, pre_backward, reference.pre),
+        Operator("paper_pre", paper_pre, pre_backward, reference.pre),
         Operator("post", post, post_backward, reference.post),
         Operator("post_pre", post_pre, post_pre_backward, boundary.post_pre),
         Operator("head", head, head_backward, reference.head),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Geometry, ceil_div, empty, launch, operand_size, products
+from .launch import Geometry, ceil_div, empty, launch, operand_size, products, registers
 from .project import project
 
 
@@ -29,6 +29,7 @@ class PartialsConfig:
         stages: loads in flight; 1 leaves them unpipelined.
         splits: programs over C.
         one_stream: a program takes the share of one stream, and there are n times as many.
+        registers: most registers of a thread, or None for the compiler's choice.
     """
 
     block_tokens: int
@@ -37,6 +38,7 @@ class PartialsConfig:
     stages: int
     splits: int
     one_stream: bool
+    registers: int | None = None
 
 
 def partials_config(geometry: Geometry, operand_bytes: int, crowded: bool) -> PartialsConfig:
@@ -55,9 +57,10 @@ def partials_config(geometry: Geometry, operand_bytes: int, crowded: bool) -> Pa
             1,
             max(1, min(64, ceil_div(geometry.width, 2 * width))),
             one_stream,
+            registers=255,
         )
     warps = 8 if crowded and operand_bytes == 4 else 4
-    return PartialsConfig(32, width, warps, 1, 1, one_stream)
+    return PartialsConfig(32, width, warps, 1, 1, one_stream, registers=255 if operand_bytes == 4 else None)
 
 
 def chunk_of(width: int, splits: int, block_width: int) -> int:
@@ -184,6 +187,7 @@ def project_partials(
         tokens, geometry.width, chunk,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, ONE=config.one_stream,
         MIX=mixing is not None, STORE=fresh_streams is not None, GRADS=grad_input is not None,
-        num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **products(),
+        num_warps=config.warps, num_stages=config.stages,
+        **registers(config.registers), **geometry.constants(), **products(),
     )  # fmt: skip
     return sums, squares, gates

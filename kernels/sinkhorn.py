@@ -12,15 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import narrow, sinkhorn_tile, sinkhorn_tile_backward
-from .launch import ceil_div, launch
+from .launch import ceil_div, launch, registers
 
 
 @dataclass(frozen=True)
 class SinkhornConfig:
-    """Launch configuration: tokens of a program's tile, and its warps."""
+    """Launch configuration: tokens of a program's tile, its warps, and most registers of a thread (None: any)."""
 
     block_tokens: int
     warps: int
+    registers: int | None = None
 
 
 def forward_config(tokens: int, padded_n: int) -> SinkhornConfig:
@@ -32,7 +33,8 @@ def forward_config(tokens: int, padded_n: int) -> SinkhornConfig:
 def backward_config(tokens: int, padded_n: int) -> SinkhornConfig:
     """Choose half the forward's tile: the replay keeps the sums of four iterations in registers as well."""
     entries = 512 if tokens > 64 else 256
-    return SinkhornConfig(max(1, entries // padded_n**2), 4 if entries == 512 else 1)
+    many = entries == 512
+    return SinkhornConfig(max(1, entries // padded_n**2), 4 if many else 1, 128 if many else 255)
 
 
 @triton.jit
@@ -115,5 +117,6 @@ def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) 
             sinkhorn_backward_kernel, (ceil_div(tokens, config.block_tokens),),
             grad_res, logits, grad_logits, tokens, iters, eps,
             n=n, N=padded, HAS_EPS=eps != 0.0, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
+            **registers(config.registers),
         )  # fmt: skip
     return grad_logits

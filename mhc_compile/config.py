@@ -13,7 +13,7 @@ from .errors import ConfigMismatchError, MHCOptionError
 MAX_STREAMS = 8
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "learned")
-FUSIONS = ("auto", "site", "boundary", "inductor")
+FUSIONS = ("auto", "paper", "site", "boundary", "inductor")
 BOUNDARIES = ("error", "collapse")
 
 # The options that decide which parameters exist and what they mean. The rest may change from one
@@ -39,7 +39,8 @@ class MHCConfig:
         init: "preserve" starts from exactly the original model; "paper" starts from scale 0.01 and random phi.
         readout: how a chain's streams become one value at its end: "mean", or "learned" (sigmoid-weighted).
         fusion: "auto" or "site" call two opaque operators per site, `pre` and `post`; "boundary" joins a site's `post`
-            and the next site's `pre`; "inductor" inlines the plain ATen mathematics and leaves the fusion to Inductor.
+            and the next site's `pre`; "paper" runs `pre` in the paper's separate kernels; "inductor" inlines the plain
+            ATen mathematics and leaves the fusion to Inductor.
         recompute: "auto" and "none" store what autograd asks for.
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
         min_sites: a chain with fewer sites stays as it is.
@@ -75,11 +76,6 @@ class MHCConfig:
         _check_choice("init", self.init, INITS)
         _check_choice("readout", self.readout, READOUTS)
         _check_choice("on_boundary", self.on_boundary, BOUNDARIES)
-        if self.fusion == "paper":
-            raise MHCOptionError(
-                "fusion='paper' is a function of kernels.paper so far, for benchmarks; the rewrite cannot use it yet. "
-                f"Use one of {_listed(FUSIONS)}."
-            )
         _check_choice("fusion", self.fusion, FUSIONS)
         if self.recompute not in ("auto", "none"):
             raise MHCOptionError(

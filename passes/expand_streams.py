@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,8 +70,9 @@ class _Lowering:
 
 
 _OPAQUE = _Lowering(torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default)
+_PAPER = replace(_OPAQUE, pre=torch.ops.mhc.paper_pre.default)
 _INLINED = _Lowering(reference.pre, reference.post, reference.head)
-LOWERINGS = {"auto": _OPAQUE, "site": _OPAQUE, "boundary": _OPAQUE, "inductor": _INLINED}
+LOWERINGS = {"auto": _OPAQUE, "paper": _PAPER, "site": _OPAQUE, "boundary": _OPAQUE, "inductor": _INLINED}
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
 

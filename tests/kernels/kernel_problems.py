@@ -12,7 +12,7 @@ from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.manifolds import MANIFOLDS
 from torch import Tensor
 
-OPERATORS = ("sinkhorn", "pre", "post", "post_pre", "head")
+OPERATORS = ("sinkhorn", "pre", "paper_pre", "post", "post_pre", "head")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def inputs(operator: str, problem: Problem, device: str = "cpu") -> tuple[tuple[
     return {
         "sinkhorn": ((problem.logit_std * normal(tokens, n, n),), (problem.iters, problem.eps)),
         "pre": ((streams, *mapping), site),
+        "paper_pre": ((streams, *mapping), site),
         "post": ((streams, branch, *mixing), ()),
         "post_pre": ((streams, branch, *mixing, *mapping), site),
         "head": ((streams, *mapping), (1e-6, problem.eps)),

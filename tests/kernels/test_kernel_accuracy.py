@@ -63,7 +63,7 @@ def test_every_dtype_at_four_streams(operator, dtype, device):
 
 @pytest.mark.parametrize("manifold", ["none", "identity"])
 @pytest.mark.parametrize("tokens", [3, 66])
-@pytest.mark.parametrize("operator", ["pre", "post_pre"])
+@pytest.mark.parametrize("operator", ["pre", "paper_pre", "post_pre"])
 def test_other_manifolds(operator, tokens, manifold, device):
     problem = Problem(tokens, 4, 40, manifold=manifold)
     check_forward(operator, problem, device)
@@ -106,7 +106,7 @@ def test_rows_sum_to_one(device):
     for n in range(1, 9):
         logits = 3.0 * torch.randn(64, n, n, generator=torch.Generator().manual_seed(n)).to(device)
         assert (kernel_of("sinkhorn")(logits, 20, 0.0).sum(-1) - 1).abs().max() <= 1e-6
-    for operator in ("pre", "post_pre"):
+    for operator in ("pre", "paper_pre", "post_pre"):
         tensors, constants = inputs(operator, Problem(66, 4, 64, torch.bfloat16, logit_std=4.0), device)
         assert (kernel_of(operator)(*tensors, *constants)[-1].sum(-1) - 1).abs().max() <= 1e-6
 

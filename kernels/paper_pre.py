@@ -1,30 +1,24 @@
-"""The paper's own split of `pre` into separate kernels (arXiv 2512.24880, section 4.3), to compare with.
+"""The paper's own split of `pre` into separate kernels (arXiv 2512.24880, section 4.3), for `fusion="paper"`.
 
 Projection and norm; affine maps and sigmoids; Sinkhorn; collapse: four launches, each with its result in
 device memory, then `post` as a fifth, after the branch. The backward is that of `pre`, so that what differs
-is the forward. A function for benchmarks and for `fusion="paper"`; manifold `sinkhorn`, float32 and narrower
-streams.
+is the forward.
 """
 
 # ruff: noqa: N803
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dispatch, ops
-from .device import logits_tile, narrow, sigmoid
+from .device import activate, logits_tile, narrow, store_coefficients
 from .launch import Geometry, ceil_div, empty, launch
 from .partials import gather_partials, project_partials
 from .post import forward_config
-from .pre import geometry_of
+from .pre import MANIFOLD_FLAGS, geometry_of, pre_backward
 from .project import load_streams
-from .reference import NORM_EPS
 from .sinkhorn import sinkhorn
 
 
@@ -36,7 +30,7 @@ def paper_affine_kernel(
     bias: tl.tensor,
     pre: tl.tensor,
     post: tl.tensor,
-    logits: tl.tensor,
+    matrix: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
     norm_eps: tl.tensor,
@@ -46,21 +40,22 @@ def paper_affine_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Scale, shift and squash the projections: pre and post [tokens, n], logits of res [tokens, n, n]."""
+    """Scale, shift and squash the projections: pre and post [tokens, n], and res before Sinkhorn [tokens, n, n]."""
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
     summed, square, _ = gather_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
-    tile, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    gate = sigmoid(tile)
-    deep = token.to(tl.int64)[:, None, None]
-    alive = live[:, None, None] & (j < n)
-    tl.store(pre + deep * n + j + 0 * q, gate + eps, mask=alive & (q == 0))
-    tl.store(post + deep * n + j + 0 * q, 2.0 * gate, mask=alive & (q == 1))
-    tl.store(logits + deep * (n * n) + (q - 2) * n + j, tile, mask=alive & (q >= 2) & (q < n + 2))
+    logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
+    weights = activate(logits, 0, eps, n, N, Q, GROUPS, GATED, False, False)
+    if GROUPS > 2:
+        weights = tl.where(q >= 2, logits, weights)
+    place = pre + token.to(tl.int64)[:, None, None] * n + j + 0 * q
+    tl.store(place, weights, mask=live[:, None, None] & (j < n) & (q == 0))
+    store_coefficients(weights, post, matrix, token, live, n, N, Q)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -89,24 +84,32 @@ def paper_collapse_kernel(
     tl.store(place, narrow(collapsed, layer_input.dtype.element_ty), mask=mask)
 
 
-def split_forward(
-    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iters: int, norm_eps: float, eps: float
+def paper_pre(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the four kernels; shapes as in `pre`."""
+    """Compute layer_input [*, C], post [*, n] and res [*, n, n] in separate kernels; see `reference.pre`."""
     geometry: Geometry = geometry_of(streams, phi)
+    flags = MANIFOLD_FLAGS[manifold]
     *leading, n, width = streams.shape
     streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
     layer_input = empty(streams, *leading, width, dtype=streams.dtype)
     pre, post = empty(streams, *leading, n), empty(streams, *leading, n)
-    logits = empty(streams, *leading, n, n)
+    matrix = empty(streams, *leading, n, n)
     if geometry.tokens:
         sums, squares, _ = project_partials(streams, phi, geometry)
         block = max(1, 512 // geometry.slots)
         launch(
             paper_affine_kernel, (ceil_div(geometry.tokens, block),),
-            sums, squares, scale, bias, pre, post, logits,
+            sums, squares, scale, bias, pre, post, matrix,
             geometry.tokens, width, norm_eps, eps, sums.shape[0],
-            BLOCK_TOKENS=block, num_warps=4, **geometry.constants(),
+            GATED=flags["GATED"], BLOCK_TOKENS=block, num_warps=4, **geometry.constants(),
         )  # fmt: skip
         config = forward_config(width, streams.element_size())
         grid = ceil_div(geometry.tokens, config.block_tokens) * ceil_div(width, config.block_width)
@@ -114,38 +117,7 @@ def split_forward(
             paper_collapse_kernel, (grid,), streams, pre, layer_input, geometry.tokens, width,
             n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
         )  # fmt: skip
-    return layer_input, post, sinkhorn(logits, iters, eps)
+    return layer_input, post, sinkhorn(matrix, iters, eps) if flags["SINKHORN"] else matrix
 
 
-class _PaperPre(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(*arguments[:4])
-        ctx.constants = arguments[4:]
-        with torch.cuda.device_of(arguments[0]):
-            return split_forward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ops.pre_backward(*grads, *ctx.saved_tensors, *ctx.constants, "sinkhorn"), None, None, None)
-
-
-def pre(
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    *,
-    iters: int = 20,
-    norm_eps: float = NORM_EPS,
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what `functional.pre` does, in the paper's four kernels.
-
-    Shapes: streams [*, n, C], phi [n² + 2n, n·C], scale [3], bias [n² + 2n]. Returns layer_input [*, C], post
-    [*, n], res [*, n, n]. Where the kernels do not run, the operator `pre` is called.
-    """
-    tensors = (streams, phi, scale, bias)
-    if dispatch.uses_triton(tensors, streams.shape[-2]):
-        return _PaperPre.apply(*tensors, iters, norm_eps, eps)
-    return ops.pre(*tensors, iters, norm_eps, eps, "sinkhorn")
+paper_pre_backward = pre_backward

@@ -1,0 +1,67 @@
+"""The paper's split gives the same results in separate kernels; the table of fusion choices names them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mhc_compile.kernels import fusion
+from mhc_compile.kernels.dispatch import kernel_of
+from mhc_compile.kernels.launch import recording
+from mhc_compile.kernels.ops import OPERATORS
+
+import mhc_compile
+from mhc_compile import functional
+from tests.models import Stack, features
+
+from .kernel_problems import Problem, inputs, output_grads
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("tokens", "n", "dtype"), [(3, 4, torch.float32), (66, 3, torch.bfloat16), (5, 6, torch.float32)]
+)
+def test_same_results_as_the_fused_operator(tokens, n, dtype, device):
+    tensors, constants = inputs("pre", Problem(tokens, n, 24, dtype), device)
+    leaves = tuple(tensor.requires_grad_() for tensor in tensors)
+    split, fused = OPERATORS["paper_pre"].forward(*leaves, *constants), functional.pre(*leaves)
+    grads = output_grads(fused, Problem(tokens, n, 24))
+    for ours, theirs in zip(split, fused, strict=True):
+        assert torch.allclose(ours, theirs, rtol=torch.finfo(dtype).eps, atol=2e-6)
+    ours, theirs = (torch.autograd.grad(outputs, leaves, grads) for outputs in (split, fused))
+    assert all(torch.equal(mine, yours) for mine, yours in zip(ours, theirs, strict=True))
+
+
+def _launched(run):
+    found = []
+    with recording(lambda kernel, grid, args, options: found.append(kernel.__name__)):
+        run()
+    return found
+
+
+@pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity"])
+def test_table_names_its_kernels(manifold):
+    tensors, constants = inputs("paper_pre", Problem(65, 4, 64, manifold=manifold))
+    found = _launched(lambda: kernel_of("paper_pre")(*tensors, *constants))
+    projection = ["sinkhorn_forward_kernel"] if manifold == "sinkhorn" else []
+    assert found == ["partials_kernel", "paper_affine_kernel", "paper_collapse_kernel", *projection]
+    assert set(found) <= set(fusion.KERNELS["paper_pre"])
+    assert {name for names in fusion.FUSIONS.values() for name in names} <= set(fusion.KERNELS)
+
+
+@pytest.mark.parametrize("choice", ["paper", "site", "boundary", "inductor"])
+@pytest.mark.usefixtures("kernels")
+def test_a_rewritten_model_runs_the_kernels_that_the_table_names(choice):
+    model = Stack()
+    mhc_compile.attach(model, features())
+    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", "fusion": choice})
+
+    def train():
+        compiled(features()).sum().backward()
+
+    train()
+    found = set(_launched(train))
+    named = {kernel for name in fusion.FUSIONS[choice] for kernel in fusion.KERNELS[name]}
+    assert found <= named
+    assert ("paper_affine_kernel" in found) == (choice == "paper")
+    assert ("post_pre_forward_kernel" in found or "post_pre_backward_kernel" in found) == (choice == "boundary")
+    assert bool(found) == (choice != "inductor")
