@@ -72,7 +72,7 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
     streams = normal(tokens, n, width).to(shape.dtype)
     scale = torch.ones(1 if shape.operator == "head" else 3, device=device)
     mapping = (normal(rows, n * width) / (n * width) ** 0.5, scale, normal(rows))
-    if shape.operator == "pre":
+    if shape.operator in ("pre", "paper_pre"):
         return (streams, *mapping), site
     if shape.operator == "head":
         return (streams, *mapping), (NORM_EPS, 0.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mhc_compile.kernels import dispatch, ops
+from mhc_compile.kernels import ops
 from mhc_compile.kernels.dispatch import reference_of
 from mhc_compile.kernels.ops import OPERATORS
 from torch import Tensor
@@ -30,12 +30,11 @@ def ways_of(operator: str) -> dict[str, Way]:
     if operator == "post_pre":
         ways["boundary"] = OPERATORS["post_pre"].forward
         ways["site"] = _joined(OPERATORS["pre"].forward)
-        if dispatch.have_triton():
-            ways["paper"] = _joined(_paper_pre)
+        ways["paper"] = _joined(OPERATORS["paper_pre"].forward)
     else:
         ways["kernel"] = OPERATORS[operator].forward
-        if operator == "pre" and dispatch.have_triton():
-            ways["paper"] = _paper_pre
+        if operator == "pre":
+            ways["paper"] = OPERATORS["paper_pre"].forward
     ways[INDUCTOR] = torch.compile(reference_of(operator), dynamic=False)
     return ways
 
@@ -46,14 +45,6 @@ def _joined(pre: Way) -> Way:
         return fresh, *many(pre(fresh, *arguments[4:]))
 
     return boundary
-
-
-def _paper_pre(*arguments: Any) -> Any:
-    # Imported late: the module needs Triton.
-    from mhc_compile.kernels import paper
-
-    *tensors, iters, norm_eps, eps, _ = arguments
-    return paper.pre(*tensors, iters=iters, norm_eps=norm_eps, eps=eps)
 
 
 @dataclass(frozen=True)

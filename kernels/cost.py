@@ -26,9 +26,8 @@ TOKENS, STREAMS, WIDTH, SITES, INTERVAL, ELEMENT, ITERS = sympy.symbols(
     "tokens n_streams width sites interval element_size iters", integer=True, positive=True
 )
 FLOAT = 4
-FUSIONS = ("inductor", "paper", "site", "boundary")
 
-_n, _C, _0 = STREAMS, WIDTH, Integer(0)
+_n, _C, _ZERO = STREAMS, WIDTH, Integer(0)
 _ROWS = _n**2 + 2 * _n
 _MIXING = _n**2 + _n  # what `post` reads: res and post
 _PHI = _ROWS * _n * _C
@@ -49,8 +48,8 @@ class Traffic:
     """
 
     streams: Expr
-    coefficients: Expr = _0
-    mapping: Expr = _0
+    coefficients: Expr = _ZERO
+    mapping: Expr = _ZERO
 
     def __add__(self, other: Traffic) -> Traffic:
         """Return the traffic of both."""
@@ -131,7 +130,7 @@ _SPLITS = _Splits(TOKENS, _n, _C)
 
 def _again(elements: Expr) -> Expr:
     """Return what is read again where the cache has lost it: many tokens lose it, few do not."""
-    return Piecewise((_0, _FEW), (elements, True))
+    return Piecewise((_ZERO, _FEW), (elements, True))
 
 
 def _pre(rows: Expr, written: Expr, sinkhorn_flops: Expr) -> Passes:
@@ -148,7 +147,7 @@ def _pre(rows: Expr, written: Expr, sinkhorn_flops: Expr) -> Passes:
         Cost(
             forward,
             # The collapse walks over the streams once more; a split launch leaves its sums for the next.
-            forward + Traffic(_again(_n * _C), Piecewise((2 * sums, split), (_0, True))),
+            forward + Traffic(_again(_n * _C), Piecewise((2 * sums, split), (_ZERO, True))),
             project + 2 * collapse + sinkhorn_flops,
             Piecewise((2, split), (1, True)),
         ),
@@ -180,7 +179,7 @@ def _post_pre() -> Passes:
     again = Piecewise((_n, _NARROW), (_n**2 + _n - 1, True)) * _C
     again_backward = Piecewise((2 * _n + 3, _NARROW), (_n**2 + 5 * _n + 1, True)) * _C
     # Each block of 16 channels leaves its share of the gradients of post and res.
-    shares = Piecewise((2 * ceiling(_C / 16) * _MIXING, _NARROW), (_0, True))
+    shares = Piecewise((2 * ceiling(_C / 16) * _MIXING, _NARROW), (_ZERO, True))
     scratch = second.forward.ours.coefficients - second.forward.least.coefficients
     sums = second.backward.ours.coefficients - second.backward.least.coefficients
     phi_reads = Piecewise((2, _NARROW), (1, True)) * _PHI
@@ -210,12 +209,12 @@ _SINKHORN = _n**2 * (4 * ITERS + 1)
 _SPREAD = Traffic((_n + 1) * _C)
 
 OPERATORS: dict[str, Passes] = {
-    "sinkhorn": _simple(Traffic(_0, 2 * _n**2), Traffic(_0, 3 * _n**2), _SINKHORN, 3 * _SINKHORN),
+    "sinkhorn": _simple(Traffic(_ZERO, 2 * _n**2), Traffic(_ZERO, 3 * _n**2), _SINKHORN, 3 * _SINKHORN),
     "pre": _pre(_ROWS, _MIXING, _SINKHORN),
     "post": _post(),
     "post_pre": _post_pre(),
-    "head": _pre(_n, _0, _0),
-    "expand": _simple(_SPREAD, _SPREAD, _0, _n * _C),
+    "head": _pre(_n, _ZERO, _ZERO),
+    "expand": _simple(_SPREAD, _SPREAD, _ZERO, _n * _C),
     "collapse": _simple(_SPREAD, _SPREAD, _n * _C, _C),
 }
 
@@ -234,7 +233,7 @@ def _unfused() -> Passes:
     """
     site = _site()
     reads, writes = Traffic((5 * _n + 1) * _C, _ROWS), Traffic((3 * _n + 1) * _C, _ROWS)
-    forward = reads + writes + Traffic(_0, _0, _PHI)
+    forward = reads + writes + Traffic(_ZERO, _ZERO, _PHI)
     backward = Traffic((14 * _n + 3) * _C, 4 * _ROWS, 2 * _PHI)
     return Passes(
         Cost(forward, forward, site.forward.flops, Integer(5)),

@@ -16,6 +16,7 @@ from .errors import MHCError
 if TYPE_CHECKING:
     from .cli_models import Example
     from .config import MHCConfig
+    from .prediction import Workload
     from .reporting import Report
 
 # Before transformers is imported: nothing here needs the network, and a machine without one must not wait.
@@ -24,8 +25,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FAILED = 1
 BAD_MODEL = 2
 
+# What is predicted for where only one of --tokens and --gpu is given.
+_TOKENS = 8192
+_GPU = "h200"
+
 _STREAMS = "Number of parallel residual streams, 1 to 8."
 _MANIFOLD = "Where the mixing matrices live: sinkhorn, none or identity."
+_GPUS = "a100, h100, h200, b200 or mi300x."
 _BACKENDS = "What compiles both runs: inductor or aot_eager."
 
 app = typer.Typer(
@@ -56,18 +62,22 @@ def explain(
     readout: Annotated[str, typer.Option(help="How streams end: mean or learned.")] = "mean",
     sites: Annotated[str | None, typer.Option(help="Glob over site names: '*.mlp'.")] = None,
     min_sites: Annotated[int, typer.Option(help="Leave shorter chains as they are.")] = 2,
+    tokens: Annotated[int | None, typer.Option(help="Predict for this many tokens a step [8192].")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Predict for this GPU [h200]: " + _GPUS)] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
     """Show what backend="mhc" would rewrite in a model, and what it would leave alone and why.
 
-    A Hugging Face model is built on the meta device: no weights are allocated and nothing is downloaded.
+    A Hugging Face model is built on the meta device: no weights are allocated and nothing is downloaded. With --tokens
+    or --gpu, memory and step time of training are predicted too, for Hugging Face models in bfloat16.
     """
     with _errors_are_messages():
         from .config import MHCConfig
 
         config = MHCConfig(n_streams=streams, manifold=manifold, readout=readout, sites=sites, min_sites=min_sites)
-        report = _explained(model, _load(model), config)
+        workload = _workload(tokens, gpu)
+        report = _explained(model, _load(model, workload), config, workload)
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
         if html is not None:
             _write_page(report, html)
@@ -111,24 +121,32 @@ def demo(
         run_demo(options, out)
 
 
-def _load(name: str) -> Example:
+def _workload(tokens: int | None, gpu: str | None) -> Workload | None:
+    if tokens is None and gpu is None:
+        return None
+    from .prediction import Workload
+
+    return Workload(tokens=_TOKENS if tokens is None else tokens, gpu=gpu or _GPU)
+
+
+def _load(name: str, workload: Workload | None) -> Example:
     try:
         from .cli_models import ModelNotFoundError, load_example
     except ModuleNotFoundError as error:
         raise MHCError(f"{error}: pip install 'mhc-compile[demo]' brings transformers.") from error
     try:
-        return load_example(name)
+        return load_example(name, workload.tokens if workload is not None else None)
     except ModelNotFoundError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_MODEL) from error
 
 
-def _explained(name: str, example: Example, config: MHCConfig) -> Report:
+def _explained(name: str, example: Example, config: MHCConfig, workload: Workload | None) -> Report:
     """Explain a model; what goes wrong while tracing it becomes an error that names the way out."""
     from .api import explain as look
 
     try:
-        return look(example.model, *example.args, config=config, **example.kwargs)
+        return look(example.model, *example.args, config=config, predict_for=workload, **example.kwargs)
     except MHCError:
         raise
     except Exception as error:

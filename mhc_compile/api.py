@@ -17,7 +17,9 @@ from . import guard
 from .backend import errors_reach_the_user
 from .binding import attach_plan
 from .boundaries import forget_breaks, given_up, refuse_cut_streams
+from .branch_work import BranchWork, count_branch_work
 from .capture import Frame, current_frame
+from .chain_sizes import chain_sizes
 from .config import STRUCTURAL, MHCConfig
 from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError, StreamCutError
 from .fallbacks import BACKEND_NAME, watch_fallbacks
@@ -26,6 +28,7 @@ from .passes.dataflow import output_of
 from .passes.find_residuals import find_residuals
 from .passes.normalize import normalize
 from .planning import Plan, plan_sites
+from .prediction import Workload, predict
 from .reporting import Report, forget_report, graph_report, keep_report, new_report, report_of
 from .strictness import nothing_found
 
@@ -65,13 +68,24 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     return found.report
 
 
-def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: nn.Module,
+    *args: Any,
+    config: MHCConfig | None = None,
+    predict_for: Workload | None = None,
+    **kwargs: Any,
+) -> Report:
     """Look at a model as `attach` would, and change nothing. Works on the meta device.
 
-    Args and errors are those of `attach`; nothing found is no error here: the report says so.
+    Args and errors are those of `attach`; nothing found is no error here: the report says so. With `predict_for`, a
+    `mhc_compile.prediction.Workload`, the report also predicts memory and step time of training on a GPU; it then
+    raises MHCOptionError where nothing was found.
     """
     root = unwrap(model)
-    found = _look(root, args, kwargs, config or attached_config(root) or MHCConfig())
+    found = _look(root, args, kwargs, config or attached_config(root) or MHCConfig(), predict_for is not None)
+    if predict_for is not None:
+        sizes = chain_sizes(found.merged())
+        found.report.prediction = predict(sizes, found.work, found.report.config.n_streams, predict_for)
     found.plans.clear()
     return found.report
 
@@ -174,7 +188,7 @@ class _Seen(ShortenTraceback):
 
 @dataclass
 class _Look:
-    """What a look at a model found, graph by graph.
+    """What a look at a model found, graph by graph, and the work counted in them, if it was asked for.
 
     Dynamo keeps every backend it was ever given, and with it this: `plans` has to be cleared, or the model would
     never be freed.
@@ -182,6 +196,7 @@ class _Look:
 
     report: Report
     plans: list[tuple[Plan, Frame]] = field(default_factory=list)
+    work: BranchWork = field(default_factory=lambda: BranchWork(0, 0))
 
     def merged(self) -> Plan:
         """Return one plan over all graphs."""
@@ -191,7 +206,9 @@ class _Look:
         )
 
 
-def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig) -> _Look:
+def _look(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig, count_work: bool = False
+) -> _Look:
     """Trace a model as a compilation would, without running or keeping anything."""
     if not args and not kwargs:
         args, kwargs = (), _dummy_inputs(root)
@@ -206,6 +223,8 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         plan = plan_sites(find_residuals(plain), frame, config)
         refuse_cut_streams(plain, plan, frame, config)
         look.plans.append((plan, frame))
+        if count_work:
+            look.work += count_branch_work(graph_module)
         look.report.graphs.append(graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason))
         if frame.break_reason is None and not frame.resumed and len(look.plans) == 1:
             raise _Seen("seen", first_useful_frame=None)

@@ -16,10 +16,12 @@ from . import logs
 from .binding import attach_on_first_call, bind
 from .boundaries import refuse_cut_streams
 from .capture import Frame, current_frame, is_split_by_ddp, pin_to_modules
+from .chain_sizes import fusion_for
 from .config import MHCConfig
 from .errors import MHCError, StreamCutError
 from .fallbacks import watch_fallbacks
 from .inner import compile_inner
+from .kernels.fusion_choice import FusionChoice
 from .mappings import attached_config
 from .passes.expand_streams import expand_streams
 from .passes.find_residuals import find_residuals
@@ -98,14 +100,15 @@ def mhc(
         binding = bind(plan, config, _fake_mode(plain))
         rewritten = expand_streams(plain, binding.chains, config)
         verify(plain, rewritten, config.n_streams)
-        if config.fusion == "boundary":
+        fusion = fusion_for(plan, config)
+        if fusion.fusion == "boundary":
             rewritten = fuse_boundaries(rewritten)
             verify(plain, rewritten, config.n_streams)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
         undo()
         raise
-    _publish(graph_module, rewritten, plan, frame, config)
+    _publish(graph_module, rewritten, plan, frame, config, fusion)
     return _checked(_with_live_parameters(compiled, binding.live), checks)
 
 
@@ -128,10 +131,17 @@ def _checked(compiled: Compiled, checks: list[Callable[[], None]]) -> Compiled:
     return run
 
 
-def _publish(before: GraphModule, after: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> None:
+def _publish(
+    before: GraphModule,
+    after: GraphModule,
+    plan: Plan,
+    frame: Frame,
+    config: MHCConfig,
+    fusion: FusionChoice | None = None,
+) -> None:
     """Add the graph to the model's report, and show both to TORCH_LOGS."""
     if frame.roots and (plan.chains or not frame.resumed):
-        entry = graph_report(frame.function, len(before.graph.nodes), plan, frame.break_reason)
+        entry = graph_report(frame.function, len(before.graph.nodes), plan, frame.break_reason, fusion)
         report = add_to_report(frame.root, config, entry)
         logs.artifact("mhc_report").debug("%s", report)
     graphs = logs.artifact("mhc_graph")

@@ -58,26 +58,32 @@ class Example:
     kwargs: dict[str, Any]
 
 
-def load_example(name: str) -> Example:
+def load_example(name: str, tokens: int | None = None) -> Example:
     """Build what MODEL names.
 
     Args:
         name: a Hugging Face model type ("llama"), a folder with a config.json, such a file, or
             "module:function" with a function that returns (model, inputs).
+        tokens: for a Hugging Face model, as in `from_config`.
 
     Raises:
         ModelNotFoundError: it names nothing, or building failed.
     """
     path = Path(name)
     if path.is_dir() or path.is_file():
-        return from_config(_read_config(path))
+        return from_config(_read_config(path), tokens)
     if ":" in name:
         return _from_function(name)
-    return from_config(_default_config(name))
+    return from_config(_default_config(name), tokens)
 
 
-def from_config(config: Any) -> Example:
+def from_config(config: Any, tokens: int | None = None) -> Example:
     """Build a Hugging Face model from its configuration on the meta device, with inputs that fit.
+
+    Args:
+        config: of transformers.
+        tokens: of a training step: makes text one sequence of so many tokens, or of as many as the model takes, and
+            the model bfloat16. None is a short sequence, in the configured dtype.
 
     Raises:
         ModelNotFoundError: no auto class knows the configuration, or the model cannot be built on the meta
@@ -85,20 +91,27 @@ def from_config(config: Any) -> Example:
     """
     model = _build(config)
     model.eval()
-    return Example(model, (), example_inputs(model, config))
+    inputs = example_inputs(model, config, tokens or _TOKENS)
+    if tokens is not None:
+        model.to(torch.bfloat16)
+        inputs = {
+            key: value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
+    return Example(model, (), inputs)
 
 
-def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+def example_inputs(model: nn.Module, config: Any, tokens: int = _TOKENS) -> dict[str, Any]:
     """Return keyword arguments for one call of a Hugging Face model, as tensors on the meta device.
 
-    Token ids are int64 [1, 16]; images float32 [1, channels, height, width] of the configured size; audio
-    float32.
+    Token ids are int64 [1, tokens], or as many as the model has positions; images float32 [1, channels, height, width]
+    of the configured size; audio float32.
     """
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     inputs: dict[str, Any] = {}
     if main in accepted:
-        inputs[main] = _input(main, config)
+        inputs[main] = _input(main, config, tokens)
     # A two-tower model such as CLIP needs both; a language model that can look at images runs on text alone.
     required = [
         key
@@ -108,9 +121,9 @@ def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
     two_towers = hasattr(config, "projection_dim") and {"input_ids", "pixel_values"} <= accepted.keys()
     for key in (*required, *(("input_ids", "pixel_values") if two_towers else ())):
         if key not in inputs and key in _INPUTS:
-            inputs[key] = _input(key, config)
+            inputs[key] = _input(key, config, tokens)
     if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = _tokens(config)
+        inputs["decoder_input_ids"] = _tokens(config, tokens)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs
@@ -243,10 +256,10 @@ def _makers(config: Any) -> Iterator[Any]:
             yield partial(auto.from_config, config)
 
 
-def _tokens(config: Any) -> Tensor:
+def _tokens(config: Any, tokens: int = _TOKENS) -> Tensor:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
-    length = min(_TOKENS, longest) if isinstance(longest, int) and longest > 0 else _TOKENS
+    length = min(tokens, longest) if isinstance(longest, int) and longest > 0 else tokens
     return torch.zeros(_BATCH, length, dtype=torch.int64, device="meta")
 
 
@@ -294,7 +307,7 @@ _INPUTS = {
 }
 
 
-def _input(name: str, config: Any) -> Tensor:
+def _input(name: str, config: Any, tokens: int) -> Tensor:
     if name not in _INPUTS:
         raise ModelNotFoundError(
             f"a {config.model_type!r} model takes {name!r}, for which there is no example. Pass "
@@ -302,7 +315,8 @@ def _input(name: str, config: Any) -> Tensor:
         )
     if name == "pixel_values" and getattr(config, "num_frames", None) is not None:
         return _video(config)
-    return _INPUTS[name](config)
+    make = _INPUTS[name]
+    return _tokens(config, tokens) if make is _tokens else make(config)
 
 
 def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:

@@ -38,9 +38,10 @@ class MHCConfig:
         sinkhorn_iters: Sinkhorn-Knopp iterations, at least 1 (the paper uses 20).
         init: "preserve" starts from exactly the original model; "paper" starts from scale 0.01 and random phi.
         readout: how a chain's streams become one value at its end: "mean", or "learned" (sigmoid-weighted).
-        fusion: "auto" or "site" call two opaque operators per site, `pre` and `post`; "boundary" joins a site's `post`
-            and the next site's `pre`; "paper" runs `pre` in the paper's separate kernels; "inductor" inlines the plain
-            ATen mathematics and leaves the fusion to Inductor.
+        fusion: "site" calls two opaque operators per site, `pre` and `post`; "boundary" joins a site's `post` and the
+            next site's `pre`; "auto" takes the one of these that suits device, tokens and width; "paper" runs `pre` in
+            the paper's separate kernels; "inductor" inlines the plain ATen mathematics and leaves the fusion to
+            Inductor.
         recompute: "auto" and "none" store what autograd asks for.
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
         min_sites: a chain with fewer sites stays as it is.

@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 
 from .config import MHCConfig
+from .kernels.fusion_choice import FusionChoice
 from .kernels.manifolds import MANIFOLDS
 from .planning import Plan
+from .prediction import Prediction
 from .residual import Chain, Reason, Rejection, Site
 
 _MOST_ROWS = 40
@@ -31,6 +33,7 @@ class GraphReport:
         chains: what was rewritten.
         rejected: what was not.
         break_reason: why the graph ended before its function did, if it did.
+        fusion: which operators its sites run and why; None for a graph that was not compiled, or has no site.
     """
 
     function: str
@@ -38,6 +41,7 @@ class GraphReport:
     chains: tuple[Chain, ...]
     rejected: tuple[Rejection, ...]
     break_reason: str | None = None
+    fusion: FusionChoice | None = None
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Report:
     config: MHCConfig
     graphs: list[GraphReport] = field(default_factory=list)
     parameters_before: int = 0
+    prediction: Prediction | None = None
 
     @property
     def chains(self) -> tuple[Chain, ...]:
@@ -99,12 +104,14 @@ class Report:
             "parameters_added": self.parameters_added,
             "chains": [asdict(chain) for chain in self.chains],
             "rejected": [_rejection_dict(entry) for entry in self.rejected],
+            "prediction": self.prediction.to_dict() if self.prediction is not None else None,
             "graphs": [
                 {
                     "function": graph.function,
                     "nodes": graph.nodes,
                     "sites": sum(len(chain.sites) for chain in graph.chains),
                     "break_reason": graph.break_reason,
+                    "fusion": _fusion_dict(graph.fusion),
                 }
                 for graph in self.graphs
             ],
@@ -155,6 +162,8 @@ class Report:
                 for location, count in entries:
                     table.add_row(str(count), reason, location)
             console.print(table)
+        if self.prediction is not None:
+            console.print(str(self.prediction))
         return buffer.getvalue().rstrip()
 
     def _summary(self) -> str:
@@ -165,6 +174,8 @@ class Report:
             f"{options.n_streams} streams on the manifold {options.manifold!r}, init={options.init!r}",
             f"parameters: {self.parameters_before:,} + {self.parameters_added:,}{share}",
         ]
+        for fusion in dict.fromkeys(graph.fusion for graph in self.graphs if graph.fusion is not None):
+            lines.append(f"fusion: {fusion}")
         broken = [graph for graph in self.graphs if graph.break_reason]
         for graph in broken:
             lines.append(f"graph break in {graph.function}: {graph.break_reason}")
@@ -188,6 +199,10 @@ def _counted(count: int, noun: str) -> str:
 
 def _rejection_dict(entry: Rejection) -> dict[str, Any]:
     return {**asdict(entry), "reason": entry.reason.value}
+
+
+def _fusion_dict(fusion: FusionChoice | None) -> dict[str, str] | None:
+    return None if fusion is None else {**asdict(fusion), "reason": fusion.reason.value}
 
 
 _REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
@@ -217,7 +232,9 @@ def add_to_report(root: nn.Module, config: MHCConfig, graph: GraphReport) -> Rep
     return report
 
 
-def graph_report(function: str, nodes: int, plan: Plan, break_reason: str | None) -> GraphReport:
+def graph_report(
+    function: str, nodes: int, plan: Plan, break_reason: str | None, fusion: FusionChoice | None = None
+) -> GraphReport:
     """Describe one graph."""
     return GraphReport(
         function=function,
@@ -225,6 +242,7 @@ def graph_report(function: str, nodes: int, plan: Plan, break_reason: str | None
         chains=tuple(chain.chain for chain in plan.chains),
         rejected=plan.rejections,
         break_reason=break_reason,
+        fusion=fusion,
     )
 
 

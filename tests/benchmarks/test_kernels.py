@@ -49,7 +49,6 @@ def test_what_fails_its_check_is_not_measured(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("way", ["boundary", "site", "paper"])
 def test_every_fusion_is_a_way_over_a_boundary(way):
-    pytest.importorskip("triton")
     shape = Shape("post_pre", 5, 4, 24, torch.bfloat16)
     assert ways.problems_of(ways.ways_of("post_pre")[way], shape, "cpu") == []
 

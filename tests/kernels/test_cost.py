@@ -10,6 +10,7 @@ from mhc_compile.kernels import cost
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.launch import recording
 from mhc_compile.kernels.mapping import token_splits
+from mhc_compile.kernels.paper import split_forward
 
 from .kernel_problems import Problem, inputs, many
 
@@ -61,7 +62,7 @@ def test_each_fusion_moves_less_than_the_one_before(n, tokens):
         totals = [
             cost.evaluate(getattr(cost.chain(fusion).forward, amount).bytes, **values)
             + cost.evaluate(getattr(cost.chain(fusion).backward, amount).bytes, **values)
-            for fusion in cost.FUSIONS
+            for fusion in cost.PER_SITE
         ]
         assert totals == sorted(totals, reverse=True)
         assert len(set(totals)) == len(totals)
@@ -152,6 +153,24 @@ def test_shares_of_the_tokens_are_those_of_the_launch():
                 assert cost._SPLITS.subs({cost.STREAMS: n, cost.TOKENS: tokens, cost.WIDTH: width}) == token_splits(
                     tokens, blocks, 32
                 )
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_papers_split_is_that_of_its_kernels(n):
+    tokens, width = 96, 64
+    launches = []
+
+    def record(kernel, grid, args, options):
+        launches.append((kernel.__name__, [arg for arg in args if isinstance(arg, torch.Tensor)], options))
+
+    (streams, *mapping), _ = inputs("pre", Problem(tokens, n, width, torch.bfloat16))
+    (_, branch, *mixing), _ = inputs("post", Problem(tokens, n, width, torch.bfloat16))
+    with recording(record):
+        split_forward(streams.to("meta"), *(tensor.to("meta") for tensor in mapping), 20, 1e-6, 0.0)
+        kernel_of("post")(*(tensor.to("meta") for tensor in (streams, branch, *mixing)))
+    forward = cost.PER_SITE["paper"].forward
+    assert rows(forward.ours, n, tokens, width) == stream_rows(launches, n, tokens, width) == 4 * n + 2
+    assert cost.evaluate(forward.launches) == len(launches)
 
 
 def test_few_tokens_find_the_streams_in_the_cache():

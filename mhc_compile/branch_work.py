@@ -1,0 +1,154 @@
+"""Count what a captured graph computes and keeps: flops of its products, bytes that autograd saves.
+
+The graph runs on its own example values, which are fake: shapes only, no arithmetic, no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import SymInt, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Interpreter
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import MHCError
+
+
+@dataclass(frozen=True)
+class BranchWork:
+    """What a model does at the sizes it was traced with, beside what mHC adds.
+
+    Attributes:
+        flops: of matrix products, convolutions and attention, forward; causal attention counts half.
+        saved_bytes: of the tensors that eager autograd saves for the backward, each storage once, without the
+            graph's inputs and parameters. Attention counts as the fused kernels keep it: its inputs, its output and
+            one float32 a row. A compiled graph saves less: it recomputes elementwise functions.
+    """
+
+    flops: int
+    saved_bytes: int
+
+    def __add__(self, other: BranchWork) -> BranchWork:
+        """Return the work of both."""
+        return BranchWork(self.flops + other.flops, self.saved_bytes + other.saved_bytes)
+
+
+def count_branch_work(graph_module: GraphModule) -> BranchWork:
+    """Count a captured graph.
+
+    Args:
+        graph_module: Dynamo's graph; its placeholders hold example values. It is not changed.
+
+    Raises:
+        MHCError: the graph cannot run on shapes alone.
+    """
+    inputs = [node.meta.get("example_value") for node in graph_module.graph.find_nodes(op="placeholder")]
+    counter = _Counter(graph_module, inputs)
+    try:
+        counter.count(inputs)
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MHCError(
+            f"the model's own flops and activations could not be counted, because its graph does not run on shapes "
+            f"alone: {cause}. explain without a prediction works."
+        ) from error
+    return BranchWork(counter.flops, counter.saved_bytes)
+
+
+def _grouped_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    """Flops of one product a group: rows [rows, K] times [groups, K, N], each row in one group; or [groups, …] both."""
+    shared = left[0] if len(left) > len(right) else 1
+    return 2 * left.numel() * right[-1] // shared
+
+
+# The experts of a mixture, which the counter of PyTorch does not know.
+_EXPERTS = {torch.ops.aten._grouped_mm: _grouped_flops}
+
+
+class _Counter(Interpreter):
+    """Runs a graph node by node and counts."""
+
+    def __init__(self, graph_module: GraphModule, inputs: list[Any]) -> None:
+        super().__init__(graph_module)
+        self.fake_mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
+        self.inputs = {_storage(value) for value in inputs if isinstance(value, Tensor)}
+        # Storages by address; the tensors are held so that no address is used twice.
+        self.held: dict[int, Tensor] = {}
+        self.attention_flops = 0
+        self.row_bytes = 0
+        self.paused = False
+        self.counted = FlopCounterMode(display=False, custom_mapping=_EXPERTS)
+
+    @property
+    def flops(self) -> int:
+        return self.counted.get_total_flops() + self.attention_flops
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(_number(tensor.untyped_storage().nbytes()) for tensor in self.held.values()) + self.row_bytes
+
+    def count(self, inputs: list[Any]) -> None:
+        with ExitStack() as stack:
+            if self.fake_mode is not None:
+                stack.enter_context(self.fake_mode)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._hold, lambda tensor: tensor))
+            stack.enter_context(self.counted)
+            self.run(*inputs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not F.scaled_dot_product_attention:
+            return super().call_function(target, args, kwargs)
+        # Without a GPU it runs as plain products, which save the scores, and count the masked half.
+        with self._uncounted():
+            result = super().call_function(target, args, kwargs)
+        self._count_attention(result, *args, **kwargs)
+        return result
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        before = self.counted.get_total_flops()
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+            self.attention_flops -= self.counted.get_total_flops() - before
+
+    def _count_attention(
+        self,
+        result: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **more: Any,
+    ) -> None:
+        rows = _number(query.numel()) // _number(query.shape[-1])
+        products = 2 * rows * _number(key.shape[-2]) * (_number(query.shape[-1]) + _number(value.shape[-1]))
+        self.attention_flops += products // 2 if is_causal else products
+        if result.requires_grad:
+            for tensor in (query, key, value, result):
+                self._hold(tensor)
+            self.row_bytes += 4 * rows
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        if not self.paused and _storage(tensor) not in self.inputs:
+            self.held.setdefault(_storage(tensor), tensor)
+        return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _number(size: int | SymInt) -> int:
+    return int(size.node.hint) if isinstance(size, SymInt) else int(size)
