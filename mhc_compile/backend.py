@@ -21,6 +21,7 @@ from .errors import MHCError, StreamCutError
 from .fallbacks import watch_fallbacks
 from .inner import compile_inner
 from .mappings import attached_config
+from .passes.annotate_recompute import annotate_recompute
 from .passes.expand_streams import expand_streams
 from .passes.find_residuals import find_residuals
 from .passes.fuse_boundaries import fuse_boundaries
@@ -101,6 +102,7 @@ def mhc(
         if config.fusion == "boundary":
             rewritten = fuse_boundaries(rewritten)
             verify(plain, rewritten, config.n_streams)
+        rewritten = annotate_recompute(rewritten, config)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
         undo()

@@ -40,7 +40,10 @@ class MHCConfig:
         readout: how a chain's streams become one value at its end: "mean", or "learned" (sigmoid-weighted).
         fusion: "auto" or "site" call two opaque operators per site, `pre` and `post`; "boundary" joins a site's `post`
             and the next site's `pre`; "inductor" inlines the plain ATen mathematics and leaves the fusion to Inductor.
-        recompute: "auto" and "none" store what autograd asks for.
+        recompute: which streams are stored for the backward. An integer stores them every so many sites, and computes
+            the ones in between, the layer inputs and the coefficients again, without rerunning a branch; "auto" takes
+            the interval that needs the least memory; "none" stores what autograd asks for. No inner backend but those
+            that partition a joint graph ("inductor", "aot_eager") heeds it.
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
         min_sites: a chain with fewer sites stays as it is.
         inner: the Dynamo backend that compiles the rewritten graph.
@@ -82,10 +85,11 @@ class MHCConfig:
             )
         _check_choice("fusion", self.fusion, FUSIONS)
         if self.recompute not in ("auto", "none"):
-            raise MHCOptionError(
-                f"recompute={self.recompute!r}: this version stores the streams; use 'auto' or 'none'. "
-                "torch.utils.checkpoint around a block still works."
-            )
+            if isinstance(self.recompute, str):
+                raise MHCOptionError(
+                    f"recompute={self.recompute!r}: must be 'auto', 'none', or the number of sites between stored streams."
+                )
+            _check_int("recompute", self.recompute, 1, None)
         if self.on_boundary == "collapse":
             raise MHCOptionError(
                 "on_boundary='collapse' is not in this version. Use 'error' and take away the graph break "

@@ -24,6 +24,7 @@ from ..kernels import ops, reference
 from .dataflow import is_dropout, sizes_of, tensor_of
 from .graph_copy import copy_node, module_like
 from .lifting import is_training_batch_norm, keeps_layout
+from .roles import Role, mark
 
 PHI, SCALE, BIAS = "phi", "scale", "bias"
 
@@ -182,9 +183,9 @@ class _Expander:
             readout = self.readouts.get(value)
             if readout is not None:
                 arguments = (stacked, *self.inputs[readout.name], reference.NORM_EPS, 0.0)
-                out = self._emit(value, self.lowering.head, *arguments)
+                out = self._emit(value, self.lowering.head, *arguments, role=Role.READOUT)
             else:
-                out = self._emit(value, torch.mean, stacked, -2)
+                out = self._emit(value, torch.mean, stacked, -2, role=Role.READOUT)
             self.plain[value] = self._unstacked(out, streams.dim, value)
         return self.plain[value]
 
@@ -195,9 +196,9 @@ class _Expander:
             rank = len(_sizes(value)) + 1
             sizes = [-1] * rank
             sizes[-2] = self.config.n_streams
-            wide = self._emit(value, torch.unsqueeze, features_last, -2)
-            wide = self._emit(value, "expand", wide, sizes)
-            self.streams[value] = _Streams(dim, stacked=self._emit(value, "contiguous", wide))
+            wide = self._emit(value, torch.unsqueeze, features_last, -2, role=Role.HEAD)
+            wide = self._emit(value, "expand", wide, sizes, role=Role.HEAD)
+            self.streams[value] = _Streams(dim, stacked=self._emit(value, "contiguous", wide, role=Role.HEAD))
         return self.streams[value]
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
@@ -329,12 +330,13 @@ class _Expander:
             return value
         return self._emit(origin, torch.movedim, value, start, end)
 
-    def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def _emit(self, origin: Node, target: Any, *args: Any, role: Role = Role.STREAM, **kwargs: Any) -> Node:
         """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(kind, target, args, kwargs)
         node.meta = {key: value for key, value in origin.meta.items() if key != "grapharg"}
         node.meta["example_value"] = _evaluate(target, args, kwargs)
+        mark(node, role)
         return node
 
 
