@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mhc_compile.kernels import dispatch
+from mhc_compile.kernels import cost, dispatch
 from mhc_compile.kernels.dispatch import choosing, reference_of
 from mhc_compile.kernels.ops import OPERATORS
 from rich.console import Console
@@ -42,17 +42,10 @@ class Shape:
 
     def traffic(self, backward: bool) -> int:
         """Least bytes between the device's memory and its processors: each input and output once."""
-        n, size = self.n, self.dtype.itemsize
-        forward_rows, backward_rows = {
-            "pre": (n + 1, 2 * n + 1),
-            "post": (2 * n + 1, 3 * n + 2),
-            "post_pre": (2 * n + 2, 3 * n + 3),
-            "head": (n + 1, 2 * n + 1),
-            "sinkhorn": (0, 0),
-        }[self.operator]
-        matrices = {"sinkhorn": (2, 3)}.get(self.operator, (0, 0))[backward]
-        rows = backward_rows if backward else forward_rows
-        return self.tokens * (rows * self.width * size + matrices * n * n * 4)
+        passes = cost.OPERATORS[self.operator]
+        least = (passes.backward if backward else passes.forward).least
+        sizes = {"tokens": self.tokens, "n_streams": self.n, "width": self.width}
+        return int(cost.evaluate(least.bytes, **sizes, element_size=self.dtype.itemsize))
 
 
 def make_inputs(shape: Shape, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:

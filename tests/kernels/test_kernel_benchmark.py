@@ -27,8 +27,11 @@ def test_a_wrong_kernel_is_reported(bench, monkeypatch, device):
 
 
 def test_least_traffic(bench):
-    # Per token and channel, in bfloat16: (2n + 2) forward and (3n + 3) backward for a boundary.
+    # Ten tokens of 100 channels in bfloat16, and in float32 20 coefficients a token and phi [24, 400]: (2n + 2) rows
+    # forward and (3n + 3) backward for a boundary, coefficients in and out (and their gradients), phi and its gradient.
     boundary = bench.Shape("post_pre", 10, 4, 100, torch.bfloat16)
-    assert (boundary.traffic(False), boundary.traffic(True)) == (10 * 100 * 10 * 2, 10 * 100 * 15 * 2)
+    phi = 24 * 400 * 4
+    assert boundary.traffic(False) == 10 * (10 * 100 * 2 + 2 * 20 * 4) + phi
+    assert boundary.traffic(True) == 10 * (15 * 100 * 2 + 3 * 20 * 4) + 2 * phi
     alone = bench.Shape("sinkhorn", 10, 4, 1, torch.float32)
     assert alone.traffic(False) == 10 * 2 * 16 * 4
