@@ -11,8 +11,8 @@ The policy is written where AOTAutograd's partitioner looks for it, `node.meta["
 - A tuple-valued operator and its items are traced from one torch IR node, so they share one policy. Where a fused
   `post_pre` makes stored streams, its layer input and coefficients are stored with them: (n+1)C instead of nC.
 - MUST_SAVE forbids to compute a node again; it stores no node that the backward does not read. On an inlined operator
-  (fusion="inductor") it would forbid that for every ATen node inside, and so store casts to float32. There a copy
-  behind the operator is what is stored: Inductor merges it with the operator's last write.
+  (fusion="inductor") it would forbid that for every ATen node inside, and so store casts to float32. So there the last
+  step of `post` becomes a node of its own. A `clone` behind it would not do: Inductor takes clones out of joint graphs.
 - MUST_SAVE on a view does nothing.
 - A MUST_RECOMPUTE node that reads one with a smaller `ac_graph_id` makes that one MUST_SAVE, whoever set it. With the
   largest id, the outputs of a user's checkpointed region are stored where the streams read them, and the region itself
@@ -22,17 +22,23 @@ The policy is written where AOTAutograd's partitioner looks for it, `node.meta["
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.config import MHCConfig
 
-from ..kernels import ops, reference
+from ..kernels import inlined, ops
+from ..kernels.cost import recompute_interval
+from ..kernels.reference import accumulation_dtype
 from .dataflow import is_dropout, op_name
 from .graph_copy import copy_node, module_like
 from .roles import Role, role_of
@@ -42,9 +48,7 @@ assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 POLICY, REGION = "recompute", "ac_graph_id"
 
 _REGION_ID = sys.maxsize
-_FUSED = torch.ops.mhc.post_pre.default
-_WRITES = {torch.ops.mhc.post.default, reference.post, _FUSED}
-_INLINED = {reference.pre, reference.post, reference.head}
+_WRITES = {torch.ops.mhc.post.default, torch.ops.mhc.post_pre.default, inlined.post}
 _KEEPS_STATISTICS = {"batch_norm", "instance_norm"}
 
 
@@ -53,7 +57,7 @@ class _Place:
     """Where on a chain a value lies.
 
     Attributes:
-        head: the node that expands the chain's head.
+        head: the node that expands the chain's head, or streams whose beginning lies elsewhere.
         sites: number of sites that the stream has passed.
     """
 
@@ -78,16 +82,14 @@ def annotate_recompute(graph_module: GraphModule, config: MHCConfig) -> GraphMod
     values: dict[Node, Node] = {}
     policies: list[tuple[str, str]] = []
     for node in graph_module.graph.nodes:
-        copied = copy_node(graph, node, values.__getitem__)
-        values[node] = copied
         policy = _policy(node, stored)
-        if policy is None:
-            continue
-        if policy is CheckpointPolicy.MUST_SAVE and node.target in _INLINED:
-            _annotate(copied, CheckpointPolicy.MUST_RECOMPUTE)
-            values[node] = copied = _copied(graph, copied)
-        _annotate(copied, policy)
-        policies.append((copied.name, policy.name))
+        if policy is CheckpointPolicy.MUST_SAVE and node.target is inlined.post:
+            values[node] = _last_step_apart(graph, node, values.__getitem__)
+        else:
+            values[node] = copy_node(graph, node, values.__getitem__)
+        if policy is not None:
+            _annotate(values[node], policy)
+            policies.append((values[node].name, policy.name))
     annotated = module_like(graph_module, graph)
     # AOTAutogradCache hashes a graph's code and attributes, but neither its `meta` nor its nodes'. Without this another
     # policy over the same graph would be served this one's saved tensors (torch 2.11 to 2.15).
@@ -99,7 +101,8 @@ def _policy(node: Node, stored: set[Node]) -> CheckpointPolicy | None:
     role = role_of(node)
     if role is None or POLICY in node.meta or not _is_deterministic(node):
         return None
-    if node in stored or role is Role.READOUT:
+    # An inlined learned readout is many operators, and replayed for its own backward anyway.
+    if node in stored or (role is Role.READOUT and node.target is not inlined.head):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.MUST_RECOMPUTE
 
@@ -114,16 +117,29 @@ def _annotate(node: Node, policy: CheckpointPolicy) -> None:
     node.meta[REGION] = _REGION_ID
 
 
-def _copied(graph: Graph, node: Node) -> Node:
-    """Emit a copy of a value; a `post` returns one tensor, and so does a readout."""
-    copied = graph.call_method("clone", (node,))
-    copied.meta = dict(node.meta)
-    return copied
+def _last_step_apart(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
+    """Emit an inlined `post` whose last ATen operator has a node of its own, which is returned."""
+
+    def emit(target: Any, *arguments: Any, **changes: Any) -> Node:
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        emitted = graph.create_node(kind, target, arguments)
+        emitted.meta = {**node.meta, **changes}
+        _annotate(emitted, CheckpointPolicy.MUST_RECOMPUTE)
+        return emitted
+
+    streams = node.meta["example_value"]
+    wide = streams.to(accumulation_dtype(streams))
+    terms = emit(inlined.post_terms, *map_arg(node.args, argument), example_value=(wide, wide))
+    mixed, written = (emit(operator.getitem, terms, index, example_value=wide) for index in range(2))
+    total = emit(operator.add, mixed, written, example_value=wide)
+    # A cast to the same dtype leaves no ATen operator behind.
+    return total if wide.dtype == streams.dtype else emit("to", total, streams.dtype)
 
 
 def _stored_streams(graph_module: GraphModule, config: MHCConfig) -> set[Node]:
     """Return the sites' outputs that are stored: every L_r-th of each chain, but for the last."""
     places = _places(graph_module)
+    # An operator that a hand-written model calls has no place.
     writes = [node for node in graph_module.graph.nodes if node.target in _WRITES and node in places]
     lengths: Counter[Node] = Counter()
     for node in writes:
@@ -146,9 +162,12 @@ def _places(graph_module: GraphModule) -> dict[Node, _Place]:
             places[node] = _Place(node, 0)
         elif role is Role.STREAM:
             source = next((places[source] for source in node.all_input_nodes if source in places), None)
-            if source is not None:
-                sites = source.sites + (node.target in _WRITES)
-                places[node] = _Place(source.head, sites)
+            if node.target in _WRITES:
+                # Streams that come out of a higher-order region begin anew: inside, the region's own policy holds.
+                before = source or _Place(node.all_input_nodes[0], 0)
+                places[node] = _Place(before.head, before.sites + 1)
+            elif source is not None:
+                places[node] = source
     return places
 
 
@@ -157,11 +176,3 @@ def _interval(config: MHCConfig, sites: int) -> int:
         return config.recompute
     return recompute_interval(sites, config.n_streams)
 
-
-def recompute_interval(sites: int, n_streams: int) -> int:
-    """Stand in for the cost model."""
-    from math import ceil
-
-    return min(
-        range(1, sites + 1), key=lambda interval: n_streams * ceil(sites / interval) + (n_streams + 2) * interval
-    )

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from mhc_compile.config import MHCConfig
 from mhc_compile.residual import Carrier, ResidualAdd
 
-from ..kernels import ops, reference
+from ..kernels import inlined, ops, reference
 from .dataflow import is_dropout, sizes_of, tensor_of
 from .graph_copy import copy_node, module_like
 from .lifting import is_training_batch_norm, keeps_layout
@@ -71,7 +71,7 @@ class _Lowering:
 
 
 _OPAQUE = _Lowering(torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default)
-_INLINED = _Lowering(reference.pre, reference.post, reference.head)
+_INLINED = _Lowering(inlined.pre, inlined.post, inlined.head)
 LOWERINGS = {"auto": _OPAQUE, "site": _OPAQUE, "boundary": _OPAQUE, "inductor": _INLINED}
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
