@@ -149,7 +149,7 @@ def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
 
 
 def post_terms(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two terms of `post` in the accumulation dtype, [*, n, C] each: the streams mixed, the branch spread."""
+    """Return the two terms of `post`, the streams mixed and the branch spread: [*, n, C], accumulation dtype."""
     dtype = accumulation_dtype(streams)
     return res.to(dtype) @ streams.to(dtype), post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)
 

@@ -15,6 +15,7 @@ INITS = ("preserve", "paper")
 READOUTS = ("mean", "learned")
 FUSIONS = ("auto", "site", "boundary", "inductor")
 BOUNDARIES = ("error", "collapse")
+RECOMPUTES = ("auto", "none")
 
 # The options that decide which parameters exist and what they mean. The rest may change from one
 # compilation to the next without touching a checkpoint.
@@ -84,11 +85,9 @@ class MHCConfig:
                 f"Use one of {_listed(FUSIONS)}."
             )
         _check_choice("fusion", self.fusion, FUSIONS)
-        if self.recompute not in ("auto", "none"):
-            if isinstance(self.recompute, str):
-                raise MHCOptionError(
-                    f"recompute={self.recompute!r}: must be 'auto', 'none', or the number of sites between stored streams."
-                )
+        if isinstance(self.recompute, str):
+            _check_choice("recompute", self.recompute, RECOMPUTES, "the number of sites between stored streams")
+        else:
             _check_int("recompute", self.recompute, 1, None)
         if self.on_boundary == "collapse":
             raise MHCOptionError(
@@ -166,8 +165,9 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise MHCOptionError(f"{name}={value}: must be {bound}.")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str = "") -> None:
     if value not in choices:
+        otherwise = f", or {otherwise}" if otherwise else ""
         near = difflib.get_close_matches(str(value), choices, n=2)
         hint = f" Did you mean {_listed(near)}?" if near else ""
-        raise MHCOptionError(f"{name}={value!r}: must be one of {_listed(choices)}.{hint}")
+        raise MHCOptionError(f"{name}={value!r}: must be one of {_listed(choices)}{otherwise}.{hint}")

@@ -47,6 +47,7 @@ assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
 POLICY, REGION = "recompute", "ac_graph_id"
 
+_CACHE_KEY = "_mhc_recompute"
 _REGION_ID = sys.maxsize
 _WRITES = {torch.ops.mhc.post.default, torch.ops.mhc.post_pre.default, inlined.post}
 _KEEPS_STATISTICS = {"batch_norm", "instance_norm"}
@@ -93,7 +94,7 @@ def annotate_recompute(graph_module: GraphModule, config: MHCConfig) -> GraphMod
     annotated = module_like(graph_module, graph)
     # AOTAutogradCache hashes a graph's code and attributes, but neither its `meta` nor its nodes'. Without this another
     # policy over the same graph would be served this one's saved tensors (torch 2.11 to 2.15).
-    annotated._mhc_recompute = tuple(policies)
+    setattr(annotated, _CACHE_KEY, tuple(policies))
     return annotated
 
 
@@ -175,4 +176,3 @@ def _interval(config: MHCConfig, sites: int) -> int:
     if isinstance(config.recompute, int):
         return config.recompute
     return recompute_interval(sites, config.n_streams)
-

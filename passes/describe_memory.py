@@ -91,9 +91,7 @@ def _rows(tensors: list[tuple[Node, Tensor]]) -> tuple[MemoryRow, ...]:
         # What the compiler itself added has no source line; its names differ from layer to layer.
         key = (_operator(node), _form(value), "" if location == node.name else location)
         groups.setdefault(key, []).append(_bytes(value))
-    rows = [
-        MemoryRow(len(sizes), name, form, sum(sizes), location) for (name, form, location), sizes in groups.items()
-    ]
+    rows = [MemoryRow(len(sizes), name, form, sum(sizes), location) for (name, form, location), sizes in groups.items()]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 

@@ -183,9 +183,10 @@ class _Expander:
             readout = self.readouts.get(value)
             if readout is not None:
                 arguments = (stacked, *self.inputs[readout.name], reference.NORM_EPS, 0.0)
-                out = self._emit(value, self.lowering.head, *arguments, role=Role.READOUT)
+                out = self._emit(value, self.lowering.head, *arguments)
             else:
-                out = self._emit(value, torch.mean, stacked, -2, role=Role.READOUT)
+                out = self._emit(value, torch.mean, stacked, -2)
+            mark(out, Role.READOUT)
             self.plain[value] = self._unstacked(out, streams.dim, value)
         return self.plain[value]
 
@@ -196,9 +197,9 @@ class _Expander:
             rank = len(_sizes(value)) + 1
             sizes = [-1] * rank
             sizes[-2] = self.config.n_streams
-            wide = self._emit(value, torch.unsqueeze, features_last, -2, role=Role.HEAD)
-            wide = self._emit(value, "expand", wide, sizes, role=Role.HEAD)
-            self.streams[value] = _Streams(dim, stacked=self._emit(value, "contiguous", wide, role=Role.HEAD))
+            wide = self._emit(value, torch.unsqueeze, features_last, -2)
+            wide = self._emit(value, "expand", wide, sizes)
+            self.streams[value] = _Streams(dim, stacked=mark(self._emit(value, "contiguous", wide), Role.HEAD))
         return self.streams[value]
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
@@ -330,14 +331,13 @@ class _Expander:
             return value
         return self._emit(origin, torch.movedim, value, start, end)
 
-    def _emit(self, origin: Node, target: Any, *args: Any, role: Role = Role.STREAM, **kwargs: Any) -> Node:
+    def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(kind, target, args, kwargs)
         node.meta = {key: value for key, value in origin.meta.items() if key != "grapharg"}
         node.meta["example_value"] = _evaluate(target, args, kwargs)
-        mark(node, role)
-        return node
+        return mark(node, Role.STREAM)
 
 
 def _sizes(node: Node) -> tuple[Any, ...]:

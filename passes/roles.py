@@ -17,9 +17,10 @@ class Role(Enum):
     READOUT = "streams collapsed to one value for whoever else reads them"
 
 
-def mark(node: Node, role: Role) -> None:
-    """Note on an added node what it is for; copies of the node keep the note."""
+def mark(node: Node, role: Role) -> Node:
+    """Note on an added node what it is for, in place of an earlier note; copies of the node keep it."""
     node.meta[_KEY] = role
+    return node
 
 
 def role_of(node: Node) -> Role | None:
