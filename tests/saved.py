@@ -12,15 +12,16 @@ from torch.fx import GraphModule, Node
 
 @dataclass(frozen=True)
 class Partition:
-    """One forward and backward graph, and how many values the forward returns to its caller."""
+    """One forward and backward graph, how many values the forward returns to its caller, and its static inputs."""
 
     forward: GraphModule
     backward: GraphModule
     outputs: int
+    static: tuple[int, ...]
 
     @property
     def saved(self) -> list[Node]:
-        """The computed tensors that the forward keeps for the backward; inputs and parameters are not computed."""
+        """The computed tensors that the forward keeps for the backward: no input, no parameter."""
         (returned,) = next(node for node in self.forward.graph.nodes if node.op == "output").args
         values = [node for node in returned[self.outputs :] if isinstance(node, Node) and node.op != "placeholder"]
         return [node for node in values if isinstance(node.meta["val"], torch.Tensor)]
@@ -61,7 +62,8 @@ class Recorder:
         forward, backward = min_cut_rematerialization_partition(
             joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords
         )
-        self.partitions.append(Partition(forward, backward, num_fwd_outputs))
+        static = tuple(keywords.get("static_lifetime_input_indices") or ())
+        self.partitions.append(Partition(forward, backward, num_fwd_outputs, static))
         return forward, backward
 
     @property
