@@ -274,9 +274,12 @@ def run(options: Options, record: Record) -> None:
     plan = plan_for(options)
     if options.device == "cpu":
         say("No GPU: a tiny model. Saved bytes are counted; times do not carry over.")
-    measure_setting(plan.settings[0], plan, options, record)
-    measure_depth(plan, options, record)
-    for setting in plan.settings[1:]:
+        measure_depth(plan, options, record)
+    first, *others = plan.settings
+    measure_setting(first, plan, options, record)
+    if options.device != "cpu":
+        measure_depth(plan, options, record)
+    for setting in others:
         measure_setting(setting, plan, options, record)
 
 
