@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,13 +37,12 @@ class Clock:
                 self.inner += time.perf_counter() - begin
 
         def whole(graph_module: Any, example_inputs: Any) -> Any:
-            backend.compile_inner = inner
             begin = time.perf_counter()
             try:
-                return backend.mhc(graph_module, example_inputs, options=options)
+                with mock.patch.object(backend, "compile_inner", inner):
+                    return backend.mhc(graph_module, example_inputs, options=options)
             finally:
                 self.backend += time.perf_counter() - begin
-                backend.compile_inner = compile_inner
 
         # Dynamo and the checks of fallen-back frames know a backend by this name.
         whole.compiler_name = "mhc"  # type: ignore[attr-defined]

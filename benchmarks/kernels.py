@@ -88,7 +88,7 @@ def measure(way: Way, shape: Shape, options: Options, repeats: int) -> dict[str,
         tensors, constants = make_inputs(shape, options.device, seed)
         sets.append(prepare(way, tensors, constants, seed))
     forwards = [_forward(way, one.leaves, constants) for one in sets]
-    row = {
+    row: dict[str, Any] = {
         "copies": len(sets),
         "forward_seconds": median_seconds(forwards, options.device, repeats),
         "backward_seconds": median_seconds([one.backward for one in sets], options.device, repeats),

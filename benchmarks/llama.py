@@ -58,20 +58,20 @@ def build(setting: Setting, device: str) -> nn.Module:
 
     torch.manual_seed(0)
     heads = max(1, setting.width // (128 if setting.width >= 1024 else 16))
-    config = LlamaConfig(
-        vocab_size=setting.vocabulary,
-        hidden_size=setting.width,
+    sizes: dict[str, Any] = {
+        "vocab_size": setting.vocabulary,
+        "hidden_size": setting.width,
         # 3.5 C, and a quarter of the heads for keys and values, as in Llama-3-8B.
-        intermediate_size=7 * setting.width // 2,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4),
-        max_position_embeddings=setting.length,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
+        "intermediate_size": 7 * setting.width // 2,
+        "num_hidden_layers": setting.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 4),
+        "max_position_embeddings": setting.length,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }
     with torch.device(device):
-        model: nn.Module = LlamaForCausalLM(config)
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes))
     return model.to(getattr(torch, setting.dtype))
 
 

@@ -109,10 +109,18 @@ class Benchmark:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON in one step: to a file beside it, which then takes its name."""
+    """Write JSON in one step: to a file beside it, which then takes its name.
+
+    Args:
+        path: the file; its folder is made.
+        content: JSON types, with at least one key beside "rows"; each row becomes one line.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    others = {key: value for key, value in content.items() if key != "rows"}
+    rows = ",".join(f"\n  {json.dumps(row)}" for row in content.get("rows", []))
+    head = json.dumps(others, indent=1).removesuffix("\n}")
+    draft.write_text(f'{head},\n "rows": [{rows}\n ]\n}}\n')
     draft.replace(path)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from mhc_compile.kernels import ops
@@ -207,11 +208,8 @@ def recorded_mixing() -> Iterator[list[Tensor]]:
             matrices.append(results[2].detach())
         return results
 
-    ops.run = run
-    try:
+    with mock.patch.object(ops, "run", run):
         yield matrices
-    finally:
-        ops.run = dispatch
 
 
 def train_all(sweep: Sweep, options: Options, record: Record) -> None:

@@ -44,7 +44,8 @@ def _short(value: float) -> str:
 def _training_table(result: dict[str, Any]) -> Table:
     rows = [row for row in result["rows"] if row["part"] == "training"]
     rates = sorted({row["rate"] for row in rows})
-    cells, best = [], []
+    cells: list[tuple[str, ...]] = []
+    best: list[int] = []
     for rate in rates:
         same = [row for row in rows if row["rate"] == rate]
         kinds = list(dict.fromkeys(row["kind"] for row in same))
@@ -121,10 +122,12 @@ def figures(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
 
 
 def _gain_panels(rows: list[dict[str, Any]]) -> list[tuple[Panel, dict[str, Points]]]:
-    panels = []
+    panels: list[tuple[Panel, dict[str, Points]]] = []
     for spread in dict.fromkeys(row["spread"] for row in rows):
         same = [row for row in rows if row["spread"] == spread and row["seed"] == rows[0]["seed"]]
-        curves = {row["manifold"]: list(zip(row["depths"], row["forward"], strict=True)) for row in same}
+        curves: dict[str, Points] = {
+            row["manifold"]: list(zip(row["depths"], row["forward"], strict=True)) for row in same
+        }
         title = f"spread {spread:g}"
         panels.append((Panel(title, "sites", "composite gain, forward", "y", (1.0, "plain residual")), curves))
     return panels

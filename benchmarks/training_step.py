@@ -225,9 +225,9 @@ def measure_setting(setting: Setting, plan: Plan, options: Options, record: Reco
             continue
         slowest = max(slowest, time.monotonic() - begin)
         reference = measured.losses[0] if reference is None else reference
-        error = abs(measured.losses[0] - reference) / abs(reference)
-        _add(record, case, setting, plan, measured, error)
-        if not error <= allowed_loss_error(setting.dtype):
+        loss_error = abs(measured.losses[0] - reference) / abs(reference)
+        _add(record, case, setting, plan, measured, loss_error)
+        if not loss_error <= allowed_loss_error(setting.dtype):
             record.fail(where, f"its first loss is {measured.losses[0]:.6g}, the plain model's {reference:.6g}")
 
 
