@@ -1,5 +1,6 @@
 # make demo     train a small Llama twice, plain and with mHC, and compare (two to three minutes)
 # make test     everything there is to check: lint, types, tests, kernels compiled ahead for GPUs that are not there
+# make bench    every benchmark in its quick form on the CPU; `python -m benchmarks all --device cuda` measures a GPU
 # make lint | format | types | kernels | clean
 #
 # Each target makes the environment that it needs in .venv. To use an environment that exists already (a GPU
@@ -26,7 +27,7 @@ endif
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format types kernels clean
+.PHONY: demo test bench lint format types kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
@@ -35,6 +36,9 @@ demo: $(DEMO_READY)
 test: lint types
 	$(PY) -m pytest $(PYTEST_ARGS)
 	$(MAKE) kernels
+
+bench: $(TEST_READY)
+	$(PY) -m benchmarks all --device cpu --quick
 
 kernels: $(TEST_READY)
 	$(PY) -m benchmarks.compile_ahead

@@ -20,9 +20,9 @@ import torch
 from mhc_compile.kernels.fusion_choice import CANDIDATES
 from mhc_compile.kernels.gpus import gpu_of_device
 from mhc_compile.kernels.ops import OPERATORS
-from torch import Tensor
 
-from benchmarks.kernels import Shape, make_inputs, measure
+from .problems import Shape, make_inputs, many
+from .timing import median_seconds
 
 # The operators of one site in each choice.
 SITES: dict[str, tuple[str, ...]] = {"site": ("post", "pre"), "boundary": ("post_pre",)}
@@ -37,8 +37,7 @@ def site_calls(fusion: str, shape: Shape, device: str, training: bool) -> Callab
         operator = OPERATORS[name]
         calls.append((operator.forward, (*tensors, *constants)))
         if training:
-            outputs = operator.forward(*tensors, *constants)
-            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            outputs = many(operator.forward(*tensors, *constants))
             grads = tuple(torch.randn_like(output) for output in outputs)
             backwards.append((operator.backward, (*grads, *tensors, *constants)))
     streams = make_inputs(replace(shape, operator="pre"), device)[0][0]
@@ -55,7 +54,9 @@ def site_calls(fusion: str, shape: Shape, device: str, training: bool) -> Callab
 
 def measure_row(shape: Shape, device: str, gpu: str, training: bool, repeats: int) -> dict[str, Any]:
     """Return one row of the table."""
-    seconds = {name: measure(site_calls(name, shape, device, training), device, repeats) for name in CANDIDATES}
+    seconds = {
+        name: median_seconds([site_calls(name, shape, device, training)], device, repeats) for name in CANDIDATES
+    }
     return {
         "gpu": gpu,
         "dtype": str(shape.dtype).removeprefix("torch."),

@@ -1,244 +1,166 @@
-"""Check every kernel against float64 on the device, then measure it.
+"""Check every kernel against float64 on the device, then measure it against Inductor.
 
-    python -m benchmarks.kernels --device cuda [--quick] [--out results.json]
+    python -m benchmarks.kernels [--device cuda] [--quick] [--minutes 8] [--only post_pre] [--out DIR]
 
-Each figure is a share of the copy bandwidth measured in the same run, counting only the least traffic of the
-operator. On a CPU the checks run, in plain PyTorch or, with `MHC_KERNELS=triton TRITON_INTERPRET=1`, in the
-interpreter, and times mean little. Exits 1 if a check fails, and then measures nothing.
+Times are those of differentiable calls on rotating inputs, and shares are of the copy bandwidth measured in the same
+run, counting only the least traffic of the operator. `post_pre` is the boundary between two sites: each fusion choice
+is a way to compute it. What fails its check is not measured, and the exit status is 1. On a CPU the checks run in
+plain PyTorch or, with `MHC_KERNELS=triton TRITON_INTERPRET=1`, in the interpreter, and times mean little.
+`--only check` only checks.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from mhc_compile.kernels import cost, dispatch
-from mhc_compile.kernels.dispatch import choosing, reference_of
+from mhc_compile.kernels import dispatch
 from mhc_compile.kernels.ops import OPERATORS
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor
 
+from . import kernels_report
+from .problems import Shape, check, make_inputs, shapes_to_check
+from .record import Benchmark, Options, Record, in_time, run_as_script
+from .terminal import say, track
+from .timing import copies_to_rotate, copy_bandwidth, graph_seconds, median_seconds
+from .ways import INDUCTOR, Way, prepare, problems_of, ways_of
 
-@dataclass(frozen=True)
-class Shape:
-    """One problem to check or to measure."""
-
-    operator: str
-    tokens: int
-    n: int
-    width: int
-    dtype: torch.dtype
-
-    def traffic(self, backward: bool) -> int:
-        """Least bytes between the device's memory and its processors: each input and output once."""
-        passes = cost.OPERATORS[self.operator]
-        least = (passes.backward if backward else passes.forward).least
-        sizes = {"tokens": self.tokens, "n_streams": self.n, "width": self.width}
-        return int(cost.evaluate(least.bytes, **sizes, element_size=self.dtype.itemsize))
-
-
-def make_inputs(shape: Shape, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Return the operator's random tensors and its constants."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device)
-
-    tokens, n, width = shape.tokens, shape.n, shape.width
-    rows = n if shape.operator == "head" else n * n + 2 * n
-    site = (20, 1e-6, 0.0, "sinkhorn")
-    if shape.operator == "sinkhorn":
-        return (normal(tokens, n, n),), (20, 0.0)
-    streams = normal(tokens, n, width).to(shape.dtype)
-    coefficients = (normal(tokens, n).sigmoid() * 2, normal(tokens, n, n).softmax(-1))
-    boundary = (streams, normal(tokens, width).to(shape.dtype), *coefficients)
-    scale = torch.ones(1 if shape.operator == "head" else 3, device=device)
-    mapping = (normal(rows, n * width) / (n * width) ** 0.5, scale, normal(rows))
-    return {
-        "pre": ((streams, *mapping), site),
-        "post": (boundary, ()),
-        "post_pre": ((*boundary, *mapping), site),
-        "head": ((streams, *mapping), (1e-6, 0.0)),
-    }[shape.operator]
-
-
-def _many(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def check(shape: Shape, device: str) -> list[str]:
-    """Return what is wrong: errors beyond those of plain PyTorch in that dtype and one rounding."""
-    tensors, constants = make_inputs(shape, device)
-    operator = OPERATORS[shape.operator]
-    ours = _many(operator.forward(*tensors, *constants))
-    grads = tuple(torch.randn_like(out) for out in ours)
-    calls = (
-        ("forward", operator.forward, reference_of(shape.operator), ()),
-        ("backward", operator.backward, reference_of(f"{shape.operator}_backward"), grads),
-    )
-    problems = []
-    for name, kernel, plain, extra in calls:
-        given = (*extra, *tensors)
-        results = (_many(kernel(*given, *constants)), _many(plain(*given, *constants)))
-        truth = _many(plain(*(tensor.double() for tensor in given), *constants))
-        for index, (mine, theirs, true) in enumerate(zip(*results, truth, strict=True)):
-            error, allowed = ((part.double() - true).abs().max().item() for part in (mine, theirs))
-            size = max(true.abs().max().item(), 1e-3)
-            slack = (64 * torch.finfo(torch.float32).eps + torch.finfo(shape.dtype).eps / 2) * size
-            if not error <= allowed + slack:
-                problems.append(f"{shape} {name} output {index}: {error:.2e}, plain PyTorch {allowed:.2e}")
-    return problems
-
-
-def measure(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Return the median seconds of a call, the cache flushed before each."""
-    call()
-    times = []
-    if device == "cuda":
-        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-        for _ in range(repeats):
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-    else:
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def copy_bandwidth(device: str, repeats: int) -> float:
-    """Return bytes read and written a second by a large copy."""
-    source = torch.empty(2**30 if device == "cuda" else 2**26, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / measure(lambda: target.copy_(source), device, repeats)
-
-
-def measure_shape(shape: Shape, device: str, bandwidth: float, repeats: int) -> dict[str, Any]:
-    """Return seconds and shares of the copy bandwidth, with plain PyTorch beside them."""
-    tensors, constants = make_inputs(shape, device)
-    operator = OPERATORS[shape.operator]
-    grads = tuple(torch.randn_like(out) for out in _many(operator.forward(*tensors, *constants)))
-    row: dict[str, Any] = {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
-    for name, kernel, extra in (("forward", operator.forward, ()), ("backward", operator.backward, grads)):
-        for choice in ("auto", "reference"):
-            with choosing(choice):
-                seconds = measure(lambda: kernel(*extra, *tensors, *constants), device, repeats)  # noqa: B023
-            key = name if choice == "auto" else f"{name}_plain"
-            row[f"{key}_seconds"] = seconds
-            row[f"{key}_share_of_copy"] = shape.traffic(name == "backward") / seconds / bandwidth
-    return row
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Return the hardware and the versions that a result belongs to."""
-    cuda = device == "cuda"
-    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    if dispatch.have_triton():
-        import triton
-
-        versions["triton"] = triton.__version__
-    return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "capability": list(torch.cuda.get_device_capability()) if cuda else None,
-        "processors": torch.cuda.get_device_properties(0).multi_processor_count if cuda else None,
-        "versions": versions,
-    }
-
-
-def shapes_to_check(quick: bool, device: str) -> list[Shape]:
-    """Return both regimes of token counts, several numbers of streams and widths, every dtype."""
-    tokens = (1, 3, 65) if quick or device == "cpu" else (1, 3, 64, 127, 1000)
-    widths = (40,) if device == "cpu" else (17, 1280, 5129)
-    streams = (2, 4, 5) if quick or device == "cpu" else (1, 2, 3, 4, 5, 6, 7, 8)
-    return [
-        Shape(operator, count, n, width, dtype)
-        for operator in OPERATORS
-        for count in tokens
-        for width in widths
-        for n in streams
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    ]
+# Beyond the most used number of streams and dtype, checks may take this share of the time.
+_CHECK_SHARE = 0.3
+# With fewer tokens a call is bound by its launches, which a CUDA graph takes away.
+_FEW_TOKENS = 64
 
 
 def shapes_to_measure(quick: bool, device: str) -> list[Shape]:
-    """Return the shapes that the aims are stated for, and decoding."""
+    """Return the shapes, the most important first: training at C = 4096, then decoding, then the rest."""
+    narrow = torch.bfloat16
     if device == "cpu":
-        return [Shape(operator, 64, 4, 256, torch.bfloat16) for operator in OPERATORS]
-    widths = (4096,) if quick else (2560, 4096, 7168)
-    counts = (1, 8192) if quick else (1, 16, 64, 8192, 32768)
-    shapes = [Shape("sinkhorn", count, 4, 1, torch.float32) for count in counts]
-    for operator in ("pre", "post", "post_pre", "head"):
-        shapes += [Shape(operator, count, 4, width, torch.bfloat16) for width in widths for count in counts]
+        return [Shape(operator, 64, 4, 256, narrow) for operator in ("post_pre", "pre", "post", "head", "sinkhorn")]
+    operators = ("post_pre", "pre", "post", "sinkhorn", "head")
+    grid = [(8192, 4096, 4, narrow), (1, 4096, 4, narrow)]
+    if not quick:
+        grid += [(64, 4096, 4, narrow), (8192, 2560, 4, narrow), (8192, 7168, 4, narrow), (32768, 4096, 4, narrow)]
+        grid += [(16, 4096, 4, narrow), (1024, 4096, 4, narrow), (8192, 4096, 2, narrow), (8192, 4096, 8, narrow)]
+        grid += [(8192, 4096, 4, torch.float32), (8192, 4096, 4, torch.float16)]
+    shapes = []
+    for tokens, width, n, dtype in grid:
+        for operator in operators:
+            shape = Shape(operator, tokens, n, width, dtype)
+            # Sinkhorn knows neither width nor the streams' dtype.
+            alone = Shape(operator, tokens, n, 1, torch.float32) if operator == "sinkhorn" else shape
+            shapes += [] if alone in shapes else [alone]
     return shapes
 
 
-def _print(rows: list[dict[str, Any]], bandwidth: float) -> None:
-    table = Table(title=f"share of the copy bandwidth ({bandwidth / 1e9:.0f} GB/s)", title_justify="left")
-    for heading in ("operator", "tokens", "n", "C", "forward", "plain", "backward", "plain"):
-        table.add_column(heading, justify="left" if heading == "operator" else "right")
-    for row in rows:
-        cells = [row["operator"], *(str(row[key]) for key in ("tokens", "n", "width"))]
-        for key in ("forward", "forward_plain", "backward", "backward_plain"):
-            cells.append(f"{row[f'{key}_share_of_copy']:.0%} {row[f'{key}_seconds'] * 1e6:.0f} µs")
-        table.add_row(*cells)
-    Console(width=120).print(table)
+def check_all(options: Options, record: Record) -> set[str]:
+    """Check every kernel and return the operators that failed."""
+    shapes = shapes_to_check(options.quick, options.device)
+    failed: set[str] = set()
+    done = 0
+    limit = time.monotonic() + _CHECK_SHARE * options.seconds_left
+    for shape in track(shapes, "checking"):
+        essential = shape.n == 4 and shape.dtype == torch.bfloat16
+        if not essential and time.monotonic() > limit:
+            continue
+        try:
+            problems = check(shape, options.device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # A kernel that does not compile is wrong too; the others are still to be seen.
+            problems = [f"{shape}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"]
+        done += 1
+        if problems:
+            failed.add(shape.operator)
+            record.fail("check", "; ".join(problems))
+    if done < len(shapes):
+        record.skip(f"{len(shapes) - done} of {len(shapes)} checks", "time limit of the checks")
+    record.fact(checked=done, to_check=len(shapes), failed_operators=sorted(failed))
+    return failed
 
 
-def main() -> int:
-    """Check, measure, print, and write JSON; return 1 if a check fails."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=default)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this PyTorch sees no CUDA device")
-    shapes = shapes_to_check(arguments.quick, arguments.device)
-    console = Console(stderr=True)
-    problems = [
-        problem for shape in track(shapes, "checking", console=console) for problem in check(shape, arguments.device)
-    ]
-    if problems:
-        print("\n".join(problems))
-        return 1
-    repeats = 5 if arguments.quick or arguments.device == "cpu" else 50
-    bandwidth = copy_bandwidth(arguments.device, repeats)
-    rows = [
-        measure_shape(shape, arguments.device, bandwidth, repeats)
-        for shape in track(shapes_to_measure(arguments.quick, arguments.device), "measuring", console=console)
-    ]
-    _print(rows, bandwidth)
-    result = {
-        **environment(arguments.device),
-        "copy_bytes_per_second": bandwidth,
-        "checked": len(shapes),
-        "rows": rows,
+def measure(way: Way, shape: Shape, options: Options, repeats: int) -> dict[str, Any]:
+    """Return median seconds of the forward and of the backward, on inputs that rotate."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in make_inputs(shape, options.device)[0])
+    sets = []
+    for seed in range(copies_to_rotate(size, options.device)):
+        tensors, constants = make_inputs(shape, options.device, seed)
+        sets.append(prepare(way, tensors, constants, seed))
+    forwards = [_forward(way, one.leaves, constants) for one in sets]
+    row: dict[str, Any] = {
+        "copies": len(sets),
+        "forward_seconds": median_seconds(forwards, options.device, repeats),
+        "backward_seconds": median_seconds([one.backward for one in sets], options.device, repeats),
     }
-    text = json.dumps(result, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    else:
-        print(text)
-    return 0
+    if options.device == "cuda" and shape.tokens <= _FEW_TOKENS:
+        row["graph_forward_seconds"] = graph_seconds(forwards, repeats)
+    return row
 
+
+def _forward(way: Way, leaves: tuple[torch.Tensor, ...], constants: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: way(*leaves, *constants)
+
+
+def measure_shape(shape: Shape, options: Options, record: Record, bandwidth: float, repeats: int) -> None:
+    """Add a row for each way to compute an operator; one that fails its check is not timed."""
+    for name, way in ways_of(shape.operator).items():
+        where = f"{shape}, {name}"
+        # Inductor's unrolled Sinkhorn takes long to compile on a CPU.
+        if options.quick and options.device == "cpu" and name == INDUCTOR and shape.operator != "post":
+            continue
+        if not in_time(options, record, where, needs=5.0):
+            continue
+        try:
+            problems = problems_of(way, shape, options.device)
+            if problems:
+                record.fail(where, "; ".join(problems))
+                continue
+            row = measure(way, shape, options, repeats)
+        except torch.OutOfMemoryError:
+            record.skip(where, "out of device memory")
+            continue
+        except Exception as error:
+            record.fail(where, f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+            continue
+        for backward, direction in enumerate(("forward", "backward")):
+            rate = shape.traffic(bool(backward)) / row[f"{direction}_seconds"]
+            row[f"{direction}_bytes_per_second"] = rate
+            row[f"{direction}_share_of_copy"] = rate / bandwidth
+        record.add(**shape.to_dict(), way=name, **row)
+
+
+def run(options: Options, record: Record) -> None:
+    """Check, then measure what passed."""
+    # What the operators run as here: the Triton kernels, the interpreter, or plain PyTorch.
+    triton = dispatch.uses_triton((torch.empty(1, device=options.device),), 4)
+    record.fact(implementation=kernels_report.TRITON if triton else "plain PyTorch")
+    failed = check_all(options, record)
+    if options.only == ("check",):
+        return
+    if options.device == "cpu":
+        say("No GPU: times are those of a CPU, and shares of its copy bandwidth.")
+    repeats = 5 if options.quick or options.device == "cpu" else 30
+    bandwidth = copy_bandwidth(options.device, repeats)
+    record.fact(copy_bytes_per_second=bandwidth)
+    for shape in track(shapes_to_measure(options.quick, options.device), "measuring"):
+        if shape.operator in failed:
+            record.skip(str(shape), "its check failed")
+        elif options.wants(shape.operator):
+            measure_shape(shape, options, record, bandwidth, repeats)
+            # Each shape is compiled anew; Dynamo would count them towards its limit.
+            torch._dynamo.reset()
+
+
+BENCHMARK = Benchmark(
+    "kernels",
+    "Kernels: every operator and fusion choice",
+    run,
+    kernels_report.tables,
+    kernels_report.figures,
+)
+
+assert OPERATORS, "importing the table registers torch.ops.mhc"
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_script(BENCHMARK, __doc__)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from mhc_compile.kernels import mapping, partials, post, post_pre, pre, sinkhorn
 from mhc_compile.kernels.dispatch import choosing, kernel_of
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks.kernels import Shape, make_inputs, measure
+from .problems import Shape, make_inputs, many
+from .terminal import track
+from .timing import copies_to_rotate, median_seconds
 
 # Where each configuration function is looked up when an operator launches.
 HEURISTICS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
@@ -83,7 +83,7 @@ def search(
             return None
         best, least, base = asked[-1], float("inf"), float("inf")
         candidates = list(dict.fromkeys(variations(asked[-1])))
-        for candidate in track(candidates, f"{module.__name__}.{function}", console=Console(stderr=True)):
+        for candidate in track(candidates, f"{module.__name__}.{function}"):
             setattr(module, function, lambda *_, chosen=candidate, **__: chosen)
             try:
                 taken = seconds(call)
@@ -97,6 +97,19 @@ def search(
         return best, least, base
     finally:
         setattr(module, function, heuristic)
+
+
+def _inputs(shape: Shape, device: str, backward: bool) -> list[tuple[Any, ...]]:
+    """Return arguments of the kernel, several sets in turn, so that the cache does not choose."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in make_inputs(shape, device)[0])
+    sets = []
+    for seed in range(copies_to_rotate(size, device)):
+        tensors, constants = make_inputs(shape, device, seed)
+        if backward:
+            outputs = many(kernel_of(shape.operator)(*tensors, *constants))
+            tensors = (*(torch.randn_like(output) for output in outputs), *tensors)
+        sets.append((*tensors, *constants))
+    return sets
 
 
 def main() -> int:
@@ -113,19 +126,17 @@ def main() -> int:
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     shape = Shape(arguments.operator, arguments.tokens, arguments.streams, arguments.width, dtype)
-    tensors, constants = make_inputs(shape, arguments.device)
     name = f"{arguments.operator}_backward" if arguments.backward else arguments.operator
     with choosing("triton"):
-        if arguments.backward:
-            outputs = kernel_of(arguments.operator)(*tensors, *constants)
-            outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-            tensors = (*(torch.randn_like(output) for output in outputs), *tensors)
+        sets = itertools.cycle(_inputs(shape, arguments.device, arguments.backward))
 
         def call() -> Any:
-            return kernel_of(name)(*tensors, *constants)
+            return kernel_of(name)(*next(sets))
 
         for module, function in HEURISTICS[name]:
-            found = search(module, function, call, lambda run: measure(run, arguments.device, arguments.repeats))
+            found = search(
+                module, function, call, lambda run: median_seconds([run], arguments.device, arguments.repeats)
+            )
             if found:
                 best, least, base = found
                 print(f"{module.__name__}.{function}: {best}  # {least * 1e6:.0f} µs, was {base * 1e6:.0f} µs")

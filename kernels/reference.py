@@ -144,10 +144,14 @@ def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     Returns:
         [*, n, C] in the streams' dtype.
     """
-    dtype = accumulation_dtype(streams)
-    mixed = res.to(dtype) @ streams.to(dtype)
-    written = post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)
+    mixed, written = post_terms(streams, branch, post, res)
     return (mixed + written).to(streams.dtype)
+
+
+def post_terms(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two terms of `post`, the streams mixed and the branch spread: [*, n, C], accumulation dtype."""
+    dtype = accumulation_dtype(streams)
+    return res.to(dtype) @ streams.to(dtype), post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)
 
 
 def post_backward(

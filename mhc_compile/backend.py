@@ -23,6 +23,7 @@ from .fallbacks import watch_fallbacks
 from .inner import compile_inner
 from .kernels.fusion_choice import FusionChoice
 from .mappings import attached_config
+from .passes.annotate_recompute import annotate_recompute
 from .passes.expand_streams import expand_streams
 from .passes.find_residuals import find_residuals
 from .passes.fuse_boundaries import fuse_boundaries
@@ -104,6 +105,7 @@ def mhc(
         if fusion.fusion == "boundary":
             rewritten = fuse_boundaries(rewritten)
             verify(plain, rewritten, config.n_streams)
+        rewritten = annotate_recompute(rewritten, config)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
         undo()

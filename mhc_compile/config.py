@@ -15,6 +15,7 @@ INITS = ("preserve", "paper")
 READOUTS = ("mean", "learned")
 FUSIONS = ("auto", "paper", "site", "boundary", "inductor")
 BOUNDARIES = ("error", "collapse")
+RECOMPUTES = ("auto", "none")
 
 # The options that decide which parameters exist and what they mean. The rest may change from one
 # compilation to the next without touching a checkpoint.
@@ -42,7 +43,10 @@ class MHCConfig:
             next site's `pre`; "auto" takes the one of these that suits device, tokens and width; "paper" runs `pre` in
             the paper's separate kernels; "inductor" inlines the plain ATen mathematics and leaves the fusion to
             Inductor.
-        recompute: "auto" and "none" store what autograd asks for.
+        recompute: which streams are stored for the backward. An integer stores them every so many sites, and computes
+            the ones in between, the layer inputs and the coefficients again, without rerunning a branch; "auto" takes
+            the interval that needs the least memory; "none" stores what autograd asks for. No inner backend but those
+            that partition a joint graph ("inductor", "aot_eager") heeds it.
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
         min_sites: a chain with fewer sites stays as it is.
         inner: the Dynamo backend that compiles the rewritten graph.
@@ -78,11 +82,10 @@ class MHCConfig:
         _check_choice("readout", self.readout, READOUTS)
         _check_choice("on_boundary", self.on_boundary, BOUNDARIES)
         _check_choice("fusion", self.fusion, FUSIONS)
-        if self.recompute not in ("auto", "none"):
-            raise MHCOptionError(
-                f"recompute={self.recompute!r}: this version stores the streams; use 'auto' or 'none'. "
-                "torch.utils.checkpoint around a block still works."
-            )
+        if isinstance(self.recompute, str):
+            _check_choice("recompute", self.recompute, RECOMPUTES, "the number of sites between stored streams")
+        else:
+            _check_int("recompute", self.recompute, 1, None)
         if self.on_boundary == "collapse":
             raise MHCOptionError(
                 "on_boundary='collapse' is not in this version. Use 'error' and take away the graph break "
@@ -159,8 +162,9 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise MHCOptionError(f"{name}={value}: must be {bound}.")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str = "") -> None:
     if value not in choices:
+        otherwise = f", or {otherwise}" if otherwise else ""
         near = difflib.get_close_matches(str(value), choices, n=2)
         hint = f" Did you mean {_listed(near)}?" if near else ""
-        raise MHCOptionError(f"{name}={value!r}: must be one of {_listed(choices)}.{hint}")
+        raise MHCOptionError(f"{name}={value!r}: must be one of {_listed(choices)}{otherwise}.{hint}")

@@ -20,10 +20,11 @@ from torch.fx.node import map_arg
 from mhc_compile.config import MHCConfig
 from mhc_compile.residual import Carrier, ResidualAdd
 
-from ..kernels import ops, reference
+from ..kernels import inlined, ops, reference
 from .dataflow import is_dropout, sizes_of, tensor_of
 from .graph_copy import copy_node, module_like
 from .lifting import is_training_batch_norm, keeps_layout
+from .roles import Role, mark
 
 PHI, SCALE, BIAS = "phi", "scale", "bias"
 
@@ -71,7 +72,7 @@ class _Lowering:
 
 _OPAQUE = _Lowering(torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default)
 _PAPER = replace(_OPAQUE, pre=torch.ops.mhc.paper_pre.default)
-_INLINED = _Lowering(reference.pre, reference.post, reference.head)
+_INLINED = _Lowering(inlined.pre, inlined.post, inlined.head)
 LOWERINGS = {"auto": _OPAQUE, "paper": _PAPER, "site": _OPAQUE, "boundary": _OPAQUE, "inductor": _INLINED}
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
@@ -186,6 +187,7 @@ class _Expander:
                 out = self._emit(value, self.lowering.head, *arguments)
             else:
                 out = self._emit(value, torch.mean, stacked, -2)
+            mark(out, Role.READOUT)
             self.plain[value] = self._unstacked(out, streams.dim, value)
         return self.plain[value]
 
@@ -198,7 +200,7 @@ class _Expander:
             sizes[-2] = self.config.n_streams
             wide = self._emit(value, torch.unsqueeze, features_last, -2)
             wide = self._emit(value, "expand", wide, sizes)
-            self.streams[value] = _Streams(dim, stacked=self._emit(value, "contiguous", wide))
+            self.streams[value] = _Streams(dim, stacked=mark(self._emit(value, "contiguous", wide), Role.HEAD))
         return self.streams[value]
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
@@ -336,7 +338,7 @@ class _Expander:
         node = self.graph.create_node(kind, target, args, kwargs)
         node.meta = {key: value for key, value in origin.meta.items() if key != "grapharg"}
         node.meta["example_value"] = _evaluate(target, args, kwargs)
-        return node
+        return mark(node, Role.STREAM)
 
 
 def _sizes(node: Node) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ def test_the_benchmark_writes_rows_that_are_read(monkeypatch):
             ),
         )
         monkeypatch.setitem(bench.OPERATORS, name, counted)
-    monkeypatch.setattr(bench, "measure", lambda call, device, repeats: call() or 1e-3)
+    monkeypatch.setattr(bench, "median_seconds", lambda calls, device, repeats: calls[0]() or 1e-3)
     shape = bench.Shape("post_pre", 3, 2, 8, torch.bfloat16)
     written = bench.measure_row(shape, "cpu", "h200", training=False, repeats=1)
     assert run == ["post", "pre", "post_pre"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from types import SimpleNamespace
 
 from mhc_compile.kernels.post import PostConfig
 
+from benchmarks import tune
 
-def test_search_returns_the_fastest_neighbour(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    tune = importlib.import_module("benchmarks.tune")
+
+def test_search_returns_the_fastest_neighbour():
     used = []
 
     def heuristic(width):

@@ -1,0 +1,96 @@
+"""Compile one model in this process and print what it took as JSON; `benchmarks.compile_time` starts it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+import mhc_compile
+from mhc_compile import backend
+
+from .llama import PLAIN, Setting, build, tokens_of
+
+
+class Clock:
+    """Seconds within the backend, and within the inner compiler that it calls."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.backend = 0.0
+        self.inner = 0.0
+
+    def timed(self, options: dict[str, Any]) -> Callable[..., Any]:
+        """Return the backend "mhc" with these options, timed."""
+        compile_inner = backend.compile_inner
+
+        def inner(*arguments: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return compile_inner(*arguments)
+            finally:
+                self.inner += time.perf_counter() - begin
+
+        def whole(graph_module: Any, example_inputs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                with mock.patch.object(backend, "compile_inner", inner):
+                    return backend.mhc(graph_module, example_inputs, options=options)
+            finally:
+                self.backend += time.perf_counter() - begin
+
+        # Dynamo and the checks of fallen-back frames know a backend by this name.
+        whole.compiler_name = "mhc"  # type: ignore[attr-defined]
+        return whole
+
+
+def measure(setting: Setting, fusion: str, inner: str, device: str) -> dict[str, Any]:
+    """Attach, compile and run two training steps; return seconds.
+
+    `compile` is the first step less the second; `passes` is what the backend takes beside the inner compiler.
+    """
+    model = build(setting, device)
+    batch = tokens_of(setting, device)
+    clock = Clock()
+    attach = 0.0
+    if fusion == PLAIN:
+        compiled = torch.compile(model, backend=inner, dynamic=False)
+    else:
+        begin = time.perf_counter()
+        mhc_compile.attach(model, input_ids=batch, labels=batch)
+        attach = time.perf_counter() - begin
+        compiled = torch.compile(model, backend=clock.timed({"fusion": fusion, "inner": inner}), dynamic=False)
+    steps = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        compiled(input_ids=batch, labels=batch).loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        steps.append(time.perf_counter() - begin)
+    return {
+        "compile_seconds": steps[0] - steps[1],
+        "attach_seconds": attach,
+        "passes_seconds": clock.backend - clock.inner,
+    }
+
+
+def main() -> None:
+    """Read the case, measure it, print one line of JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--setting", type=json.loads, required=True)
+    parser.add_argument("--fusion", required=True)
+    parser.add_argument("--inner", required=True)
+    parser.add_argument("--device", required=True)
+    given = parser.parse_args()
+    if given.device == "cpu":
+        torch.set_num_threads(1)
+    print(json.dumps(measure(Setting(**given.setting), given.fusion, given.inner, given.device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Selective recomputation, shown by counting what is saved and what runs again, and by equal gradients."""
+
+import math
+
+import pytest
+import torch
+from mhc_compile.kernels import cost
+from mhc_compile.passes.annotate_recompute import POLICY, annotate_recompute
+from torch import nn
+from torch.nn.functional import dropout, gelu
+from torch.utils.checkpoint import checkpoint
+
+import mhc_compile
+from mhc_compile import MHCConfig, backend
+
+from ..models import CASES, Stack, features, llama, token_ids
+from ..saved import Recorder
+
+TOKENS, WIDTH = 10, 32
+MATMULS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
+ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+
+
+class PreNorm(nn.Module):
+    """One transformer-like branch a site, which ends in a linear map: nothing but the stream reads its output."""
+
+    def __init__(self, sites=8, width=WIDTH):
+        super().__init__()
+        self.stem, self.readout = nn.Linear(width, width), nn.Linear(width, 3)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(sites))
+        self.ups = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(sites))
+        self.downs = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(sites))
+
+    def branch(self, site, hidden):
+        return self.downs[site](gelu(self.ups[site](self.norms[site](hidden))))
+
+    def forward(self, features):
+        hidden = self.stem(features)
+        for site in range(len(self.norms)):
+            hidden = hidden + self.branch(site, hidden)
+        return self.readout(hidden)
+
+
+class Checkpointed(PreNorm):
+    """Branches that the user has checkpointed."""
+
+    def branch(self, site, hidden):
+        return checkpoint(super().branch, site, hidden, use_reentrant=False)
+
+
+class DroppedStream(PreNorm):
+    """Dropout on the stream itself, between two sites."""
+
+    def forward(self, features):
+        hidden = self.stem(features)
+        for site in range(len(self.norms)):
+            hidden = dropout(hidden + self.branch(site, hidden), 0.3, self.training)
+        return self.readout(hidden)
+
+
+class BatchNormed(PreNorm):
+    """A norm with running statistics on the stream."""
+
+    def __init__(self):
+        super().__init__(sites=4)
+        self.on_stream = nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in range(4))
+
+    def forward(self, features):
+        hidden = self.stem(features)
+        for site, norm in enumerate(self.on_stream):
+            hidden = norm(hidden + self.branch(site, hidden))
+        return self.readout(hidden)
+
+
+def _trained(build, dtype=torch.float32, **config):
+    """Return a model in train mode whose mHC parameters are far from their init."""
+    torch.manual_seed(0)
+    model = build().to(dtype).train()
+    mhc_compile.attach(model, _inputs(model, dtype), config=MHCConfig(init="paper", **config))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in mhc_compile.parameters(model).values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def _inputs(model, dtype):
+    return token_ids() if hasattr(model, "config") else features(TOKENS).to(dtype)
+
+
+def _step(model, backend_name, dtype=torch.float32, **options):
+    """Run one forward and backward from a fixed seed; return the output and every gradient."""
+    torch._dynamo.reset()
+    model.zero_grad()
+    torch.manual_seed(5)
+    out = torch.compile(model, backend=backend_name, **options)(_inputs(model, dtype))
+    out = out if isinstance(out, torch.Tensor) else out[0]
+    out.float().square().sum().backward()
+    return out.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def _recorded(model, dtype=torch.float32, **options):
+    recorder = Recorder()
+    results = _step(model, "mhc", dtype, options={"inner": recorder.name, **options})
+    return recorder.last, results
+
+
+def _plain(build, dtype=torch.float32):
+    torch.manual_seed(0)
+    recorder = Recorder()
+    _step(build().to(dtype).train(), recorder.name, dtype)
+    return recorder.last
+
+
+def _equal(left, right):
+    return torch.equal(left[0], right[0]) and all(
+        torch.equal(one, other) for one, other in zip(left[1], right[1], strict=True)
+    )
+
+
+def _stored(sites, interval):
+    """Return how many n-stream values lie between the stored ones' intervals; the first is made from the head."""
+    return math.ceil(sites / interval) - 1
+
+
+@pytest.mark.parametrize("sites", [8, 24, 48])
+def test_bytes_saved_are_those_of_the_cost_model(sites):
+    n, interval = 4, cost.recompute_interval(sites, 4)
+    partition, _ = _recorded(_trained(lambda: PreNorm(sites)), recompute="auto")
+    # The plain model keeps the stream before each site and behind the last; the rest is the branches' own.
+    unit = TOKENS * WIDTH * 4
+    branches = _plain(lambda: PreNorm(sites)).saved_bytes - (sites + 1) * unit
+    numbers = {"sites": sites, "interval": interval, "n_streams": n, "width": WIDTH}
+    held = cost.evaluate(cost.held_elements(True), **numbers) - (n + 2) * WIDTH * interval
+    assert partition.saved_bytes == pytest.approx(branches + TOKENS * 4 * held, rel=0.05)
+    # To the byte: head, branches' outputs and readout [*, C]; the first streams are copies of the head.
+    assert partition.saved_bytes == branches + unit * (1 + sites + 1 + n * _stored(sites, interval))
+    # What a branch computes does not run again: transposes of weights are views.
+    added = {"mhc.pre.default": sites, "mhc.post.default": sites - 1 - _stored(sites, interval)}
+    assert {name: partition.rerun()[name] for name in added} == added
+    assert not set(partition.rerun()) & {*MATMULS, "aten.gelu.default", "aten.native_layer_norm.default"}
+
+
+@pytest.mark.parametrize(("n_streams", "interval"), [(1, 2), (2, 1), (2, 3), (4, 4), (5, 7), (4, 100)])
+def test_an_interval_stores_every_so_many_sites(n_streams, interval):
+    model = _trained(PreNorm, n_streams=n_streams)
+    partition, results = _recorded(model, recompute=interval)
+    streams = [node for node in partition.saved if str(node.target) == "mhc.post.default"]
+    assert len(streams) == _stored(8, interval)
+    assert all(node.meta["val"].shape == (TOKENS, n_streams, WIDTH) for node in streams)
+    stored, unannotated = _recorded(model, recompute="none")
+    assert _equal(results, unannotated)
+    assert partition.saved_bytes < stored.saved_bytes
+    assert partition.count(*MATMULS) == stored.count(*MATMULS)
+
+
+def test_fused_boundaries_store_the_layer_input_with_the_streams():
+    n, interval = 4, 3
+    model = _trained(PreNorm)
+    partition, results = _recorded(model, recompute=interval, fusion="boundary")
+    apart, _ = _recorded(model, recompute=interval)
+    coefficients = TOKENS * 4 * (n + n * n)
+    more = _stored(8, interval) * (TOKENS * WIDTH * 4 + coefficients)
+    assert partition.saved_bytes == apart.saved_bytes + more
+    assert partition.rerun()["mhc.post_pre.default"] == 7 - _stored(8, interval)
+    assert _equal(results, _recorded(model, recompute="none", fusion="boundary")[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inlined_operators_store_the_same_as_opaque_ones(dtype):
+    model = _trained(PreNorm, dtype)
+    inlined, results = _recorded(model, dtype, recompute=3, fusion="inductor")
+    opaque, _ = _recorded(model, dtype, recompute=3)
+    assert inlined.saved_bytes == opaque.saved_bytes
+    # No cast to float32 and no Sinkhorn iterate among them.
+    streams = [node.meta["val"] for node in inlined.saved if node.meta["val"].dim() == 3]
+    assert [value.dtype for value in streams] == [dtype] * _stored(8, 3)
+    assert _equal(results, _recorded(model, dtype, recompute="none", fusion="inductor")[1])
+
+
+@pytest.mark.parametrize("fusion", ["site", "inductor"])
+@pytest.mark.parametrize("build", [lambda: Stack(3, dropout=0.3), DroppedStream, BatchNormed])
+def test_random_operators_and_running_statistics_do_not_run_again(build, fusion):
+    model = _trained(build)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    partition, results = _recorded(model, recompute=3, fusion=fusion)
+    after = {name: value.clone() for name, value in model.named_buffers()}
+    random = {"aten.native_dropout.default", "aten.bernoulli.p", "aten.bernoulli_.float", "aten.rand.default"}
+    forward = {str(node.target) for node in partition.forward.graph.nodes}
+    assert random & forward or before
+    assert not set(partition.rerun()) & {*random, "aten._native_batch_norm_legit_functional.default"}
+    model.load_state_dict(before, strict=False)
+    stored, unannotated = _recorded(model, recompute="none", fusion=fusion)
+    assert _equal(results, unannotated)
+    assert all(torch.equal(value, after[name]) for name, value in model.named_buffers())
+    assert partition.saved_bytes < stored.saved_bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("fusion", ["site", "boundary"])
+def test_architectures_give_the_same_gradients_and_rerun_no_branch(name, fusion):
+    model = _trained(CASES[name]().build)
+    partition, results = _recorded(model, recompute="auto", fusion=fusion)
+    stored, unannotated = _recorded(model, recompute="none", fusion=fusion)
+    assert _equal(results, unannotated)
+    assert partition.saved_bytes < stored.saved_bytes
+    # The backward of a linear map is matmuls too: none may be added.
+    assert partition.count(*MATMULS, ATTENTION) == stored.count(*MATMULS, ATTENTION)
+    assert ATTENTION in {str(node.target) for node in partition.forward.graph.nodes}
+    assert not set(partition.rerun()) & {*MATMULS, ATTENTION}
+
+
+def test_a_learned_readout_and_readers_in_the_middle():
+    model, ids = llama().train(), token_ids()
+    mhc_compile.attach(model, input_ids=ids, output_hidden_states=True, config=MHCConfig(readout="learned"))
+
+    def step(**options):
+        torch._dynamo.reset()
+        model.zero_grad()
+        out = torch.compile(model, backend="mhc", options={"inner": "aot_eager", **options})(
+            ids, output_hidden_states=True
+        )
+        (out.logits.square().sum() + out.hidden_states[1].square().sum()).backward()
+        return out.logits.detach(), [parameter.grad for parameter in model.parameters()]
+
+    for fusion in ("site", "inductor"):
+        assert _equal(step(recompute=2, fusion=fusion), step(recompute="none", fusion=fusion))
+
+
+@pytest.mark.parametrize("fusion", ["site", "boundary", "inductor"])
+def test_a_users_own_checkpoints_still_hold(fusion):
+    model = _trained(Checkpointed)
+    partition, results = _recorded(model, recompute=3, fusion=fusion)
+    stored, unannotated = _recorded(model, recompute="none", fusion=fusion)
+    assert _equal(results, unannotated)
+    assert partition.saved_bytes < stored.saved_bytes
+    # Each region runs its first linear map again, as asked for, and none its last: the streams read a stored output.
+    assert (partition.rerun()["aten.addmm.default"], partition.rerun()["aten.gelu.default"]) == (8, 8)
+    outputs = [node for node in partition.saved if str(node.target) == "aten.addmm.default"]
+    assert len(outputs) == 8 + 1
+
+
+def test_inference_is_the_same():
+    model = _trained(PreNorm).eval()
+    outputs = []
+    for recompute in ("none", "auto", 2):
+        for fusion in ("site", "inductor"):
+            torch._dynamo.reset()
+            options = {"inner": "aot_eager", "recompute": recompute, "fusion": fusion}
+            with torch.no_grad():
+                outputs.append(torch.compile(model, backend="mhc", options=options)(features(TOKENS)))
+    assert all(torch.equal(outputs[0], out) for out in outputs[2::2])
+    assert all(torch.equal(outputs[1], out) for out in outputs[3::2])
+
+
+@pytest.mark.parametrize("recompute", ["auto", 3])
+@pytest.mark.parametrize("fusion", ["site", "boundary", "inductor"])
+def test_one_compilation_serves_every_batch_and_length(recompute, fusion):
+    torch.manual_seed(0)
+    model = _trained(llama)
+    recorder = Recorder()
+    options = {"inner": recorder.name, "recompute": recompute, "fusion": fusion}
+    compiled = torch.compile(model, backend="mhc", options=options, dynamic=True)
+    for batch, length in ((2, 8), (3, 11), (5, 16)):
+        model.zero_grad()
+        out = compiled(token_ids(batch, length)).logits
+        out.square().sum().backward()
+    assert len(recorder.partitions) == 1
+    symbolic = [node for node in recorder.last.saved if node.meta["val"].shape[-2:] == (4, 32)]
+    assert symbolic
+    assert all(isinstance(size, torch.SymInt) for node in symbolic for size in node.meta["val"].shape[:2])
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    torch._dynamo.reset()
+    model.zero_grad()
+    again = torch.compile(model, backend="mhc", options={**options, "recompute": "none"}, dynamic=False)
+    fixed = again(token_ids(5, 16)).logits
+    fixed.square().sum().backward()
+    assert _equal((out, wanted), (fixed, [parameter.grad for parameter in model.parameters()]))
+
+
+def test_a_policy_that_a_node_has_stays(monkeypatch):
+    graphs = []
+
+    def spy(graph_module, config):
+        graphs.append(graph_module)
+        return annotate_recompute(graph_module, config)
+
+    monkeypatch.setattr(backend, "annotate_recompute", spy)
+    _recorded(_trained(PreNorm), recompute="none")
+    (graph_module,) = graphs
+
+    def policies(annotated):
+        return {node.name: node.meta[POLICY] for node in annotated.graph.nodes if POLICY in node.meta}
+
+    assert not policies(graph_module)
+    every = annotate_recompute(graph_module, MHCConfig(recompute=1))
+    assert not policies(graph_module)
+    third = annotate_recompute(graph_module, MHCConfig(recompute=3))
+    assert policies(annotate_recompute(every, MHCConfig(recompute=3))) == policies(every) != policies(third)
+
+
+def test_parameters_stay_static_inputs():
+    """CUDA graphs copy every input that is not static, at every call."""
+    recorder = Recorder()
+    _step(_trained(PreNorm), "mhc", options={"inner": recorder.name})
+    inputs = [node for node in recorder.last.forward.graph.nodes if node.op == "placeholder"]
+    activations = [index for index in range(len(inputs)) if index not in recorder.last.static]
+    assert [tuple(inputs[index].meta["val"].shape) for index in activations] == [(TOKENS, WIDTH)]
