@@ -88,6 +88,16 @@ def shape_of(node: Any) -> tuple[Any, ...]:
     return sizes_of(tensor) if tensor is not None else ()
 
 
+def dim_of_size(width: int, sizes: tuple[Any, ...]) -> int:
+    """Return the last dimension of this size, or -1."""
+    return max((dim for dim, size in enumerate(sizes) if size == width), default=-1)
+
+
+def selected_from(node: Node) -> Node | None:
+    """Return the tensor that a node picks a part of by an index."""
+    return node.all_input_nodes[0] if op_name(node) in ("getitem", "select") else None
+
+
 def behind_views(node: Node, *more: str) -> Node:
     """Return what a value is a view, a cast or a copy of, also through the operations named."""
     while op_name(node) in {*VIEW_NAMES, *CAST_NAMES, *more} and node.args and isinstance(node.args[0], Node):

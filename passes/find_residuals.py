@@ -13,7 +13,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -25,6 +24,7 @@ from .dataflow import (
     bodies,
     carried_from,
     data_inputs,
+    dim_of_size,
     is_activation,
     is_add,
     is_float,
@@ -34,8 +34,8 @@ from .dataflow import (
     is_softmax,
     mixes,
     normalises,
-    op_name,
     operands,
+    selected_from,
     shape_of,
     sliced_dims,
     tensor_of,
@@ -66,6 +66,7 @@ class _Finder:
         self.found: dict[Node, ResidualAdd] = {}
         self.rejected: dict[Node, Rejection] = {}
         self.independent: set[Node] = set()
+        self.tables: set[Node] = set()
         self.native: set[Node] = set()
         self.normed: set[Node] = set()
         self.nested: set[Node] = set()
@@ -99,6 +100,8 @@ class _Finder:
     def _reject(self, node: Node, reason: Reason, detail: str = "") -> None:
         if reason in _COUPLED:
             self.independent.add(node)
+        if reason is Reason.EMBEDDING:
+            self.tables.add(node)
         self.rejected[node] = Rejection(node.name, location_of(node), reason, detail)
 
     def _note_bodies(self, node: Node) -> None:
@@ -121,7 +124,7 @@ class _Finder:
                 reason = self.causes.of_unmixed(node, left, right)
             elif ways[fork] & Path.PLAIN:
                 reason = self._cause_of_plain_way(node, fork, branch)
-            elif (vetoed := veto(node, fork, branch, ways, self.causes, self.independent)) is not None:
+            elif (vetoed := self._veto(node, fork, branch, ways)) is not None:
                 reason = vetoed
             else:
                 carriers = set(trunk[: trunk.index(fork)])
@@ -134,11 +137,17 @@ class _Finder:
             reason = self.causes.of_independent(node, left, right)
             for skip, branch in ((left, right), (right, left)):
                 if self._is_projection_beside(skip, branch):
+                    self.independent.add(node)
                     return skip, branch
         if reason is Reason.NATIVE_STREAMS:
             self.native.add(node)
         self._reject(node, reason)
         return None
+
+    def _veto(self, node: Node, fork: Node, branch: Node, ways: dict[Node, int]) -> Reason | None:
+        # Where the other operand is no stream, an embedding that a layer reads may be one.
+        tables = self.tables if self._previous(branch)[0] in self.found else set()
+        return veto(node, fork, branch, ways, self.causes, self.independent, tables)
 
     def _cause_of_plain_way(self, node: Node, fork: Node, branch: Node) -> Reason:
         """Return why a value that reaches the other operand unmixed, too, is no skip."""
@@ -156,10 +165,15 @@ class _Finder:
     def _carried_from(self, node: Node) -> Node | None:
         """Return the stream value that a carrier was computed from; a slice of tokens is one, of features none."""
         dims = sliced_dims(node)
-        if dims is None or not is_float(node):
+        source = node.args[0] if node.args else None
+        if dims is None or not is_float(node) or not isinstance(source, Node):
             return carried_from(node)
-        source = node.args[0]
-        return source if isinstance(source, Node) and feature_dim_of(node, node) not in dims else None
+        origin: Node | None = source
+        while origin is not None and origin not in self.found and shape_of(origin) == shape_of(source):
+            origin = carried_from(origin)
+        known = self.found.get(origin) if origin is not None else None
+        features = known.feature_dim if known is not None else feature_dim_of(node, node)
+        return source if features not in dims else None
 
     def _record(
         self, node: Node, skip: Node, branch: Node, fork: Node | None, readers: frozenset[Node] = frozenset()
@@ -172,7 +186,7 @@ class _Finder:
             return
         fork_dim = feature_dim
         if fork is not None and shape_of(fork) != sizes:
-            fork_dim = _dim_of_size(width, shape_of(fork))
+            fork_dim = dim_of_size(width, shape_of(fork))
             if fork_dim < 0:
                 # A view that splits the features: the branch then reads the collapsed stream.
                 fork, readers, fork_dim = None, frozenset(), feature_dim
@@ -306,7 +320,7 @@ class _Finder:
             if source in self.found:
                 source = self.found[source].skip
             else:
-                source = self._carried_from(source) or _selected_from(source)
+                source = self._carried_from(source) or selected_from(source)
         return source is not None
 
     def _feeds_only(self, inner: ResidualAdd, outer: ResidualAdd) -> bool:
@@ -381,15 +395,5 @@ class _Finder:
         return "pre" if add in self.normed and self.found[add].fork is not None else "none"
 
 
-def _dim_of_size(width: int, sizes: tuple[Any, ...]) -> int:
-    """Return the last dimension of this size, or -1."""
-    return max((dim for dim, size in enumerate(sizes) if size == width), default=-1)
-
-
 def _same_shape(node: Node, left: Node, right: Node) -> bool:
     return shape_of(node) == shape_of(left) == shape_of(right) and len(shape_of(node)) > 1
-
-
-def _selected_from(node: Node) -> Node | None:
-    """Return the tensor that a node picks a part of by an index."""
-    return node.all_input_nodes[0] if op_name(node) in ("getitem", "select") else None

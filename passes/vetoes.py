@@ -23,7 +23,13 @@ _MOST_STREAMS = 16
 
 
 def veto(
-    add: Node, fork: Node, branch: Node, ways: dict[Node, int], causes: Causes, independent: set[Node]
+    add: Node,
+    fork: Node,
+    branch: Node,
+    ways: dict[Node, int],
+    causes: Causes,
+    independent: set[Node],
+    tables: set[Node],
 ) -> Reason | None:
     """Return why an add with the dataflow of a residual is none, or None.
 
@@ -34,11 +40,14 @@ def veto(
         ways: how each node behind `fork` reaches `branch`.
         causes: the graph's causes.
         independent: the adds met so far whose operands are independent of each other.
+        tables: the adds met so far that add an embedding.
     """
     if mixes_streams(fork, branch, causes):
         return Reason.NATIVE_STREAMS
     if causes.goes_to_softmax(add):
         return Reason.ATTENTION_SCORES
+    if causes.kinds[fork] is not Kind.ACTIVATION and _crosses(fork, branch, tables & ways.keys(), causes):
+        return Reason.EMBEDDING
     if _crosses(fork, branch, {node for node in ways if _is_upsampling(node)}, causes):
         return Reason.RESOLUTIONS
     for other in independent & ways.keys():
