@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.residual import Carrier, Findings, Reason, Rejection, ResidualAdd, ResidualChain
 
+from .carriers import carrier_between
 from .causes import Causes
 from .dataflow import (
     Path,
@@ -209,14 +210,17 @@ class _Finder:
     def _trunk(self, skip: Node) -> Iterator[Node]:
         """Yield the stream values behind `skip`: over carriers, and over an add that nothing else reads.
 
-        The second lets x + a(x) + b(x) be two sites on one stream although b reads x.
+        The second lets x + a(x) + b(x) be two sites on one stream although b reads x. It ends at a norm or an
+        activation: a branch reads what is behind it, and going on would walk the whole stream for each add.
         """
         value: Node | None = skip
+        in_tree = True
         while value is not None:
             yield value
             if value in self.found:
-                value = self.found[value].skip if len(value.users) == 1 else None
+                value = self.found[value].skip if in_tree and len(value.users) == 1 else None
             else:
+                in_tree &= not (normalises(value) or is_activation(value))
                 value = self._carried_from(value)
 
     def _ways_to(self, branch: Node, floor: int) -> dict[Node, int]:
@@ -369,24 +373,7 @@ class _Finder:
     def _carrier(self, node: Node) -> Carrier:
         source = self._carried_from(node)
         assert source is not None
-        floor = self.order[source]
-        behind, stack = {node}, [node]
-        while stack:
-            for value in stack.pop().all_input_nodes:
-                if self.order[value] > floor and value not in behind:
-                    behind.add(value)
-                    stack.append(value)
-        inside = {source}
-        for value in sorted(behind, key=self.order.__getitem__):
-            if any(operand in inside for operand in value.all_input_nodes):
-                inside.add(value)
-        inside.discard(source)
-        nodes = tuple(sorted(inside, key=self.order.__getitem__))
-        absorbed = {node}
-        for value in reversed(nodes[:-1]):
-            if all(user in absorbed for user in value.users):
-                absorbed.add(value)
-        return Carrier(node, source, nodes, frozenset(absorbed))
+        return carrier_between(source, node, self.order)
 
     def _norm_of(self, add: Node, normed: bool) -> str:
         """Tell where the block normalises: on the stream since the last site, or on the way into the branch."""
