@@ -169,13 +169,17 @@ def mixes(node: Node, graph_module: GraphModule) -> bool:
         return False
     if is_higher_order(node):
         return any(mixes(inner, body) for body in bodies(node, graph_module) for inner in body.graph.nodes)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in (
-        "aten",
-        "prims",
-        "prim",
-    ):
+    if _namespace(node) not in ("aten", "prims", "prim"):
         return True
     return _is_mixing_name(node)
+
+
+def _namespace(node: Node) -> str:
+    """Return the library that a node's operator is registered in; torch's own functions count as "aten"."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.split("::", 1)[0]
+    return target.namespace if isinstance(target, torch._ops.OpOverload) else "aten"
 
 
 def _is_mixing_name(node: Node) -> bool:
