@@ -31,8 +31,8 @@ _NORM_NAMES = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "local_response_norm",
     "native_layer_norm",
 }  # fmt: skip
-_CAST_NAMES = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
-_VIEW_NAMES = {
+CAST_NAMES = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
+VIEW_NAMES = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "moveaxis", "squeeze", "unsqueeze",
     "swapaxes", "t", "view_as", "reshape_as", "contiguous", "clone", "alias", "detach", "swapdims", "rearrange",
 }  # fmt: skip
@@ -80,6 +80,29 @@ def tensor_of(node: Any) -> Tensor | None:
 def sizes_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return the shape with symbolic sizes as expressions, comparable without guards."""
     return tuple(size if isinstance(size, int) else size.node.expr for size in tensor.shape)
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """Return the shape of a tensor node as expressions; () for anything else."""
+    tensor = tensor_of(node)
+    return sizes_of(tensor) if tensor is not None else ()
+
+
+def dim_of_size(width: int, sizes: tuple[Any, ...]) -> int:
+    """Return the last dimension of this size, or -1."""
+    return max((dim for dim, size in enumerate(sizes) if size == width), default=-1)
+
+
+def selected_from(node: Node) -> Node | None:
+    """Return the tensor that a node picks a part of by an index."""
+    return node.all_input_nodes[0] if op_name(node) in ("getitem", "select") else None
+
+
+def behind_views(node: Node, *more: str) -> Node:
+    """Return what a value is a view, a cast or a copy of, also through the operations named."""
+    while op_name(node) in {*VIEW_NAMES, *CAST_NAMES, *more} and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def is_float(node: Node) -> bool:
@@ -146,13 +169,17 @@ def mixes(node: Node, graph_module: GraphModule) -> bool:
         return False
     if is_higher_order(node):
         return any(mixes(inner, body) for body in bodies(node, graph_module) for inner in body.graph.nodes)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in (
-        "aten",
-        "prims",
-        "prim",
-    ):
+    if _namespace(node) not in ("aten", "prims", "prim"):
         return True
     return _is_mixing_name(node)
+
+
+def _namespace(node: Node) -> str:
+    """Return the library that a node's operator is registered in; torch's own functions count as "aten"."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.split("::", 1)[0]
+    return target.namespace if isinstance(target, torch._ops.OpOverload) else "aten"
 
 
 def _is_mixing_name(node: Node) -> bool:
@@ -216,7 +243,7 @@ def _behind_norms(value: Node) -> Iterator[Node]:
     node: Any = value
     while isinstance(node, Node):
         yield node
-        if op_name(node) in _CAST_NAMES | {"contiguous", "clone"} and node.args:
+        if op_name(node) in CAST_NAMES | {"contiguous", "clone"} and node.args:
             node = node.args[0]
         elif op_name(node) in _SUM_NAMES:
             node = norm_input(node)
@@ -240,6 +267,21 @@ def is_parameter_expression(node: Any, limit: int = 8) -> bool:
     return all(is_parameter_expression(source, limit - 1) for source in node.all_input_nodes)
 
 
+def sliced_dims(node: Node) -> tuple[int, ...] | None:
+    """Return the dimensions that a slice shortens; None if the node is no slice that keeps every dimension."""
+    tensor = tensor_of(node)
+    if node.target is not operator.getitem or tensor is None or tensor_of(node.args[0]) is None:
+        return None
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if not all(entry is Ellipsis or isinstance(entry, slice) for entry in index):
+        return None
+    missing = tensor.dim() - sum(entry is not Ellipsis for entry in index)
+    entries: list[Any] = []
+    for entry in index:
+        entries += [slice(None)] * missing if entry is Ellipsis else [entry]
+    return tuple(dim for dim, entry in enumerate(entries) if entry != slice(None))
+
+
 def is_linear_map(node: Node) -> bool:
     """Tell whether a node is a linear map or a pooling: what a projection shortcut is made of."""
     name = op_name(node).lower()
@@ -249,6 +291,13 @@ def is_linear_map(node: Node) -> bool:
 def is_activation(node: Node) -> bool:
     """Tell whether a node is a pointwise nonlinearity or a softmax."""
     return op_name(node) in _ACTIVATION_NAMES | {"softmax"}
+
+
+def is_softmax(node: Node, graph_module: GraphModule) -> bool:
+    """Tell whether a node is a softmax, or runs a body that holds one, such as a masked softmax of its own gradient."""
+    if is_higher_order(node):
+        return any(is_softmax(inner, body) for body in bodies(node, graph_module) for inner in body.graph.nodes)
+    return op_name(node) in ("softmax", "_softmax")
 
 
 def is_dropout(node: Node) -> bool:
@@ -266,7 +315,7 @@ def carried_from(node: Node) -> Node | None:
         return None
     name = op_name(node)
     source: Any = None
-    if name in _CAST_NAMES | _VIEW_NAMES | _DROPOUT_NAMES | _ACTIVATION_NAMES | _NORM_NAMES:
+    if name in CAST_NAMES | VIEW_NAMES | _DROPOUT_NAMES | _ACTIVATION_NAMES | _NORM_NAMES:
         source = node.args[0] if node.args else node.kwargs.get("input")
     elif name in PRODUCT_NAMES:
         source = _carried_through_product(node)
@@ -322,7 +371,7 @@ def _is_normalised(node: Node) -> bool:
     for _ in range(4):
         if normalises(node):
             return True
-        if op_name(node) in PRODUCT_NAMES | _CAST_NAMES:
+        if op_name(node) in PRODUCT_NAMES | CAST_NAMES:
             left, right = operands(node) if op_name(node) in PRODUCT_NAMES else (node.args[0], None)
             inner = right if is_parameter_expression(left) else left
             if isinstance(inner, Node):

@@ -4,8 +4,8 @@ A residual add is an add whose one operand, the *skip*, is (up to carriers) an a
 where every way from the skip to the branch mixes or at least normalises, and one mixes. No name of a module, class or
 file is looked at.
 
-Cost: for each add, one walk back from the branch to the skip. Walks overlap only where residuals are nested, so the
-whole is linear in the number of nodes.
+Cost: for each add, one walk back from the branch to the skip, and bounded ones to name a cause. Walks overlap only
+where residuals are nested, so the whole is linear in the number of nodes.
 """
 
 from __future__ import annotations
@@ -13,30 +13,40 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from mhc_compile.residual import Carrier, Findings, Reason, Rejection, ResidualAdd, ResidualChain
 
+from .carriers import carrier_between
+from .causes import Causes
 from .dataflow import (
     Path,
     bodies,
     carried_from,
     data_inputs,
+    dim_of_size,
     is_activation,
     is_add,
     is_float,
     is_higher_order,
     is_in_place_add,
     is_linear_map,
+    is_softmax,
     mixes,
     normalises,
     operands,
-    sizes_of,
+    selected_from,
+    shape_of,
+    sliced_dims,
     tensor_of,
 )
+from .operand_kinds import operand_kinds
 from .provenance import branch_children, feature_dim_of, location_of, module_path_of
+from .vetoes import veto, writes_streams
+
+# Sums of two values that may each be a stream.
+_COUPLED = {Reason.INDEPENDENT, Reason.PARALLEL, Reason.REVERSIBLE}
 
 
 def find_residuals(graph_module: GraphModule) -> Findings:
@@ -51,8 +61,16 @@ class _Finder:
         self.graph_module = graph_module
         self.order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
         self.mixing = {node for node in self.order if mixes(node, graph_module)}
+        kinds = operand_kinds(graph_module.graph, self.mixing)
+        softmaxes = {node for node in self.order if is_softmax(node, graph_module)}
+        self.causes = Causes(self.order, self.mixing, kinds, softmaxes)
         self.found: dict[Node, ResidualAdd] = {}
         self.rejected: dict[Node, Rejection] = {}
+        self.independent: set[Node] = set()
+        self.tables: set[Node] = set()
+        self.native: set[Node] = set()
+        self.normed: set[Node] = set()
+        self.nested: set[Node] = set()
 
     def run(self) -> Findings:
         shortcuts: list[tuple[Node, Node, Node]] = []
@@ -64,21 +82,27 @@ class _Finder:
                 continue
             left, right = operands(node)
             if not isinstance(left, Node) or not isinstance(right, Node) or not (is_float(left) and is_float(right)):
-                continue
-            if not _same_shape(node, left, right):
-                self._reject(node, Reason.BROADCAST)
-                continue
-            if in_place:
+                self._reject(node, Reason.NUMBER)
+            elif self._writes_streams(left, right):
+                self.native.add(node)
+                self._reject(node, Reason.NATIVE_STREAMS)
+            elif not _same_shape(node, left, right):
+                native = self._is_on_native(left)
+                self._reject(node, Reason.NATIVE_STREAMS if native else self.causes.of_unequal(node, left, right))
+            elif in_place:
                 self._reject(node, Reason.IN_PLACE_ALIAS)
-                continue
-            shortcut = self._consider(node, left, right)
-            if shortcut is not None:
+            elif (shortcut := self._consider(node, left, right)) is not None:
                 shortcuts.append((node, *shortcut))
         self._drop_branch_local()
         self._keep_useful_shortcuts(shortcuts)
+        self._drop_native()
         return Findings(chains=tuple(self._chains()), rejections=tuple(self.rejected.values()))
 
     def _reject(self, node: Node, reason: Reason, detail: str = "") -> None:
+        if reason in _COUPLED:
+            self.independent.add(node)
+        if reason is Reason.EMBEDDING:
+            self.tables.add(node)
         self.rejected[node] = Rejection(node.name, location_of(node), reason, detail)
 
     def _note_bodies(self, node: Node) -> None:
@@ -98,33 +122,72 @@ class _Finder:
             if fork is None:
                 continue
             if not ways[fork] & Path.MIXED:
-                reason = Reason.NO_MIXING
+                reason = self.causes.of_unmixed(node, left, right)
             elif ways[fork] & Path.PLAIN:
-                reason = Reason.GATE
+                reason = self._cause_of_plain_way(node, fork, branch)
+            elif (vetoed := self._veto(node, fork, branch, ways)) is not None:
+                reason = vetoed
             else:
                 carriers = set(trunk[: trunk.index(fork)])
                 readers = frozenset(user for user in fork.users if user in ways and user not in carriers)
+                if any(normalises(value) for value in ways if self.order[value] > self.order[fork]):
+                    self.normed.add(node)
                 self._record(node, skip, branch, fork, readers)
                 return None
         if reason is Reason.INDEPENDENT:
+            reason = self.causes.of_independent(node, left, right)
             for skip, branch in ((left, right), (right, left)):
                 if self._is_projection_beside(skip, branch):
+                    self.independent.add(node)
                     return skip, branch
+        if reason is Reason.NATIVE_STREAMS:
+            self.native.add(node)
         self._reject(node, reason)
         return None
+
+    def _veto(self, node: Node, fork: Node, branch: Node, ways: dict[Node, int]) -> Reason | None:
+        # Where the other operand is no stream, an embedding that a layer reads may be one.
+        tables = self.tables if self._previous(branch)[0] in self.found else set()
+        return veto(node, fork, branch, ways, self.causes, self.independent, tables)
+
+    def _cause_of_plain_way(self, node: Node, fork: Node, branch: Node) -> Reason:
+        """Return why a value that reaches the other operand unmixed, too, is no skip."""
+        cause = self.causes.of_unmixed(node, fork, branch)
+        if cause is Reason.STRAIGHT_THROUGH:
+            return cause
+        value: Node | None = branch
+        while value is not None and self.order[value] > self.order[fork]:
+            value = self.found[value].skip if value in self.found else self._carried_from(value)
+        return Reason.REINJECTION if value is fork else Reason.GATE
+
+    def _writes_streams(self, left: Node, right: Node) -> bool:
+        return writes_streams(left, right, self.causes) or writes_streams(right, left, self.causes)
+
+    def _carried_from(self, node: Node) -> Node | None:
+        """Return the stream value that a carrier was computed from; a slice of tokens is one, of features none."""
+        dims = sliced_dims(node)
+        source = node.args[0] if node.args else None
+        if dims is None or not is_float(node) or not isinstance(source, Node):
+            return carried_from(node)
+        origin: Node | None = source
+        while origin is not None and origin not in self.found and shape_of(origin) == shape_of(source):
+            origin = carried_from(origin)
+        known = self.found.get(origin) if origin is not None else None
+        features = known.feature_dim if known is not None else feature_dim_of(node, node)
+        return source if features not in dims else None
 
     def _record(
         self, node: Node, skip: Node, branch: Node, fork: Node | None, readers: frozenset[Node] = frozenset()
     ) -> None:
         feature_dim = feature_dim_of(node, branch)
-        sizes = _sizes(node)
+        sizes = shape_of(node)
         width = sizes[feature_dim]
         if not isinstance(width, int):
             self._reject(node, Reason.DYNAMIC_WIDTH)
             return
         fork_dim = feature_dim
-        if fork is not None and _sizes(fork) != sizes:
-            fork_dim = _dim_of_size(width, _sizes(fork))
+        if fork is not None and shape_of(fork) != sizes:
+            fork_dim = dim_of_size(width, shape_of(fork))
             if fork_dim < 0:
                 # A view that splits the features: the branch then reads the collapsed stream.
                 fork, readers, fork_dim = None, frozenset(), feature_dim
@@ -147,15 +210,18 @@ class _Finder:
     def _trunk(self, skip: Node) -> Iterator[Node]:
         """Yield the stream values behind `skip`: over carriers, and over an add that nothing else reads.
 
-        The second lets x + a(x) + b(x) be two sites on one stream although b reads x.
+        The second lets x + a(x) + b(x) be two sites on one stream although b reads x. It ends at a norm or an
+        activation: a branch reads what is behind it, and going on would walk the whole stream for each add.
         """
         value: Node | None = skip
+        in_tree = True
         while value is not None:
             yield value
             if value in self.found:
-                value = self.found[value].skip if len(value.users) == 1 else None
+                value = self.found[value].skip if in_tree and len(value.users) == 1 else None
             else:
-                value = carried_from(value)
+                in_tree &= not (normalises(value) or is_activation(value))
+                value = self._carried_from(value)
 
     def _ways_to(self, branch: Node, floor: int) -> dict[Node, int]:
         """For each node from position `floor` on, tell how it reaches `branch`: an or of `Path` bits.
@@ -193,7 +259,7 @@ class _Finder:
                 projected = True
                 step = next((value for value in data_inputs(source) if is_float(value)), None)
             else:
-                step = None if is_activation(source) else carried_from(source)
+                step = None if is_activation(source) else self._carried_from(source)
             if step is None or step in self.found:
                 line += [step] if step is not None else []
                 break
@@ -221,7 +287,7 @@ class _Finder:
         carriers: list[Node] = []
         value = skip
         while value not in self.found:
-            source = carried_from(value)
+            source = self._carried_from(value)
             if source is None:
                 break
             carriers.append(value)
@@ -229,21 +295,44 @@ class _Finder:
         return value, carriers
 
     def _drop_branch_local(self) -> None:
-        """Reject an add that feeds only the branch of another add with the same skip (Zamba's h + T(h))."""
-        by_fork: dict[Node, list[ResidualAdd]] = {}
-        for site in self.found.values():
-            by_fork.setdefault(site.skip, []).append(site)
-        for sharers in by_fork.values():
-            for inner in sharers:
-                for outer in sharers:
-                    if outer is not inner and self._feeds_only(inner.add, outer.branch):
-                        del self.found[inner.add]
-                        self._reject(inner.add, Reason.BRANCH_LOCAL)
-                        break
+        """Reject an add that feeds only the branch of another add with the same skip (Zamba's h + T(h)).
 
-    def _feeds_only(self, add: Node, branch: Node) -> bool:
-        """Tell whether every way onward from `add` ends in `branch`."""
+        Where a carrier stands between, as in T(h) + norm(h), the add begins a stream inside the branch.
+        """
+        by_stream: dict[Node, list[ResidualAdd]] = {}
+        for site in self.found.values():
+            by_stream.setdefault(self._previous(site.skip)[0], []).append(site)
+        for sharers in by_stream.values():
+            for inner in sharers:
+                outer = next((site for site in sharers if site is not inner and self._feeds_only(inner, site)), None)
+                if outer is not None and outer.skip is inner.skip:
+                    del self.found[inner.add]
+                    self._reject(inner.add, Reason.BRANCH_LOCAL)
+                elif outer is not None:
+                    self.nested.add(inner.add)
+
+    def _drop_native(self) -> None:
+        """Reject the sites on a stream that is one of several the model carries itself."""
+        for add in [add for add in self.found if self._is_on_native(add)]:
+            del self.found[add]
+            self._reject(add, Reason.NATIVE_STREAMS)
+
+    def _is_on_native(self, value: Node) -> bool:
+        """Tell whether a value is one of several streams that the model carries itself, or a slice of them."""
+        source: Node | None = value if self.native else None
+        while source is not None and source not in self.native:
+            if source in self.found:
+                source = self.found[source].skip
+            else:
+                source = self._carried_from(source) or selected_from(source)
+        return source is not None
+
+    def _feeds_only(self, inner: ResidualAdd, outer: ResidualAdd) -> bool:
+        """Tell whether every way onward from one add ends in another's branch."""
+        add, branch = inner.add, outer.branch
         limit = self.order[branch]
+        if self.order[add] > limit:
+            return False
         stack, seen = [add], {add}
         while stack:
             for user in stack.pop().users:
@@ -262,6 +351,8 @@ class _Finder:
         root_of: dict[Node, Node] = {}
         for add in sorted(self.found, key=self.order.__getitem__):
             previous, carriers = self._previous(self.found[add].skip)
+            if add in self.nested:
+                previous, carriers = self.found[add].skip, []
             # Before the first site nothing is a stream yet: what carries the head in is the plain model's business.
             head = previous if previous in self.found else self.found[add].skip
             root = root_of.get(head, head)
@@ -280,48 +371,16 @@ class _Finder:
             yield ResidualChain(adds=tuple(sites), head=head, head_location=location_of(head))
 
     def _carrier(self, node: Node) -> Carrier:
-        source = carried_from(node)
+        source = self._carried_from(node)
         assert source is not None
-        floor = self.order[source]
-        behind, stack = {node}, [node]
-        while stack:
-            for value in stack.pop().all_input_nodes:
-                if self.order[value] > floor and value not in behind:
-                    behind.add(value)
-                    stack.append(value)
-        inside = {source}
-        for value in sorted(behind, key=self.order.__getitem__):
-            if any(operand in inside for operand in value.all_input_nodes):
-                inside.add(value)
-        inside.discard(source)
-        nodes = tuple(sorted(inside, key=self.order.__getitem__))
-        absorbed = {node}
-        for value in reversed(nodes[:-1]):
-            if all(user in absorbed for user in value.users):
-                absorbed.add(value)
-        return Carrier(node, source, nodes, frozenset(absorbed))
+        return carrier_between(source, node, self.order)
 
     def _norm_of(self, add: Node, normed: bool) -> str:
         """Tell where the block normalises: on the stream since the last site, or on the way into the branch."""
         if normed:
             return "post"
-        site = self.found[add]
-        if site.fork is None:
-            return "none"
-        ways = self._ways_to(site.branch, self.order[site.fork])
-        between = (node for node in ways if node is not site.fork and normalises(node))
-        return "pre" if any(True for _ in between) else "none"
-
-
-def _sizes(node: Node) -> tuple[Any, ...]:
-    tensor = tensor_of(node)
-    return sizes_of(tensor) if tensor is not None else ()
-
-
-def _dim_of_size(width: int, sizes: tuple[Any, ...]) -> int:
-    """Return the last dimension of this size, or -1."""
-    return max((dim for dim, size in enumerate(sizes) if size == width), default=-1)
+        return "pre" if add in self.normed and self.found[add].fork is not None else "none"
 
 
 def _same_shape(node: Node, left: Node, right: Node) -> bool:
-    return _sizes(node) == _sizes(left) == _sizes(right) and len(_sizes(node)) > 1
+    return shape_of(node) == shape_of(left) == shape_of(right) and len(shape_of(node)) > 1

@@ -1,8 +1,7 @@
-"""What is a residual add and what only looks like one: one small model a kind, by hand."""
+"""What is a residual add: one small model a kind, by hand."""
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import mhc_compile
@@ -10,25 +9,9 @@ from mhc_compile import MHCConfig
 from mhc_compile.residual import Reason
 
 from ..models import QUICK, assert_same_function
+from .made import Made
 
 LOOSE = {**QUICK, "min_sites": 1, "strict": False}
-
-
-class Made(nn.Module):
-    """A model whose forward is a function of its parameters and the input."""
-
-    def __init__(self, run, *shapes):
-        super().__init__()
-        self.run = run
-        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.norm, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
-        self.gain = nn.Parameter(torch.rand(16) + 0.5)
-        self.conv, self.conv2 = nn.Conv1d(16, 16, 3, padding=1), nn.Conv1d(16, 16, 3, padding=1)
-        self.short = nn.Conv1d(16, 16, 1)
-        self.batch_norm = nn.BatchNorm1d(16)
-
-    def forward(self, x):
-        return self.run(self, x * 1.0)
 
 
 def _rms(m, x):
@@ -118,6 +101,26 @@ def _two_chains(m, x):
     return right + m.b(torch.tanh(left)) * 0 + m.c(torch.relu(right))
 
 
+def _sliced(m, x):
+    x = x + m.a(x)
+    rest = x[:, 1:, :]
+    rest = x[:, 1:, :] + torch.tanh(m.b(rest))
+    return rest + m.c(rest)
+
+
+def _sliced_channels_first(m, x):
+    x = x.transpose(1, 2)
+    x = x + m.conv(x)
+    x = x[..., :-1]
+    return x + torch.tanh(m.conv2(x))
+
+
+def _nested_behind_a_norm(m, x):
+    x = x + m.c(x)
+    inner = m.norm(x)
+    return x + torch.tanh(m.b(inner + m.a(inner)))
+
+
 TRUE = {
     "in place": (_in_place, [2]),
     "torch.add, Tensor.add, addcmul": (_alpha, [3]),
@@ -131,6 +134,9 @@ TRUE = {
     "scaled skip, clamp after": (_scaled, [2]),
     "nested": (_nested, [1, 2]),
     "branch without parameters": (_tokens_mixed, [2]),
+    "on a slice of the tokens": (_sliced, [3]),
+    "on a slice of the tokens, channels first": (_sliced_channels_first, [2]),
+    "nested, begun by a norm": (_nested_behind_a_norm, [1, 2]),
     "projection shortcut": (_shortcut, [2]),
 }
 
@@ -156,74 +162,6 @@ def _check(model, x, chains):
     after = dict(model.named_parameters())
     top = max(float(g.abs().max()) for g in gradients.values())
     assert_same_function([gradients[n] for n in names], [after[n].grad for n in names], 1e-4, floor=1e-3 * top)
-
-
-def _gelu(m, x):
-    return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3)))
-
-
-def _snake(m, x):
-    return x + torch.sin(m.gain * x) ** 2 / m.gain
-
-
-def _rotary(m, x):
-    queries = m.a(x)
-    cos, sin = torch.cos(x), torch.sin(x)
-    rotated = torch.cat((-queries[..., 8:], queries[..., :8]), dim=-1)
-    return queries * cos + rotated * sin
-
-
-def _lora(m, x):
-    return m.a(x) + m.c(m.b(x))
-
-
-def _experts(m, x):
-    return torch.tanh(m.a(x)) + torch.tanh(m.b(x))
-
-
-def _gate(m, x):
-    return x + x * torch.sigmoid(m.a(x))
-
-
-def _skip_connection(m, x):
-    y = m.a(x)
-    return y * m.gain + torch.tanh(m.b(y))
-
-
-def _mask(m, x):
-    scores = m.a(x) @ m.b(x).transpose(1, 2)
-    return torch.softmax(scores + m.c(x) @ x.transpose(1, 2), -1)
-
-
-FALSE = {
-    "tanh-GELU": (_gelu, Reason.NO_MIXING),
-    "Snake": (_snake, Reason.NO_MIXING),
-    "rotary embedding": (_rotary, Reason.INDEPENDENT),
-    "LoRA": (_lora, Reason.INDEPENDENT),
-    "experts": (_experts, Reason.INDEPENDENT),
-    "gate": (_gate, Reason.GATE),
-    "state-space y + D·x": (_skip_connection, Reason.INDEPENDENT),
-    "attention bias": (_mask, Reason.INDEPENDENT),
-}
-
-
-@pytest.mark.parametrize("kind", sorted(FALSE))
-def test_look_alikes_stay_alone(kind):
-    run, reason = FALSE[kind]
-    report = mhc_compile.explain(Made(run), torch.randn(3, 5, 16), config=MHCConfig(min_sites=1))
-    assert not report.sites
-    assert reason in {entry.reason for entry in report.rejected}
-
-
-def test_a_branch_local_add_with_the_same_skip():
-    def zamba(m, x):
-        helped = x + m.a(x)
-        x = x + m.b(m.norm(helped))
-        return x + m.c(x)
-
-    report = mhc_compile.explain(Made(zamba), torch.randn(3, 5, 16))
-    assert [len(chain.sites) for chain in report.chains] == [2]
-    assert Reason.BRANCH_LOCAL in {entry.reason for entry in report.rejected}
 
 
 def test_an_in_place_add_on_an_aliased_value_stays():
