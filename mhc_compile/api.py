@@ -23,9 +23,7 @@ from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedE
 from .fallbacks import BACKEND_NAME, watch_fallbacks
 from .mappings import CHILD, attached_config, owners_in
 from .passes.dataflow import output_of
-from .passes.find_residuals import find_residuals
-from .passes.normalize import normalize
-from .planning import Plan, plan_sites
+from .planning import Plan, plan_graph
 from .reporting import Report, forget_report, graph_report, keep_report, new_report, report_of
 from .strictness import nothing_found
 
@@ -202,8 +200,7 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     @errors_reach_the_user
     def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
         frame = current_frame(graph_module)
-        plain = normalize(graph_module)
-        plan = plan_sites(find_residuals(plain), frame, config)
+        plain, plan = plan_graph(graph_module, frame, config)
         refuse_cut_streams(plain, plan, frame, config)
         look.plans.append((plan, frame))
         look.report.graphs.append(graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason))

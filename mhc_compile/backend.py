@@ -21,12 +21,11 @@ from .errors import MHCError, StreamCutError
 from .fallbacks import watch_fallbacks
 from .inner import compile_inner
 from .mappings import attached_config
+from .passes.close_regions import close_regions
 from .passes.expand_streams import expand_streams
-from .passes.find_residuals import find_residuals
 from .passes.fuse_boundaries import fuse_boundaries
-from .passes.normalize import normalize
 from .passes.verify import verify
-from .planning import Plan, plan_sites
+from .planning import Plan, plan_graph
 from .reporting import add_to_report, graph_report
 from .sentinels import refuse_plain_sites, remaining_checks
 from .strictness import require_sites
@@ -82,13 +81,13 @@ def mhc(
     attached = attached_config(frame.roots[0]) if frame.roots else None
     config = MHCConfig.from_options(options, attached)
 
-    plain = normalize(graph_module)
-    plan = plan_sites(find_residuals(plain), frame, config)
+    plain, plan = plan_graph(graph_module, frame, config)
     refuse_cut_streams(plain, plan, frame, config)
     refuse_plain_sites(graph_module, plan)
     require_sites(plan, frame, config)
     checks = remaining_checks(graph_module, plan)
     if not plan.chains:
+        plain = close_regions(plain)
         _publish(graph_module, plain, plan, frame, config)
         return _checked(compile_inner(plain, example_inputs, config, mode), checks)
 
@@ -101,6 +100,7 @@ def mhc(
         if config.fusion == "boundary":
             rewritten = fuse_boundaries(rewritten)
             verify(plain, rewritten, config.n_streams)
+        rewritten = close_regions(rewritten)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
         undo()

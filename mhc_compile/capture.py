@@ -28,7 +28,8 @@ class Frame:
     Attributes:
         roots: the modules that the frame's graph reads from, the frame's own `self` first.
         sources: Dynamo's sources of the roots, where known.
-        paths: for the id of each module below a root: its path and the module.
+        paths: for the id of each module below a root: its path below the model, and the module. Where a graph break in
+            the model's forward has Dynamo compile an inner module alone, paths begin at the model all the same.
         code: the code object that Dynamo compiles.
         function: name of the frame's function; of the original one if the frame resumes behind a graph break.
         resumed: the frame resumes behind a graph break.
@@ -48,7 +49,7 @@ class Frame:
 
     @property
     def root(self) -> nn.Module:
-        """The module that names are relative to.
+        """The outermost module that the frame's graph reads from.
 
         Raises:
             OwnerError: the frame shows no module.
@@ -69,9 +70,10 @@ class Frame:
         plain = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
         for root in self.roots:
             try:
-                return plain, root.get_submodule(plain)
+                found = root.get_submodule(plain)
             except AttributeError:
                 continue
+            return self.paths.get(id(found), (plain, found))
         return None
 
 
@@ -82,7 +84,12 @@ def current_frame(graph_module: GraphModule) -> Frame:
     translator = InstructionTranslator.current_tx()
     output = translator.output
     roots = _roots(graph_module, output.local_scope, output.global_scope)
+    callers = _plain_callers(roots)
+    model = next((module for module, _ in reversed(callers) if not _is_wrapper(module)), None)
     paths: dict[int, tuple[str, nn.Module]] = {}
+    for top in ((model,) if model is not None else roots):
+        for path, module in top.named_modules():
+            paths.setdefault(id(module), (path, module))
     for root in roots:
         for path, module in root.named_modules():
             paths.setdefault(id(module), (path, module))
@@ -95,7 +102,7 @@ def current_frame(graph_module: GraphModule) -> Frame:
         code=output.root_tx.f_code,
         function=resumed["function"] if resumed else name,
         resumed=resumed is not None,
-        caller=_plain_caller(roots),
+        caller=callers[-1][1] if callers else None,
         break_reason=_break_reason(output.compile_subgraph_reason),
     )
 
@@ -151,22 +158,30 @@ def pin_to_modules(frame: Frame) -> None:
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
-def _plain_caller(roots: tuple[nn.Module, ...]) -> str | None:
-    """Look up the Python stack, as far as the call that compilation began with, for a module around the roots.
+def _plain_callers(roots: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str]]:
+    """Look up the Python stack, as far as the call that compilation began with, for modules around the roots.
 
     While a frame is traced it is not on the stack, so a module that is, runs as plain Python.
+
+    Returns:
+        Each module with its place in the source, innermost first.
     """
     frame: FrameType | None = sys._getframe(1)
-    found = None
+    found: list[tuple[nn.Module, str]] = []
     while frame is not None:
         code = frame.f_code
         if code.co_name == "compile_wrapper":
             return found
         module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
         if isinstance(module, nn.Module) and roots and _holds(module, roots[0]):
-            found = f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"
+            found.append((module, f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"))
         frame = frame.f_back
-    return None
+    return []
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Tell whether a module stands around the user's model, such as DDP: it adds a step to every path."""
+    return type(module).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
 
 
 def _holds(module: nn.Module, inner: nn.Module) -> bool:

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .capture import Frame
 from .config import MHCConfig
 from .errors import OwnerError
 from .mappings import joined
 from .passes.dataflow import sizes_of, tensor_of
+from .passes.find_residuals import find_residuals
+from .passes.normalize import is_sentinel, normalize
+from .passes.open_regions import open_regions
+from .passes.regions import regions_of
 from .residual import Chain, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -62,6 +66,39 @@ class Plan:
     def sites(self) -> list[PlannedSite]:
         """The selected sites of all chains."""
         return [site for chain in self.chains for site in chain.sites if site.selected]
+
+
+def plan_graph(graph_module: GraphModule, frame: Frame, config: MHCConfig) -> tuple[GraphModule, Plan]:
+    """Open the regions of a captured graph, spell its adds one way, find and plan its sites.
+
+    A region that no chain passes, and in which no module with mHC parameters runs, stays as it is: opening a subgraph
+    that is compiled once and called often costs compile time.
+
+    Returns:
+        The opened, normalized graph and its plan.
+    """
+    plain = normalize(open_regions(graph_module))
+    findings = find_residuals(plain)
+    opened = {region.path for node in plain.graph.nodes for region in regions_of(node)}
+    if opened:
+        needed = _regions_passed(findings) | _regions_with_sentinels(graph_module)
+        if opened - needed:
+            plain = normalize(open_regions(graph_module, closed=opened - needed))
+            findings = find_residuals(plain)
+    return plain, plan_sites(findings, frame, config)
+
+
+def _regions_passed(findings: Findings) -> set[tuple[str, ...]]:
+    """Return the paths of the regions that hold a residual add or a carrier of one."""
+    adds = [add for chain in findings.chains for add in chain.adds]
+    on_stream = [*(add.add for add in adds), *(carrier.node for add in adds for carrier in add.carriers)]
+    return {region.path for node in on_stream for region in regions_of(node)}
+
+
+def _regions_with_sentinels(graph_module: GraphModule) -> set[tuple[str, ...]]:
+    """Return the paths of the regions in which a sentinel was traced: it has to be taken out."""
+    nodes = open_regions(graph_module).graph.nodes
+    return {region.path for node in nodes if is_sentinel(node) for region in regions_of(node)}
 
 
 def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -19,9 +21,18 @@ def copy_node(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Nod
     return copied
 
 
-def module_like(graph_module: GraphModule, graph: Graph) -> GraphModule:
-    """Wrap a graph over the same attributes as `graph_module`, with its metadata."""
+def module_like(
+    graph_module: GraphModule, graph: Graph, attributes: dict[str, Any] | None = None
+) -> GraphModule:
+    """Wrap a graph with the metadata of `graph_module`, over its attributes or over those given."""
     graph.lint()
-    result = GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    root = graph_module if attributes is None else attributes
+    result = GraphModule(root, graph, class_name=type(graph_module).__name__)
+    result.training = graph_module.training
     result.meta = dict(graph_module.meta)
     return result
+
+
+def attribute_of(graph_module: GraphModule, target: str) -> Any:
+    """Return what a `get_attr` or `call_module` node of this target means."""
+    return operator.attrgetter(target)(graph_module)

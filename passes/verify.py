@@ -9,11 +9,11 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile.errors import GraphInvariantError
 
-from ..kernels import reference
+from ..kernels import inlined
 from .dataflow import output_of, sizes_of, tensor_of
 
 _POST_PRE = torch.ops.mhc.post_pre.default
-_POSTS = {torch.ops.mhc.post.default, reference.post}
+_POSTS = {torch.ops.mhc.post.default, inlined.post}
 
 
 def verify(before: GraphModule, after: GraphModule, n_streams: int) -> None:
