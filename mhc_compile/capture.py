@@ -87,7 +87,7 @@ def current_frame(graph_module: GraphModule) -> Frame:
     callers = _plain_callers(roots)
     model = next((module for module, _ in reversed(callers) if not _is_wrapper(module)), None)
     paths: dict[int, tuple[str, nn.Module]] = {}
-    for top in ((model,) if model is not None else roots):
+    for top in (model,) if model is not None else roots:
         for path, module in top.named_modules():
             paths.setdefault(id(module), (path, module))
     for root in roots:

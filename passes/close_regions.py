@@ -56,9 +56,7 @@ class _Closer:
             else:
                 self._close(graph, region, members, values, depth)
 
-    def _close(
-        self, graph: Graph, region: Region, members: list[Node], values: dict[Node, Node], depth: int
-    ) -> None:
+    def _close(self, graph: Graph, region: Region, members: list[Node], values: dict[Node, Node], depth: int) -> None:
         inside = set(members)
         # In order of first use, without doubles.
         inputs = list(dict.fromkeys(value for node in members for value in node.all_input_nodes if value not in inside))

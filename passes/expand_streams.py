@@ -25,8 +25,8 @@ from mhc_compile.residual import Carrier, ResidualAdd
 
 from ..kernels import inlined, ops, reference
 from .dataflow import is_dropout, sizes_of, tensor_of
-from .graph_copy import copy_node, module_like
 from .grad_modes import grad_modes, set_grad_mode
+from .graph_copy import copy_node, module_like
 from .lifting import is_training_batch_norm, keeps_layout
 from .regions import Region, put_into, regions_of
 

@@ -60,7 +60,12 @@ def _partners(graph_module: GraphModule) -> dict[Node, Node]:
         streams, *mapping = node.args[:4]
         inputs_only = all(isinstance(value, Node) and value.op == "placeholder" for value in mapping)
         # Across the border of a checkpointed body, one half would be recomputed without the other.
-        if isinstance(streams, Node) and streams.target is _POST and inputs_only and regions_of(streams) == regions_of(node):
+        if (
+            isinstance(streams, Node)
+            and streams.target is _POST
+            and inputs_only
+            and regions_of(streams) == regions_of(node)
+        ):
             partners.setdefault(streams, node)
     return partners
 

@@ -21,9 +21,7 @@ def copy_node(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Nod
     return copied
 
 
-def module_like(
-    graph_module: GraphModule, graph: Graph, attributes: dict[str, Any] | None = None
-) -> GraphModule:
+def module_like(graph_module: GraphModule, graph: Graph, attributes: dict[str, Any] | None = None) -> GraphModule:
     """Wrap a graph with the metadata of `graph_module`, over its attributes or over those given."""
     graph.lint()
     root = graph_module if attributes is None else attributes

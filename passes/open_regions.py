@@ -72,7 +72,7 @@ class _Opener:
         placeholders = (node for node in call.body.graph.nodes if node.op == "placeholder")
         inner: dict[Node, Any] = dict(zip(placeholders, operands, strict=True))
         self._copy(call.body, (*around, call.region), inner, names)
-        results = output_of(call.body).args[0]
+        results: Any = output_of(call.body).args[0]
         return tuple(map_arg(results, inner.__getitem__))
 
     def _copied(
