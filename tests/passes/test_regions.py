@@ -9,6 +9,7 @@ from mhc_compile.passes.grad_modes import grad_modes
 from mhc_compile.passes.open_regions import open_regions
 from mhc_compile.passes.regions import regions_of
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
@@ -116,7 +117,7 @@ def test_nested_compile_region():
 
     def seeing(graph_module, inputs):
         seen.append(graph_module)
-        return graph_module.forward
+        return lookup_backend("aot_eager")(graph_module, inputs)
 
     torch._dynamo.register_backend(seeing, name="seeing_regions")
     out = torch.compile(model, backend="mhc", options={"inner": "seeing_regions"})(features())
