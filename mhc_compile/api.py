@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 from . import guard
 from .backend import errors_reach_the_user
 from .binding import attach_plan
-from .boundaries import forget_breaks, given_up, refuse_cut_streams
-from .capture import Frame, current_frame
+from .boundaries import cut_message, ends_are_ends, forget_breaks, given_up, settle_boundaries
+from .capture import Frame, current_frame, pin_to_modules
 from .config import STRUCTURAL, MHCConfig
 from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError, StreamCutError
 from .fallbacks import BACKEND_NAME, watch_fallbacks
@@ -56,7 +56,8 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     found = _look(root, args, kwargs, config)
     if config.strict and not found.report.sites:
         raise NoResidualError(nothing_found(found.merged(), config))
-    for plan, frame in found.plans:
+    plans = ends_are_ends([plan for plan, _ in found.plans])
+    for plan, (_, frame) in zip(plans, found.plans, strict=True):
         attach_plan(plan, frame, config)
     found.plans.clear()
     keep_report(root, found.report)
@@ -201,15 +202,20 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
     def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
         frame = current_frame(graph_module)
         plain, plan = plan_graph(graph_module, frame, config)
-        refuse_cut_streams(plain, plan, frame, config)
+        plan = settle_boundaries(graph_module, plain, plan, frame, config)
         look.plans.append((plan, frame))
         look.report.graphs.append(graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason))
-        if frame.break_reason is None and not frame.resumed and len(look.plans) == 1:
+        whole = frame.break_reason is None and not frame.resumed and frame.caller is None
+        if whole and len(look.plans) == 1:
             raise _Seen("seen", first_useful_frame=None)
         codes.append(frame.code)
+        # Where Dynamo compiles block after block alone, the first block's graph would serve for all, unseen.
+        pin_to_modules(frame)
         return _shapes_only(graph_module)
 
-    backend.compiler_name = BACKEND_NAME  # type: ignore[attr-defined]
+    # Dynamo's name for a backend that is a function, by which the watch for frames that it gives up on knows its own.
+    backend.__name__ = BACKEND_NAME
+    backend.mhc_config = config  # type: ignore[attr-defined]
     watch_fallbacks()
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend=backend)
@@ -227,11 +233,8 @@ def _look(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config
         for code in [*codes, *_codes_of(root.forward)]:
             if cut or _holds_dead_entries(code):
                 reset_code(code)
-    if reason is not None and not look.report.sites:
-        raise StreamCutError(
-            f"Dynamo gave up on the model's forward: {reason}. Take the graph break away (TORCH_LOGS=graph_breaks "
-            "shows why Dynamo breaks), or move it outside the residual blocks."
-        )
+    if reason is not None and not look.report.sites and config.strict and config.on_boundary == "error":
+        raise StreamCutError(cut_message(f"{reason}, and Dynamo gave up on the model's forward"))
     if not look.plans:
         raise MHCError(
             "Dynamo captured no graph of this model: is compilation switched off (TORCHDYNAMO_DISABLE, "

@@ -14,10 +14,10 @@ from torch.fx import GraphModule
 
 from . import logs
 from .binding import attach_on_first_call, bind
-from .boundaries import refuse_cut_streams
-from .capture import Frame, current_frame, is_split_by_ddp, pin_to_modules
+from .boundaries import settle_boundaries
+from .capture import Frame, current_frame, pin_to_modules
 from .config import MHCConfig
-from .errors import MHCError, StreamCutError
+from .errors import MHCError
 from .fallbacks import watch_fallbacks
 from .inner import compile_inner
 from .mappings import attached_config
@@ -71,18 +71,13 @@ def mhc(
     Raises:
         MHCError: any of its subclasses; the model is left as it was.
     """
-    if is_split_by_ddp(graph_module):
-        raise StreamCutError(
-            "DistributedDataParallel is splitting the graph into buckets, which would cut the residual stream. Set "
-            "torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call."
-        )
     watch_fallbacks()
     frame = current_frame(graph_module)
-    attached = attached_config(frame.roots[0]) if frame.roots else None
+    attached = attached_config(frame.model) if frame.model is not None else None
     config = MHCConfig.from_options(options, attached)
 
     plain, plan = plan_graph(graph_module, frame, config)
-    refuse_cut_streams(plain, plan, frame, config)
+    plan = settle_boundaries(graph_module, plain, plan, frame, config)
     refuse_plain_sites(graph_module, plan)
     require_sites(plan, frame, config)
     checks = remaining_checks(graph_module, plan)
@@ -130,9 +125,9 @@ def _checked(compiled: Compiled, checks: list[Callable[[], None]]) -> Compiled:
 
 def _publish(before: GraphModule, after: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> None:
     """Add the graph to the model's report, and show both to TORCH_LOGS."""
-    if frame.roots and (plan.chains or not frame.resumed):
+    if frame.model is not None and (plan.chains or plan.rejections or not frame.resumed):
         entry = graph_report(frame.function, len(before.graph.nodes), plan, frame.break_reason)
-        report = add_to_report(frame.root, config, entry)
+        report = add_to_report(frame.model, config, entry)
         logs.artifact("mhc_report").debug("%s", report)
     graphs = logs.artifact("mhc_graph")
     graphs.debug("before:\n%s", before.graph)

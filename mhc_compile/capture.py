@@ -33,6 +33,8 @@ class Frame:
         code: the code object that Dynamo compiles.
         function: name of the frame's function; of the original one if the frame resumes behind a graph break.
         resumed: the frame resumes behind a graph break.
+        model: the outermost module whose forward is running, compiled or not; the first root, if that is the one. None
+            if the frame shows no module.
         caller: a module around the root whose forward runs as plain Python, although compiled code called it: Dynamo
             gave up on that one. None if there is none.
         break_reason: why the graph ends before its function does, with the source line; None if it does not.
@@ -44,6 +46,7 @@ class Frame:
     code: CodeType
     function: str
     resumed: bool
+    model: nn.Module | None
     caller: str | None
     break_reason: str | None
 
@@ -85,13 +88,10 @@ def current_frame(graph_module: GraphModule) -> Frame:
     output = translator.output
     roots = _roots(graph_module, output.local_scope, output.global_scope)
     callers = _plain_callers(roots)
-    model = next((module for module, _ in reversed(callers) if not _is_wrapper(module)), None)
+    around = next((module for module, _ in reversed(callers) if not _is_wrapper(module)), None)
     paths: dict[int, tuple[str, nn.Module]] = {}
-    for top in (model,) if model is not None else roots:
+    for top in roots if around is None else (around, *roots):
         for path, module in top.named_modules():
-            paths.setdefault(id(module), (path, module))
-    for root in roots:
-        for path, module in root.named_modules():
             paths.setdefault(id(module), (path, module))
     name = output.root_tx.f_code.co_name
     resumed = _RESUMED.fullmatch(name)
@@ -102,6 +102,7 @@ def current_frame(graph_module: GraphModule) -> Frame:
         code=output.root_tx.f_code,
         function=resumed["function"] if resumed else name,
         resumed=resumed is not None,
+        model=around or next(iter(roots), None),
         caller=callers[-1][1] if callers else None,
         break_reason=_break_reason(output.compile_subgraph_reason),
     )

@@ -21,7 +21,7 @@ BOUNDARIES = ("error", "collapse")
 STRUCTURAL = ("n_streams", "manifold", "init", "readout", "sites", "min_sites")
 
 # What decides the function that the model computes, and so comes with its parameters.
-_INHERITED = (*STRUCTURAL, "sinkhorn_iters")
+_INHERITED = (*STRUCTURAL, "sinkhorn_iters", "on_boundary")
 
 SiteFilter = str | Callable[[str], bool] | None
 
@@ -42,10 +42,11 @@ class MHCConfig:
             and the next site's `pre`; "inductor" inlines the plain ATen mathematics and leaves the fusion to Inductor.
         recompute: "auto" and "none" store what autograd asks for.
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
-        min_sites: a chain with fewer sites stays as it is.
+        min_sites: a chain with fewer sites stays as it is; where a cut makes pieces of it, each piece counts alone.
         inner: the Dynamo backend that compiles the rewritten graph.
-        on_boundary: what to do where a graph break or a DDP bucket cuts the stream; "error" raises.
-        strict: raise when nothing was found to rewrite.
+        on_boundary: what to do where a graph break or a DDP bucket cuts the stream: "error" raises; "collapse" averages
+            the streams at the cut and expands them again behind it, which is another model.
+        strict: raise when nothing was found to rewrite. Without, what lies behind a cut stays plain, with a warning.
 
     Raises:
         MHCOptionError: a value is out of its range; the message names the range.
@@ -85,11 +86,6 @@ class MHCConfig:
             raise MHCOptionError(
                 f"recompute={self.recompute!r}: this version stores the streams; use 'auto' or 'none'. "
                 "torch.utils.checkpoint around a block still works."
-            )
-        if self.on_boundary == "collapse":
-            raise MHCOptionError(
-                "on_boundary='collapse' is not in this version. Use 'error' and take away the graph break "
-                "that the error names."
             )
         if not isinstance(self.strict, bool):
             raise MHCOptionError(f"strict={self.strict!r}: must be True or False.")

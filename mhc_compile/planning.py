@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from .capture import Frame
 from .config import MHCConfig
 from .errors import OwnerError
-from .mappings import joined
+from .mappings import has_mapping, joined
 from .passes.dataflow import sizes_of, tensor_of
 from .passes.find_residuals import find_residuals
 from .passes.normalize import is_sentinel, normalize
@@ -48,19 +48,34 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class PlannedChain:
-    """A chain to rewrite."""
+    """A chain to rewrite.
+
+    Attributes:
+        sites: its sites, in order.
+        head: the value that is expanded.
+        chain: what the report shows.
+        averaged: read out by the mean, whichever the readout: the stream goes on behind a cut.
+    """
 
     sites: tuple[PlannedSite, ...]
     head: Node
     chain: Chain
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be rewritten in one graph, and what will not."""
+    """What will be rewritten in one graph, and what will not.
+
+    Attributes:
+        chains: what will be.
+        rejections: what will not.
+        cuts: why the streams that enter this graph were averaged before it, with the source line.
+    """
 
     chains: tuple[PlannedChain, ...]
     rejections: tuple[Rejection, ...]
+    cuts: tuple[str, ...] = ()
 
     @property
     def sites(self) -> list[PlannedSite]:
@@ -116,7 +131,9 @@ def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
         selected = [site for site in sites if site.selected]
         dropped = [site for site in sites if not site.selected]
         rejections += [_rejection(site, Reason.NOT_SELECTED) for site in dropped]
-        if len(selected) < max(config.min_sites, 1):
+        # A chain that has its parameters is no shorter for being cut in pieces.
+        known = any(has_mapping(site.owner, site.label) for site in selected)
+        if not selected or (len(selected) < config.min_sites and not known):
             reason = Reason.SHORT_CHAIN
             rejections += [_rejection(site, reason, f"{len(selected)}") for site in selected]
             continue

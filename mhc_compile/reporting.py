@@ -31,6 +31,7 @@ class GraphReport:
         chains: what was rewritten.
         rejected: what was not.
         break_reason: why the graph ended before its function did, if it did.
+        cuts: why the streams that enter the graph were averaged before it, and expanded again in it.
     """
 
     function: str
@@ -38,6 +39,7 @@ class GraphReport:
     chains: tuple[Chain, ...]
     rejected: tuple[Rejection, ...]
     break_reason: str | None = None
+    cuts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -80,6 +82,11 @@ class Report:
         return tuple(seen.values())
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """Where the stream is averaged and expanded again (`on_boundary="collapse"`): reason and source line, once."""
+        return tuple(dict.fromkeys(reason for graph in self.graphs for reason in graph.cuts))
+
+    @property
     def parameters_added(self) -> int:
         """Number of mHC parameters, in elements."""
         n = self.config.n_streams
@@ -105,6 +112,7 @@ class Report:
                     "nodes": graph.nodes,
                     "sites": sum(len(chain.sites) for chain in graph.chains),
                     "break_reason": graph.break_reason,
+                    "cuts": list(graph.cuts),
                 }
                 for graph in self.graphs
             ],
@@ -168,6 +176,10 @@ class Report:
         broken = [graph for graph in self.graphs if graph.break_reason]
         for graph in broken:
             lines.append(f"graph break in {graph.function}: {graph.break_reason}")
+        lines += [
+            f"the stream is cut, averaged and expanded again, which is another model than the uncut one: {reason}"
+            for reason in self.cuts
+        ]
         return "\n".join(lines)
 
 
@@ -225,6 +237,7 @@ def graph_report(function: str, nodes: int, plan: Plan, break_reason: str | None
         chains=tuple(chain.chain for chain in plan.chains),
         rejected=plan.rejections,
         break_reason=break_reason,
+        cuts=plan.cuts,
     )
 
 

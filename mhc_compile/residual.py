@@ -21,6 +21,7 @@ class Reason(Enum):
     DYNAMIC_WIDTH = "the number of features is not static"
     INSIDE_REGION = "lies inside a higher-order operator that cannot be opened (cond, scan, flex_attention)"
     SHORT_CHAIN = "its chain has fewer sites than min_sites"
+    CUT = "a graph break cuts its residual stream"
     NOT_SELECTED = "the sites option leaves it out"
 
 

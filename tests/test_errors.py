@@ -24,7 +24,6 @@ from .models import QUICK, Block, Stack, features
         ({"readout": "sum"}, "'mean', 'learned'"),
         ({"fusion": "everything"}, "must be one of"),
         ({"fusion": "paper"}, "kernels.paper"),
-        ({"on_boundary": "collapse"}, "not in this version"),
         ({"recompute": 4}, "'auto' or 'none'"),
         ({"recompute": -1}, "recompute"),
         ({"on_boundary": "ignore"}, "must be one of"),
