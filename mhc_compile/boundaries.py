@@ -114,8 +114,9 @@ def settle_boundaries(captured: GraphModule, plain: GraphModule, plan: Plan, fra
     if frame.break_reason is not None:
         left = any(_leaves(site.add.add) for site in plan.sites)
         _OPEN.append(_Break(weakref.ref(root), frame.break_reason, left, _branch_leaves(plain)))
-        plan = _read_out_by_mean(plan, config)
-    return plan
+    # A graph that ends early, or that of a module inside a forward that runs as plain Python.
+    goes_on = frame.break_reason is not None or frame.caller is not None
+    return _read_out_by_mean(plan, config) if goes_on else plan
 
 
 def _settled(

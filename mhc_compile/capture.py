@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from .errors import OwnerError
 
-_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_(?P<line>\d+)")
 _ROOT_END = re.compile(r"\._(modules|parameters|buffers)\[")
 
 
@@ -38,6 +38,8 @@ class Frame:
         caller: a module around the root whose forward runs as plain Python, although compiled code called it: Dynamo
             gave up on that one. None if there is none.
         break_reason: why the graph ends before its function does, with the source line; None if it does not.
+        resumed_line: line of the graph break behind which the frame resumes.
+        break_line: line of the graph break that ends the graph, in the frame's own function.
     """
 
     roots: tuple[nn.Module, ...]
@@ -49,6 +51,8 @@ class Frame:
     model: nn.Module | None
     caller: str | None
     break_reason: str | None
+    resumed_line: int | None = None
+    break_line: int | None = None
 
     @property
     def root(self) -> nn.Module:
@@ -105,6 +109,8 @@ def current_frame(graph_module: GraphModule) -> Frame:
         model=around or next(iter(roots), None),
         caller=callers[-1][1] if callers else None,
         break_reason=_break_reason(output.compile_subgraph_reason),
+        resumed_line=int(resumed["line"]) if resumed else None,
+        break_line=_break_line(output.compile_subgraph_reason),
     )
 
 
@@ -210,6 +216,13 @@ def _break_reason(reason: Any) -> str | None:
         frame = reason.user_stack[-1]
         text += f" ({frame.filename}:{frame.lineno}  {frame.line or ''})".replace("  )", ")")
     return text
+
+
+def _break_line(reason: Any) -> int | None:
+    if reason is None or not reason.graph_break or not reason.user_stack:
+        return None
+    line = reason.user_stack[0].lineno
+    return int(line) if line is not None else None
 
 
 def is_split_by_ddp(graph_module: GraphModule) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from .call_counts import Calls, calls_before, remember_calls
 from .capture import Frame
 from .config import MHCConfig
 from .errors import OwnerError
@@ -33,6 +33,7 @@ class PlannedSite:
         site: what the report shows.
         owner: the module that holds (or will hold) its parameters.
         label: its name below the owner's `mhc`.
+        branch_label: the same without the number of the call, for an owner that is called several times.
         children: the owner's children whose output the add writes into the stream.
         selected: False for an add that the option `sites` leaves out, yet that lies between selected ones: it adds
             its branch to every stream alike.
@@ -42,6 +43,7 @@ class PlannedSite:
     site: Site
     owner: nn.Module
     label: str
+    branch_label: str
     children: tuple[nn.Module, ...]
     selected: bool
 
@@ -119,12 +121,13 @@ def _regions_with_sentinels(graph_module: GraphModule) -> set[tuple[str, ...]]:
 def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
     """Name every residual add, keep the chains that the options ask for, reject the rest with a reason."""
     rejections = list(findings.rejections)
-    calls: Counter[tuple[int, str]] = Counter()
+    calls = calls_before(frame)
     named: dict[Node, PlannedSite] = {}
     adds = [add for chain in findings.chains for add in chain.adds]
     # Names count the calls of a shared module in graph order, whichever chain they are on.
     for add in sorted(adds, key=_graph_order(adds)):
         named[add.add] = _named(add, frame, config, calls)
+    remember_calls(frame, calls)
     chains: list[PlannedChain] = []
     for chain in findings.chains:
         sites = [named[add.add] for add in chain.adds]
@@ -168,12 +171,12 @@ def _rejection(site: PlannedSite, reason: Reason, detail: str = "") -> Rejection
     return Rejection(site.add.add.name, site.site.location, reason, detail)
 
 
-def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Counter[tuple[int, str]]) -> PlannedSite:
+def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Calls) -> PlannedSite:
     owner_path, owner = _owner(add, frame)
-    label = "_".join(_relative(path, add) for _, path in add.children) or "add"
-    calls[id(owner), label] += 1
-    if calls[id(owner), label] > 1:
-        label = f"{label}_{calls[id(owner), label] - 1}"
+    branch_label = "_".join(_relative(path, add) for _, path in add.children) or "add"
+    calls[id(owner), branch_label] += 1
+    call = calls[id(owner), branch_label] - 1
+    label = f"{branch_label}_{call}" if call else branch_label
     name = joined(owner_path, label)
     tensor = tensor_of(add.add)
     assert tensor is not None
@@ -188,7 +191,7 @@ def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Counter[tup
         width=int(sizes[add.feature_dim]),
     )
     children = tuple(found[1] for key, path in add.children if (found := frame.module_at(key, path)) is not None)
-    return PlannedSite(add, site, owner, label, children, selected=config.wants(name))
+    return PlannedSite(add, site, owner, label, branch_label, children, selected=config.wants(name))
 
 
 def _relative(path: str, add: ResidualAdd) -> str:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import mhc_compile
-from mhc_compile import MHCConfig
+from mhc_compile import MHCConfig, MHCWarning, StreamCutError
+from mhc_compile.residual import Reason
 
 from .counting import Counting
 from .models import CASES, QUICK, WIDTH, Block, Stack, assert_same_function, features, llama, token_ids
@@ -196,3 +197,24 @@ def test_a_dropped_mask_is_drawn_again_alike():
             backend = {"backend": "mhc", "options": QUICK}
         steps.append(_step(model, functools.partial(torch.compile(model, **backend), features())))
     _assert_same_step(model, *steps)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"on_boundary": "collapse"}])
+def test_t5_cuts_its_own_stream_under_checkpointing(options):
+    """Its first block sets `requires_grad` on a tensor inside a branch, where Dynamo breaks."""
+    case = CASES["t5"]()
+    model, inputs = _without_dropout(case.build()), case.inputs()
+    model.gradient_checkpointing_enable()
+    plain = _step(model, lambda: model(**inputs))
+    config = MHCConfig(inner="aot_eager", min_sites=1, **options)
+    if not options:
+        with pytest.raises(StreamCutError, match=r"modeling_t5\.py:\d+  position_bias\.requires_grad.*collapse"):
+            mhc_compile.attach(model, config=config, **inputs)
+        return
+    with pytest.warns(MHCWarning, match="requires_grad"):
+        report = mhc_compile.attach(model, config=config, **inputs)
+    assert 0 < len(report.sites) < sum(case.chains)
+    assert any(entry.reason is Reason.CUT for entry in report.rejected)
+    assert any("requires_grad" in reason for reason in report.cuts) == ("on_boundary" in options)
+    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", **options})
+    _assert_same_step(model, plain, _step(model, lambda: compiled(**inputs)))

@@ -162,6 +162,24 @@ def test_pieces_of_one_site():
     assert [len(chain.sites) for chain in mhc_compile.report(model).chains] == [1, 1]
 
 
+def test_a_shared_block_counts_on_behind_the_cut():
+    class Shared(Stack):
+        def forward(self, values):
+            hidden = self.blocks[0](self.blocks[0](self.stem(values)))
+            torch._dynamo.graph_break()
+            return self.readout(self.blocks[0](hidden))
+
+    model = Shared()
+    plain = _step(model, model)
+    report = mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse"))
+    wanted = [f"blocks.0.mhc.{branch}{call}" for call in ("", "_1", "_2") for branch in ("mixer", "mlp")]
+    assert [site.name for site in report.sites] == wanted
+    _assert_preserved(model, plain)
+    # Compiled again, for other shapes: the piece behind the cut still takes the third call's parameters.
+    torch.compile(model, backend="mhc", options=QUICK)(features(3))
+    assert [site.name for site in mhc_compile.report(model).sites] == wanted
+
+
 def test_not_strict_leaves_what_is_behind_the_cut_plain():
     model = BreaksBetween()
     plain = _step(model, model)
