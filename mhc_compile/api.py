@@ -16,18 +16,16 @@ from torch.fx import GraphModule
 from . import guard
 from .backend import errors_reach_the_user
 from .binding import attach_plan
-from .boundaries import forget_breaks, given_up, refuse_cut_streams
+from .boundaries import cut_message, ends_are_ends, forget_breaks, given_up, settle_boundaries
 from .branch_work import BranchWork, count_branch_work
-from .capture import Frame, current_frame
+from .capture import Frame, current_frame, pin_to_modules
 from .chain_sizes import chain_sizes
 from .config import STRUCTURAL, MHCConfig
 from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError, StreamCutError
 from .fallbacks import BACKEND_NAME, watch_fallbacks
 from .mappings import CHILD, attached_config, owners_in
 from .passes.dataflow import output_of
-from .passes.find_residuals import find_residuals
-from .passes.normalize import normalize
-from .planning import Plan, plan_sites
+from .planning import Plan, plan_graph
 from .prediction import Workload, predict
 from .reporting import Report, forget_report, graph_report, keep_report, new_report, report_of
 from .strictness import nothing_found
@@ -61,7 +59,8 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     found = _look(root, args, kwargs, config)
     if config.strict and not found.report.sites:
         raise NoResidualError(nothing_found(found.merged(), config))
-    for plan, frame in found.plans:
+    plans = ends_are_ends([plan for plan, _ in found.plans])
+    for plan, (_, frame) in zip(plans, found.plans, strict=True):
         attach_plan(plan, frame, config)
     found.plans.clear()
     keep_report(root, found.report)
@@ -219,19 +218,23 @@ def _look(
     @errors_reach_the_user
     def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
         frame = current_frame(graph_module)
-        plain = normalize(graph_module)
-        plan = plan_sites(find_residuals(plain), frame, config)
-        refuse_cut_streams(plain, plan, frame, config)
+        plain, plan = plan_graph(graph_module, frame, config)
+        plan = settle_boundaries(graph_module, plain, plan, frame, config)
         look.plans.append((plan, frame))
         if count_work:
             look.work += count_branch_work(graph_module)
         look.report.graphs.append(graph_report(frame.function, len(graph_module.graph.nodes), plan, frame.break_reason))
-        if frame.break_reason is None and not frame.resumed and len(look.plans) == 1:
+        whole = frame.break_reason is None and not frame.resumed and frame.caller is None
+        if whole and len(look.plans) == 1:
             raise _Seen("seen", first_useful_frame=None)
         codes.append(frame.code)
+        # Where Dynamo compiles block after block alone, the first block's graph would serve for all, unseen.
+        pin_to_modules(frame)
         return _shapes_only(graph_module)
 
-    backend.compiler_name = BACKEND_NAME  # type: ignore[attr-defined]
+    # Dynamo's name for a backend that is a function, by which the watch for frames that it gives up on knows its own.
+    backend.__name__ = BACKEND_NAME
+    backend.mhc_config = config  # type: ignore[attr-defined]
     watch_fallbacks()
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend=backend)
@@ -249,11 +252,8 @@ def _look(
         for code in [*codes, *_codes_of(root.forward)]:
             if cut or _holds_dead_entries(code):
                 reset_code(code)
-    if reason is not None and not look.report.sites:
-        raise StreamCutError(
-            f"Dynamo gave up on the model's forward: {reason}. Take the graph break away (TORCH_LOGS=graph_breaks "
-            "shows why Dynamo breaks), or move it outside the residual blocks."
-        )
+    if reason is not None and not look.report.sites and config.strict and config.on_boundary == "error":
+        raise StreamCutError(cut_message(f"{reason}, and Dynamo gave up on the model's forward"))
     if not look.plans:
         raise MHCError(
             "Dynamo captured no graph of this model: is compilation switched off (TORCHDYNAMO_DISABLE, "

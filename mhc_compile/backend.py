@@ -14,22 +14,21 @@ from torch.fx import GraphModule
 
 from . import logs
 from .binding import attach_on_first_call, bind
-from .boundaries import refuse_cut_streams
-from .capture import Frame, current_frame, is_split_by_ddp, pin_to_modules
+from .boundaries import settle_boundaries
+from .capture import Frame, current_frame, pin_to_modules
 from .chain_sizes import fusion_for
 from .config import MHCConfig
-from .errors import MHCError, StreamCutError
+from .errors import MHCError
 from .fallbacks import watch_fallbacks
 from .inner import compile_inner
 from .kernels.fusion_choice import FusionChoice
 from .mappings import attached_config
 from .passes.annotate_recompute import annotate_recompute
+from .passes.close_regions import close_regions
 from .passes.expand_streams import expand_streams
-from .passes.find_residuals import find_residuals
 from .passes.fuse_boundaries import fuse_boundaries
-from .passes.normalize import normalize
 from .passes.verify import verify
-from .planning import Plan, plan_sites
+from .planning import Plan, plan_graph
 from .reporting import add_to_report, graph_report
 from .sentinels import refuse_plain_sites, remaining_checks
 from .strictness import require_sites
@@ -75,23 +74,18 @@ def mhc(
     Raises:
         MHCError: any of its subclasses; the model is left as it was.
     """
-    if is_split_by_ddp(graph_module):
-        raise StreamCutError(
-            "DistributedDataParallel is splitting the graph into buckets, which would cut the residual stream. Set "
-            "torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call."
-        )
     watch_fallbacks()
     frame = current_frame(graph_module)
-    attached = attached_config(frame.roots[0]) if frame.roots else None
+    attached = attached_config(frame.model) if frame.model is not None else None
     config = MHCConfig.from_options(options, attached)
 
-    plain = normalize(graph_module)
-    plan = plan_sites(find_residuals(plain), frame, config)
-    refuse_cut_streams(plain, plan, frame, config)
+    plain, plan = plan_graph(graph_module, frame, config)
+    plan = settle_boundaries(graph_module, plain, plan, frame, config)
     refuse_plain_sites(graph_module, plan)
     require_sites(plan, frame, config)
     checks = remaining_checks(graph_module, plan)
     if not plan.chains:
+        plain = close_regions(plain)
         _publish(graph_module, plain, plan, frame, config)
         return _checked(compile_inner(plain, example_inputs, config, mode), checks)
 
@@ -105,6 +99,7 @@ def mhc(
         if fusion.fusion == "boundary":
             rewritten = fuse_boundaries(rewritten)
             verify(plain, rewritten, config.n_streams)
+        rewritten = close_regions(rewritten)
         rewritten = annotate_recompute(rewritten, config)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
@@ -142,9 +137,9 @@ def _publish(
     fusion: FusionChoice | None = None,
 ) -> None:
     """Add the graph to the model's report, and show both to TORCH_LOGS."""
-    if frame.roots and (plan.chains or not frame.resumed):
+    if frame.model is not None and (plan.chains or plan.rejections or not frame.resumed):
         entry = graph_report(frame.function, len(before.graph.nodes), plan, frame.break_reason, fusion)
-        report = add_to_report(frame.root, config, entry)
+        report = add_to_report(frame.model, config, entry)
         logs.artifact("mhc_report").debug("%s", report)
     graphs = logs.artifact("mhc_graph")
     graphs.debug("before:\n%s", before.graph)

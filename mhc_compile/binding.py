@@ -131,7 +131,7 @@ def bind(plan: Plan, config: MHCConfig, fake_mode: Any) -> Binding:
                 holders[planned.site.name] = (weakref.ref(planned.owner), planned.label)
             sites.append(BoundSite(planned.add, parameters))
         readout = None
-        if config.readout == "learned":
+        if _learns_readout(chain, config):
             name, owner, label = _readout_of(chain)
             readout = _describe(name, owner, label, None, config, fake_mode)
             holders[name] = (weakref.ref(owner), label)
@@ -164,7 +164,7 @@ def _wanted(plan: Plan, config: MHCConfig) -> list[tuple[str, nn.Module, str, Ca
             shape = _shape(planned, index)
             name = planned.site.name
             wanted.append((name, planned.owner, planned.label, _maker(site_mapping, name, shape, config)))
-        if config.readout == "learned":
+        if _learns_readout(chain, config):
             name, owner, label = _readout_of(chain)
             shape = _shape(chain.sites[-1], 0)
             wanted.append((name, owner, label, _maker(readout_mapping, name, shape, config)))
@@ -173,6 +173,10 @@ def _wanted(plan: Plan, config: MHCConfig) -> list[tuple[str, nn.Module, str, Ca
 
 def _maker(make: Callable[..., Mapping], name: str, shape: SiteShape, config: MHCConfig) -> Callable[[], Mapping]:
     return lambda: make(name, shape, config)
+
+
+def _learns_readout(chain: PlannedChain, config: MHCConfig) -> bool:
+    return config.readout == "learned" and not chain.averaged
 
 
 def _readout_of(chain: PlannedChain) -> tuple[str, nn.Module, str]:

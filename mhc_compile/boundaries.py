@@ -1,25 +1,28 @@
-"""Refuse to rewrite a stream that a graph break or a DDP bucket cuts.
+"""What becomes of a stream that a graph break or a DDP bucket cuts.
 
-Each piece would be a correct graph of its own, but the streams would be averaged at every cut: another model, and one
-that changes whenever the break moves.
+Each piece is a correct graph of its own, but the streams are averaged at every cut and expanded again behind it:
+another model, and one that changes whenever the break moves. So a cut is an error, unless `on_boundary="collapse"` asks
+for that model; the report then says where. With `strict=False` what lies behind the cut stays plain instead.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .capture import Frame
+from .capture import Frame, is_split_by_ddp
 from .config import MHCConfig
-from .errors import StreamCutError
-from .passes.dataflow import carried_from, data_inputs, is_add, is_float, mixes, operands, output_of
-from .planning import Plan
-from .residual import Reason
+from .errors import MHCWarning, StreamCutError
+from .mappings import READOUT_SUFFIX, has_mapping
+from .passes.dataflow import carried_from, data_inputs, is_add, is_float, mixes, normalises, operands, output_of
+from .planning import Plan, PlannedChain
+from .residual import Reason, Rejection
 
 
 @dataclass
@@ -73,31 +76,136 @@ def undo_with_break(frame: Frame, undo: Callable[[], None]) -> None:
         _OPEN[-1].undo.append(undo)
 
 
-def refuse_cut_streams(graph_module: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> None:
+def settle_boundaries(captured: GraphModule, plain: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> Plan:
     """Check a graph against the graph breaks before it, and remember the one that ends it.
+
+    Args:
+        captured: the graph as the backend was given it.
+        plain: the same, normalized.
+        plan: what was found in it.
+        frame: the frame behind it.
+        config: `on_boundary` and `strict` decide.
+
+    Returns:
+        The plan, with the cuts that its streams cross, or without the chains behind a cut.
 
     Raises:
         StreamCutError: the stream enters this graph from before a graph break. What this call has attached so far is
             taken off again.
     """
+    if is_split_by_ddp(captured):
+        return _in_bucket(plain, plan, config)
     if not frame.roots:
-        return
+        return plan
     root = frame.root
     nested = any(entry.root() is not root and _below(root, entry.root()) for entry in _OPEN)
     if not frame.resumed and not nested:
         forget_breaks(root)
-    enters = any(_is_input(chain.head) for chain in plan.chains)
-    for entry in _OPEN:
-        if not _below(root, entry.root()):
-            continue
-        joins = config.strict and entry.branch_left and _joins_inputs(graph_module, plan)
-        if (entry.stream_left and enters) or joins:
-            _refuse(entry.reason)
-    if enters and not frame.resumed and frame.caller is not None and any(_leaves(site.add.add) for site in plan.sites):
-        _refuse(f"Dynamo compiles {type(root).__name__} alone, because {frame.caller} runs as plain Python")
+    entering = [chain for chain in plan.chains if _is_input(chain.head)]
+    around = [entry for entry in _OPEN if _below(root, entry.root())]
+    reasons = [entry.reason for entry in around if entry.stream_left and entering]
+    leaving = any(_leaves(site.add.add) for site in plan.sites)
+    if not reasons and entering and leaving and not frame.resumed and frame.caller is not None:
+        reasons = [f"Dynamo compiles {type(root).__name__} alone, because {frame.caller} runs as plain Python"]
+    halves = [entry.reason for entry in around if entry.branch_left]
+    halved = _joins(plain, plan) if halves else []
+    if reasons or halved:
+        plan = _settled(plan, entering, reasons, halved, halves, config)
     if frame.break_reason is not None:
         left = any(_leaves(site.add.add) for site in plan.sites)
-        _OPEN.append(_Break(weakref.ref(root), frame.break_reason, left, _branch_leaves(graph_module)))
+        _OPEN.append(_Break(weakref.ref(root), frame.break_reason, left, _branch_leaves(plain)))
+    # A graph that ends early, or that of a module inside a forward that runs as plain Python.
+    goes_on = frame.break_reason is not None or frame.caller is not None
+    return _read_out_by_mean(plan, config) if goes_on else plan
+
+
+def _settled(
+    plan: Plan,
+    entering: list[PlannedChain],
+    reasons: list[str],
+    halved: list[Rejection],
+    halves: list[str],
+    config: MHCConfig,
+) -> Plan:
+    """Refuse, collapse, or leave plain what graph breaks cut."""
+    collapses = config.on_boundary == "collapse"
+    lost = [] if collapses else [site for chain in entering if reasons for site in chain.sites if site.selected]
+    if not collapses and (config.strict or any(has_mapping(site.owner, site.label) for site in lost)):
+        _refuse((reasons or halves)[-1])
+    # An add whose two operands both come from before the break can no longer be told from any other sum.
+    why = {entry: replace(entry, reason=Reason.CUT, detail=halves[-1]) for entry in halved}
+    rejections = [why.get(entry, entry) for entry in plan.rejections]
+    if collapses:
+        return replace(plan, cuts=tuple(dict.fromkeys(reasons)), rejections=tuple(rejections))
+    rejections += [Rejection(site.add.add.name, site.site.location, Reason.CUT, detail=reasons[-1]) for site in lost]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} residual adds stay plain, because a graph break cuts their stream: {reasons[-1]}. Take the "
+            "break away, or use on_boundary='collapse'.",
+            MHCWarning,
+            stacklevel=2,
+        )
+    kept = tuple(chain for chain in plan.chains if not reasons or chain not in entering)
+    return replace(plan, chains=kept, rejections=tuple(rejections))
+
+
+def _in_bucket(plain: GraphModule, plan: Plan, config: MHCConfig) -> Plan:
+    """Settle one of the graphs that DDPOptimizer has cut a graph into.
+
+    Raises:
+        StreamCutError: `on_boundary="error"`, or the cut lies inside a residual block, which no readout can mend.
+    """
+    way_out = "Set torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call"
+    if config.on_boundary != "collapse":
+        raise StreamCutError(
+            "DistributedDataParallel is splitting the graph into buckets, which would cut the residual stream. "
+            f"{way_out}, or use on_boundary='collapse' to average the streams between buckets, which is another model."
+        )
+    if _joins(plain, plan) or _branch_leaves(plain, {site.add.add for site in plan.sites}):
+        raise StreamCutError(
+            "DistributedDataParallel is splitting the graph into buckets inside a residual block: its branch is in one "
+            f"bucket and its add in another, which on_boundary='collapse' cannot mend. {way_out}, or choose another "
+            "bucket_cap_mb."
+        )
+    if any(_is_input(chain.head) for chain in plan.chains):
+        plan = replace(plan, cuts=("DistributedDataParallel splits the graph into buckets",))
+    return _read_out_by_mean(plan, config)
+
+
+def _read_out_by_mean(plan: Plan, config: MHCConfig) -> Plan:
+    """Have streams that leave at a cut averaged, whichever the readout: what is behind the cut expands them again.
+
+    Whether something behind does, is not known yet. A chain that `attach` has given a readout ends here.
+    """
+    if config.on_boundary != "collapse":
+        return plan
+
+    def averaged(chain: PlannedChain) -> bool:
+        last = chain.sites[-1]
+        return _leaves(last.add.add) and not has_mapping(last.owner, last.label + READOUT_SUFFIX)
+
+    return replace(plan, chains=tuple(replace(chain, averaged=averaged(chain)) for chain in plan.chains))
+
+
+def ends_are_ends(plans: list[Plan]) -> list[Plan]:
+    """Let the last chains of a model be read out as its options say: no graph behind them expands them again."""
+    last_cut = max((index for index, plan in enumerate(plans) if plan.cuts), default=0)
+    return [
+        replace(plan, chains=tuple(replace(chain, averaged=False) for chain in plan.chains))
+        if index >= last_cut
+        else plan
+        for index, plan in enumerate(plans)
+    ]
+
+
+def cut_message(reason: str) -> str:
+    """Say that a graph break cuts the stream, what that would mean, and every way out."""
+    return (
+        f"a graph break cuts the residual stream: {reason}. The streams would be averaged there. Take the break away "
+        "(TORCH_LOGS=graph_breaks shows why Dynamo breaks; printing, .item() and data-dependent branches are the usual "
+        "causes), or move it outside the residual blocks, or use on_boundary='collapse' to average the streams at the "
+        "break and expand them again behind it, which is another model."
+    )
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -105,11 +213,7 @@ def _refuse(reason: str) -> NoReturn:
         for undo in entry.undo:
             undo()
     _OPEN.clear()
-    raise StreamCutError(
-        f"a graph break cuts the residual stream: {reason}. The streams would be averaged there. Take the break away "
-        "(TORCH_LOGS=graph_breaks shows why Dynamo breaks; printing, .item() and data-dependent branches are the usual "
-        "causes), or move it outside the residual blocks."
-    )
+    raise StreamCutError(cut_message(reason))
 
 
 def _below(module: nn.Module, root: nn.Module | None) -> bool:
@@ -138,8 +242,14 @@ def _leaves(add: Node) -> bool:
     return False
 
 
-def _branch_leaves(graph_module: GraphModule) -> bool:
-    """Tell whether a value leaves the graph together with something that was mixed from it."""
+def _branch_leaves(graph_module: GraphModule, behind: Set[Node] | None = None) -> bool:
+    """Tell whether a value leaves the graph together with something that was mixed from it: half a residual block.
+
+    Args:
+        graph_module: the normalized graph.
+        behind: given the residual adds, a branch counts from its norm on, and ends at an add: between two whole blocks
+            nothing leaves but the stream.
+    """
     output = output_of(graph_module)
     leaving = {node for node in output.all_input_nodes if is_float(node)}
     for start in leaving:
@@ -148,8 +258,11 @@ def _branch_leaves(graph_module: GraphModule) -> bool:
         while stack:
             node, mixed = stack.pop()
             for user in node.users:
-                step = (user, mixed or mixes(user, graph_module))
-                if step not in seen and user.op != "output":
+                if user.op == "output" or (behind is not None and user in behind):
+                    continue
+                begun = mixes(user, graph_module) or (behind is not None and normalises(user))
+                step = (user, mixed or begun)
+                if step not in seen:
                     if step[1] and user in leaving:
                         return True
                     seen.add(step)
@@ -157,16 +270,18 @@ def _branch_leaves(graph_module: GraphModule) -> bool:
     return False
 
 
-def _joins_inputs(graph_module: GraphModule, plan: Plan) -> bool:
-    """Tell whether an add joins an input with something computed from other inputs alone."""
-    independent = {entry.add for entry in plan.rejections if entry.reason is Reason.INDEPENDENT}
+def _joins(graph_module: GraphModule, plan: Plan) -> list[Rejection]:
+    """Return the adds that join an input with something computed from other inputs alone: halves of a block."""
+    independent = {entry.add: entry for entry in plan.rejections if entry.reason is Reason.INDEPENDENT}
+    found = []
     for node in graph_module.graph.nodes:
         if node.name in independent and is_add(node):
             left, right = operands(node)
-            for skip, branch in ((left, right), (right, left)):
-                if _is_input(_origin(skip)) and _depends_on_inputs(branch):
-                    return True
-    return False
+            if any(
+                _is_input(_origin(skip)) and _depends_on_inputs(other) for skip, other in ((left, right), (right, left))
+            ):
+                found.append(independent[node.name])
+    return found
 
 
 def _origin(node: Node) -> Node:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from .errors import OwnerError
 
-_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_(?P<line>\d+)")
 _ROOT_END = re.compile(r"\._(modules|parameters|buffers)\[")
 
 
@@ -28,13 +28,18 @@ class Frame:
     Attributes:
         roots: the modules that the frame's graph reads from, the frame's own `self` first.
         sources: Dynamo's sources of the roots, where known.
-        paths: for the id of each module below a root: its path and the module.
+        paths: for the id of each module below a root: its path below the model, and the module. Where a graph break in
+            the model's forward has Dynamo compile an inner module alone, paths begin at the model all the same.
         code: the code object that Dynamo compiles.
         function: name of the frame's function; of the original one if the frame resumes behind a graph break.
         resumed: the frame resumes behind a graph break.
+        model: the outermost module whose forward is running, compiled or not; the first root, if that is the one. None
+            if the frame shows no module.
         caller: a module around the root whose forward runs as plain Python, although compiled code called it: Dynamo
             gave up on that one. None if there is none.
         break_reason: why the graph ends before its function does, with the source line; None if it does not.
+        resumed_line: line of the graph break behind which the frame resumes.
+        break_line: line of the graph break that ends the graph, in the frame's own function.
     """
 
     roots: tuple[nn.Module, ...]
@@ -43,12 +48,15 @@ class Frame:
     code: CodeType
     function: str
     resumed: bool
+    model: nn.Module | None
     caller: str | None
     break_reason: str | None
+    resumed_line: int | None = None
+    break_line: int | None = None
 
     @property
     def root(self) -> nn.Module:
-        """The module that names are relative to.
+        """The outermost module that the frame's graph reads from.
 
         Raises:
             OwnerError: the frame shows no module.
@@ -69,9 +77,10 @@ class Frame:
         plain = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
         for root in self.roots:
             try:
-                return plain, root.get_submodule(plain)
+                found = root.get_submodule(plain)
             except AttributeError:
                 continue
+            return self.paths.get(id(found), (plain, found))
         return None
 
 
@@ -82,9 +91,11 @@ def current_frame(graph_module: GraphModule) -> Frame:
     translator = InstructionTranslator.current_tx()
     output = translator.output
     roots = _roots(graph_module, output.local_scope, output.global_scope)
+    callers = _plain_callers(roots)
+    around = next((module for module, _ in reversed(callers) if not _is_wrapper(module)), None)
     paths: dict[int, tuple[str, nn.Module]] = {}
-    for root in roots:
-        for path, module in root.named_modules():
+    for top in roots if around is None else (around, *roots):
+        for path, module in top.named_modules():
             paths.setdefault(id(module), (path, module))
     name = output.root_tx.f_code.co_name
     resumed = _RESUMED.fullmatch(name)
@@ -95,8 +106,11 @@ def current_frame(graph_module: GraphModule) -> Frame:
         code=output.root_tx.f_code,
         function=resumed["function"] if resumed else name,
         resumed=resumed is not None,
-        caller=_plain_caller(roots),
+        model=around or next(iter(roots), None),
+        caller=callers[-1][1] if callers else None,
         break_reason=_break_reason(output.compile_subgraph_reason),
+        resumed_line=int(resumed["line"]) if resumed else None,
+        break_line=_break_line(output.compile_subgraph_reason),
     )
 
 
@@ -151,22 +165,30 @@ def pin_to_modules(frame: Frame) -> None:
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
-def _plain_caller(roots: tuple[nn.Module, ...]) -> str | None:
-    """Look up the Python stack, as far as the call that compilation began with, for a module around the roots.
+def _plain_callers(roots: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str]]:
+    """Look up the Python stack, as far as the call that compilation began with, for modules around the roots.
 
     While a frame is traced it is not on the stack, so a module that is, runs as plain Python.
+
+    Returns:
+        Each module with its place in the source, innermost first.
     """
     frame: FrameType | None = sys._getframe(1)
-    found = None
+    found: list[tuple[nn.Module, str]] = []
     while frame is not None:
         code = frame.f_code
         if code.co_name == "compile_wrapper":
             return found
         module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
         if isinstance(module, nn.Module) and roots and _holds(module, roots[0]):
-            found = f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"
+            found.append((module, f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"))
         frame = frame.f_back
-    return None
+    return []
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Tell whether a module stands around the user's model, such as DDP: it adds a step to every path."""
+    return type(module).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
 
 
 def _holds(module: nn.Module, inner: nn.Module) -> bool:
@@ -194,6 +216,13 @@ def _break_reason(reason: Any) -> str | None:
         frame = reason.user_stack[-1]
         text += f" ({frame.filename}:{frame.lineno}  {frame.line or ''})".replace("  )", ")")
     return text
+
+
+def _break_line(reason: Any) -> int | None:
+    if reason is None or not reason.graph_break or not reason.user_stack:
+        return None
+    line = reason.user_stack[0].lineno
+    return int(line) if line is not None else None
 
 
 def is_split_by_ddp(graph_module: GraphModule) -> bool:

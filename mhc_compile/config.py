@@ -22,7 +22,7 @@ RECOMPUTES = ("auto", "none")
 STRUCTURAL = ("n_streams", "manifold", "init", "readout", "sites", "min_sites")
 
 # What decides the function that the model computes, and so comes with its parameters.
-_INHERITED = (*STRUCTURAL, "sinkhorn_iters")
+_INHERITED = (*STRUCTURAL, "sinkhorn_iters", "on_boundary")
 
 SiteFilter = str | Callable[[str], bool] | None
 
@@ -48,10 +48,11 @@ class MHCConfig:
             the interval that needs the least memory; "none" stores what autograd asks for. No inner backend but those
             that partition a joint graph ("inductor", "aot_eager") heeds it.
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
-        min_sites: a chain with fewer sites stays as it is.
+        min_sites: a chain with fewer sites stays as it is; where a cut makes pieces of it, each piece counts alone.
         inner: the Dynamo backend that compiles the rewritten graph.
-        on_boundary: what to do where a graph break or a DDP bucket cuts the stream; "error" raises.
-        strict: raise when nothing was found to rewrite.
+        on_boundary: what to do where a graph break or a DDP bucket cuts the stream: "error" raises; "collapse" averages
+            the streams at the cut and expands them again behind it, which is another model.
+        strict: raise when nothing was found to rewrite. Without, what lies behind a cut stays plain, with a warning.
 
     Raises:
         MHCOptionError: a value is out of its range; the message names the range.
@@ -86,11 +87,6 @@ class MHCConfig:
             _check_choice("recompute", self.recompute, RECOMPUTES, "the number of sites between stored streams")
         else:
             _check_int("recompute", self.recompute, 1, None)
-        if self.on_boundary == "collapse":
-            raise MHCOptionError(
-                "on_boundary='collapse' is not in this version. Use 'error' and take away the graph break "
-                "that the error names."
-            )
         if not isinstance(self.strict, bool):
             raise MHCOptionError(f"strict={self.strict!r}: must be True or False.")
         if not isinstance(self.inner, str):

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .boundaries import remember_given_up
+from .boundaries import cut_message, remember_given_up
+from .config import MHCConfig
 from .errors import MHCWarning, StreamCutError
 from .mappings import attached_config
 from .passes.dataflow import is_float
@@ -54,19 +55,16 @@ def _after_compilation(arguments: Any) -> None:
     function = compilation["code"].co_name
     if attached_config(root) is not None:
         return
-    if _holds_residual_adds(error):
+    config = _config_of(compilation["compiler_fn"])
+    if _holds_residual_adds(error) and config.strict and config.on_boundary == "error":
         _refuse_children(
             root,
-            StreamCutError(
-                f"a graph break cuts the residual stream in {function}, and Dynamo gave up on the whole function: "
-                f"{reason}. Take the break away (TORCH_LOGS=graph_breaks shows why), or move it outside the residual "
-                "blocks."
-            ),
+            StreamCutError(cut_message(f"{reason}, and Dynamo gave up on the whole of {function}")),
         )
         return
     warnings.warn(
-        f"Dynamo gave up on {function} of {type(root).__name__}: {reason}. It runs as plain Python; a residual add of "
-        "its own is not rewritten.",
+        f"Dynamo gave up on {function} of {type(root).__name__}: {reason}. It runs as plain Python, and what it calls "
+        "is compiled piece by piece; a residual add of its own is not rewritten.",
         MHCWarning,
         stacklevel=2,
     )
@@ -81,6 +79,14 @@ def _compilation_frame() -> dict[str, Any] | None:
             return frame.f_locals if ours else None
         frame = frame.f_back
     return None
+
+
+def _config_of(compiler: Any) -> MHCConfig:
+    """Return the options of a compilation: those of `torch.compile`, or those that `attach` looks with."""
+    looking = getattr(getattr(compiler, "compiler_fn", None), "mhc_config", None)
+    if isinstance(looking, MHCConfig):
+        return looking
+    return MHCConfig(**(getattr(compiler, "kwargs", {}).get("options") or {}))
 
 
 def _reason(error: BaseException) -> str:

@@ -145,6 +145,12 @@ def mappings_of(owner: nn.Module) -> Mappings | None:
     return child if isinstance(child, Mappings) else None
 
 
+def has_mapping(owner: nn.Module, label: str) -> bool:
+    """Tell whether an owner has parameters of this label."""
+    found = mappings_of(owner)
+    return found is not None and label in found._modules
+
+
 def add_mapping(owner: nn.Module, owner_path: str, label: str, mapping: Mapping, config: MHCConfig) -> None:
     """Put a mapping on its owner.
 

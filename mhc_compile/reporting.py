@@ -34,6 +34,7 @@ class GraphReport:
         rejected: what was not.
         break_reason: why the graph ended before its function did, if it did.
         fusion: which operators its sites run and why; None for a graph that was not compiled, or has no site.
+        cuts: why the streams that enter the graph were averaged before it, and expanded again in it.
     """
 
     function: str
@@ -42,6 +43,7 @@ class GraphReport:
     rejected: tuple[Rejection, ...]
     break_reason: str | None = None
     fusion: FusionChoice | None = None
+    cuts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -85,6 +87,11 @@ class Report:
         return tuple(seen.values())
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """Where the stream is averaged and expanded again (`on_boundary="collapse"`): reason and source line, once."""
+        return tuple(dict.fromkeys(reason for graph in self.graphs for reason in graph.cuts))
+
+    @property
     def parameters_added(self) -> int:
         """Number of mHC parameters, in elements."""
         n = self.config.n_streams
@@ -112,6 +119,7 @@ class Report:
                     "sites": sum(len(chain.sites) for chain in graph.chains),
                     "break_reason": graph.break_reason,
                     "fusion": _fusion_dict(graph.fusion),
+                    "cuts": list(graph.cuts),
                 }
                 for graph in self.graphs
             ],
@@ -179,6 +187,10 @@ class Report:
         broken = [graph for graph in self.graphs if graph.break_reason]
         for graph in broken:
             lines.append(f"graph break in {graph.function}: {graph.break_reason}")
+        lines += [
+            f"the stream is cut, averaged and expanded again, which is another model than the uncut one: {reason}"
+            for reason in self.cuts
+        ]
         return "\n".join(lines)
 
 
@@ -243,6 +255,7 @@ def graph_report(
         rejected=plan.rejections,
         break_reason=break_reason,
         fusion=fusion,
+        cuts=plan.cuts,
     )
 
 

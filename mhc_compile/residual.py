@@ -38,8 +38,9 @@ class Reason(Enum):
     BRANCH_LOCAL = "feeds only the branch of a residual add with the same skip"
     IN_PLACE_ALIAS = "changes in place a value that is read elsewhere"
     DYNAMIC_WIDTH = "the number of features is not static"
-    INSIDE_REGION = "lies inside a higher-order region (activation checkpointing, autocast)"
+    INSIDE_REGION = "lies inside a higher-order operator that cannot be opened (cond, scan, flex_attention)"
     SHORT_CHAIN = "its chain has fewer sites than min_sites"
+    CUT = "a graph break cuts its residual stream"
     NOT_SELECTED = "the sites option leaves it out"
 
 

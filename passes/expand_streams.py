@@ -3,6 +3,9 @@
 At a chain's head the value is expanded to n copies. Each site computes its coefficients and its layer input from the
 streams (`pre`), the branch reads the layer input, and the branch's output is written back (`post`). Carriers act on
 each stream alone. Whoever else reads a stream value reads the streams collapsed to one.
+
+What is new belongs to the region that is open where it is computed, so that every region stays one run of nodes, and
+runs in the grad mode of the value that it speaks for: a frozen branch under `no_grad` is not where its streams begin.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from mhc_compile.residual import Carrier, ResidualAdd
 
 from ..kernels import inlined, ops, reference
 from .dataflow import is_dropout, sizes_of, tensor_of
+from .grad_modes import grad_modes, set_grad_mode
 from .graph_copy import copy_node, module_like
 from .lifting import is_training_batch_norm, keeps_layout
+from .regions import Region, put_into, regions_of
 from .roles import Role, mark
 
 PHI, SCALE, BIAS = "phi", "scale", "bias"
@@ -121,6 +126,9 @@ class _Expander:
         self.streams: dict[Node, _Streams] = {}
         self.inputs: dict[str, tuple[Node, Node, Node]] = {}
         self.coefficients: dict[Node, tuple[Node, Node, Node]] = {}
+        self.regions: tuple[Region, ...] = ()
+        self.modes = grad_modes(graph_module)
+        self.mode = True
         sites = [site for chain in chains for site in chain.sites]
         self.site_at = {site.add.add: site for site in sites}
         self.carrier_at: dict[Node, Carrier] = {}
@@ -142,6 +150,7 @@ class _Expander:
             if pending and node.op != "placeholder":
                 self._add_inputs()
                 pending = False
+            self.regions, self.mode = regions_of(node), self.modes[node]
             if node in self.site_at:
                 self._write(self.site_at[node])
             elif node in self.carrier_at:
@@ -335,9 +344,15 @@ class _Expander:
     def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
         kind = "call_method" if isinstance(target, str) else "call_function"
+        wanted = self.modes[origin]
+        if wanted != self.mode:
+            put_into(set_grad_mode(self.graph, wanted), self.regions)
         node = self.graph.create_node(kind, target, args, kwargs)
         node.meta = {key: value for key, value in origin.meta.items() if key != "grapharg"}
         node.meta["example_value"] = _evaluate(target, args, kwargs)
+        put_into(node, self.regions)
+        if wanted != self.mode:
+            put_into(set_grad_mode(self.graph, self.mode), self.regions)
         return mark(node, Role.STREAM)
 
 

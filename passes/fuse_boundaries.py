@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from ..kernels import ops
 from .graph_copy import copy_node, module_like
+from .regions import regions_of
 
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
@@ -58,7 +59,13 @@ def _partners(graph_module: GraphModule) -> dict[Node, Node]:
             continue
         streams, *mapping = node.args[:4]
         inputs_only = all(isinstance(value, Node) and value.op == "placeholder" for value in mapping)
-        if isinstance(streams, Node) and streams.target is _POST and inputs_only:
+        # Across the border of a checkpointed body, one half would be recomputed without the other.
+        if (
+            isinstance(streams, Node)
+            and streams.target is _POST
+            and inputs_only
+            and regions_of(streams) == regions_of(node)
+        ):
             partners.setdefault(streams, node)
     return partners
 

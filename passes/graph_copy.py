@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -21,15 +23,22 @@ def copy_node(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Nod
     return copied
 
 
-def module_like(graph_module: GraphModule, graph: Graph) -> GraphModule:
-    """Wrap a graph over the same attributes as `graph_module`, with its metadata and Dynamo's sources of parameters.
+def module_like(graph_module: GraphModule, graph: Graph, attributes: dict[str, Any] | None = None) -> GraphModule:
+    """Wrap a graph over the attributes of `graph_module`, or those given, with its metadata and Dynamo's sources.
 
     AOTAutograd asks for the sources only to tell a Dynamo graph from others. Without them it takes parameters for
     activations: CUDA graphs then copy them at every call, and the partitioner counts saving them as memory.
     """
     graph.lint()
-    result = GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    root = graph_module if attributes is None else attributes
+    result = GraphModule(root, graph, class_name=type(graph_module).__name__)
+    result.training = graph_module.training
     result.meta = dict(graph_module.meta)
     if hasattr(graph_module, _PARAMETER_SOURCES):
         setattr(result, _PARAMETER_SOURCES, getattr(graph_module, _PARAMETER_SOURCES))
     return result
+
+
+def attribute_of(graph_module: GraphModule, target: str) -> Any:
+    """Return what a `get_attr` or `call_module` node of this target means."""
+    return operator.attrgetter(target)(graph_module)

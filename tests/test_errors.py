@@ -23,7 +23,6 @@ from .models import QUICK, Block, Stack, features
         ({"init": "zero"}, "'preserve', 'paper'"),
         ({"readout": "sum"}, "'mean', 'learned'"),
         ({"fusion": "everything"}, "must be one of"),
-        ({"on_boundary": "collapse"}, "not in this version"),
         ({"recompute": "all"}, "'auto', 'none', or the number of sites"),
         ({"recompute": "4"}, "number of sites"),
         ({"recompute": 0}, "at least 1"),

@@ -118,12 +118,10 @@ def test_detach_gives_the_plain_model_back():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("backend", ["mhc", "aot_eager"])
-def test_activation_checkpointing_switched_on_later(backend):
-    """The adds then lie in bodies of higher-order operators, where a sentinel may be dropped as dead code."""
+def test_activation_checkpointing_on_another_backend():
+    """The adds lie in bodies of higher-order operators, where a sentinel may be dropped as dead code."""
     model = llama().train()
     mhc_compile.attach(model, input_ids=token_ids())
     model.gradient_checkpointing_enable()
-    options = {"options": QUICK} if backend == "mhc" else {}
     with pytest.raises(UnrewrittenCallError):
-        torch.compile(model, backend=backend, **options)(token_ids())
+        torch.compile(model, backend="aot_eager")(token_ids())

@@ -228,12 +228,12 @@ def test_the_graph_that_dynamo_holds_is_left_as_it_was(monkeypatch):
     from mhc_compile import backend
 
     seen = {}
-    original = backend.normalize
+    original = backend.plan_graph
 
-    def spy(graph_module):
+    def spy(graph_module, frame, config):
         seen["module"], seen["code"] = graph_module, graph_module.code
-        return original(graph_module)
+        return original(graph_module, frame, config)
 
-    monkeypatch.setattr(backend, "normalize", spy)
+    monkeypatch.setattr(backend, "plan_graph", spy)
     torch.compile(Made(_in_place), backend="mhc", options=QUICK)(torch.randn(3, 5, 16))
     assert seen["module"].code == seen["code"]

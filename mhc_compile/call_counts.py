@@ -1,0 +1,35 @@
+"""How often a model's shared modules were called before a graph break: the graph behind it goes on counting.
+
+A block that is called three times owns three times its sites. Where a break lies between the calls, each graph sees
+only some of them, and without this the third call's sites would be taken for the first's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+
+from torch import nn
+
+from .capture import Frame
+
+# Calls by (id of the owner, label).
+Calls = Counter[tuple[int, str]]
+
+_AT_BREAKS: weakref.WeakKeyDictionary[nn.Module, dict[int, Calls]] = weakref.WeakKeyDictionary()
+
+
+def calls_before(frame: Frame) -> Calls:
+    """Return the calls that lie before a frame, if it resumes behind a graph break; none otherwise.
+
+    A break is told by its source line, not by the order in which graphs are compiled: that changes with recompilation.
+    """
+    if frame.model is None or frame.resumed_line is None:
+        return Counter()
+    return Counter(_AT_BREAKS.get(frame.model, {}).get(frame.resumed_line, Counter()))
+
+
+def remember_calls(frame: Frame, calls: Calls) -> None:
+    """Remember the calls up to the graph break that ends a frame's graph."""
+    if frame.model is not None and frame.break_line is not None:
+        _AT_BREAKS.setdefault(frame.model, {})[frame.break_line] = Counter(calls)
