@@ -58,7 +58,9 @@ def test_table(shown):
     (text,) = shown
     # The lines of this file may move; what they say may not.
     text = re.sub(r"passes/test_describe_memory\.py:\d+", "this.py:N", text)
-    expecttest.assert_expected_inline(text, """\
+    expecttest.assert_expected_inline(
+        text,
+        """\
 saved for the backward: 23 tensors, 10.2 KiB
    5 x float32 [5, 32]     3.1 KiB  aten.native_layer_norm  this.py:N  hidden = hidden + mix(norm(hidden))
    5 x float32 [5, 32]     3.1 KiB  aten.addmm              this.py:N  hidden = hidden + mix(norm(hidden))
@@ -71,7 +73,8 @@ computed again in the backward: 19 tensors, 15.1 KiB
   5 x float32 [5, 32]     3.1 KiB  mhc.pre     this.py:N  hidden = hidden + mix(norm(hidden))
   1 x float32 [5, 4, 32]  2.5 KiB  aten.clone  this.py:N  hidden = self.stem(features)
   5 x float32 [5, 4, 4]   1.6 KiB  mhc.pre     this.py:N  hidden = hidden + mix(norm(hidden))
-  5 x float32 [5, 4]        400 B  mhc.pre     this.py:N  hidden = hidden + mix(norm(hidden))""")
+  5 x float32 [5, 4]        400 B  mhc.pre     this.py:N  hidden = hidden + mix(norm(hidden))""",
+    )
 
 
 def test_nothing_is_computed_again_without_a_policy(shown):
