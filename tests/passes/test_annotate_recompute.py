@@ -195,6 +195,8 @@ def test_random_operators_and_running_statistics_do_not_run_again(build, fusion)
     forward = {str(node.target) for node in partition.forward.graph.nodes}
     assert random & forward or before
     assert not set(partition.rerun()) & {*random, "aten._native_batch_norm_legit_functional.default"}
+    # A random operator that is to run again gets another name, and its generator's state.
+    assert not any("rng" in str(node.target) for node in partition.backward.graph.nodes)
     model.load_state_dict(before, strict=False)
     stored, unannotated = _recorded(model, recompute="none", fusion=fusion)
     assert _equal(results, unannotated)
