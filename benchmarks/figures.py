@@ -77,10 +77,11 @@ def bars(path: Path, panel: Panel, groups: Sequence[str], values: Mapping[str, S
     return _save(figure, path)
 
 
-def _canvas(panels: int, width: float = 5.0) -> tuple[Any, list[Any]]:
+def _canvas(panels: int, width: float = 0.0) -> tuple[Any, list[Any]]:
     # Figure, not pyplot: no display, no global state.
     from matplotlib.figure import Figure
 
+    width = width or max(3.4, min(5.0, 15.0 / panels))
     figure = Figure(figsize=(width * panels, 3.8), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 

@@ -26,7 +26,8 @@ from .terminal import say, track
 from .timing import copies_to_rotate, copy_bandwidth, graph_seconds, median_seconds
 from .ways import INDUCTOR, Way, prepare, problems_of, ways_of
 
-# Beyond the most used number of streams and dtype, checks may take this share of the time.
+# Shares of the time after which checks end: of the most used number of streams and dtype, and of all others.
+_ESSENTIAL_SHARE = 0.6
 _CHECK_SHARE = 0.3
 # With fewer tokens a call is bound by its launches, which a CUDA graph takes away.
 _FEW_TOKENS = 64
@@ -58,10 +59,11 @@ def check_all(options: Options, record: Record) -> set[str]:
     shapes = shapes_to_check(options.quick, options.device)
     failed: set[str] = set()
     done = 0
-    limit = time.monotonic() + _CHECK_SHARE * options.seconds_left
+    begin, seconds = time.monotonic(), options.seconds_left
     for shape in track(shapes, "checking"):
         essential = shape.n == 4 and shape.dtype == torch.bfloat16
-        if not essential and time.monotonic() > limit:
+        share = _ESSENTIAL_SHARE if essential else _CHECK_SHARE
+        if time.monotonic() - begin > share * seconds:
             continue
         try:
             problems = check(shape, options.device)

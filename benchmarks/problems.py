@@ -139,7 +139,7 @@ def shapes_to_check(quick: bool, device: str) -> list[Shape]:
         Shape(operator, count, n, width, dtype)
         for n in streams
         for dtype in (torch.bfloat16, torch.float32, torch.float16)
-        for operator in OPERATORS
         for width in widths
+        for operator in OPERATORS
         for count in tokens
     ]

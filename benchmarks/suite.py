@@ -38,7 +38,7 @@ class Part:
 
 # On a GPU: first whether the kernels are right and how fast, then what they cost in a model.
 _GPU_PARTS = (
-    Part("kernels", 0.3),
+    Part("kernels", 0.35),
     Part("training_step", 0.6),
     Part("peers", 0.4),
     Part("compile_time", 0.6),
