@@ -14,12 +14,12 @@ _PARAMETER_SOURCES = "_param_name_to_source"
 def copy_node(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
     """Copy a node with its metadata, and a placeholder's `_dynamo_source`, which `Graph.node_copy` forgets.
 
-    AOTAutograd asserts that every placeholder of a Dynamo graph has a source.
+    AOTAutograd asserts that every placeholder of a Dynamo graph has one, if only None: what one DDP bucket hands to
+    the next comes from nowhere in the user's code.
     """
     copied = graph.node_copy(node, argument)
-    source = getattr(node, "_dynamo_source", None)
-    if source is not None:
-        copied._dynamo_source = source
+    if hasattr(node, "_dynamo_source"):
+        copied._dynamo_source = node._dynamo_source
     return copied
 
 

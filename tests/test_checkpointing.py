@@ -84,7 +84,9 @@ def test_branches_are_recomputed_and_the_streams_are_kept(dropout):
             inner = Counting()
             if rewritten:
                 mhc_compile.attach(model, input_ids=token_ids())
-                compiled = torch.compile(model, backend="mhc", options={"inner": inner.name})
+                # Without checkpointing, "auto" would replay coefficients too.
+                options = {"inner": inner.name, "recompute": "none"}
+                compiled = torch.compile(model, backend="mhc", options=options)
             else:
                 compiled = torch.compile(model, backend=inner.name)
             steps[checkpointed, rewritten] = _step(model, functools.partial(compiled, token_ids()))
@@ -100,8 +102,18 @@ def test_branches_are_recomputed_and_the_streams_are_kept(dropout):
     # The stream between the two bodies; the head is kept before it is expanded.
     assert kept[True, True].count(streams) == 1
     assert kept[False, True].count(streams) > 2
+    # Recomputing streams as well reruns no further product, and no site twice.
+    inner = Counting()
+    model = llama(attention_dropout=dropout).train()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable()
+    mhc_compile.attach(model, input_ids=token_ids())
+    compiled = torch.compile(model, backend="mhc", options={"inner": inner.name, "recompute": "auto"})
+    steps["both"] = _step(model, functools.partial(compiled, token_ids()))
+    assert inner.counts("backward")["aten.mm.default"] == products[True, True]
+    assert inner.counts("backward")["mhc.pre.default"] == 4
     # The same masks in the forward and in its rerun, and the same as in the plain model.
-    for key in ((True, False), (False, True), (True, True)):
+    for key in ((True, False), (False, True), (True, True), "both"):
         _assert_same_step(model, steps[False, False], steps[key])
 
 
