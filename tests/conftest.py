@@ -6,6 +6,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+# Without a GPU the kernels run in Triton's interpreter. The variable is read when a kernel is first imported, which
+# any test module may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():

@@ -1,16 +1,9 @@
-"""Where there is no GPU, the kernels run in Triton's interpreter.
+"""What the tests of the kernels share."""
 
-The variable is read when the kernels are first imported, which nothing does before a test here asks for them.
-"""
-
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
