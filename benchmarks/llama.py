@@ -45,6 +45,26 @@ class Setting:
         return {**asdict(self), "tokens": self.tokens}
 
 
+# What a layer holds, in units of C²: projections of attention (2 + 2/4) and of the MLP (3 · 3.5).
+_WEIGHTS = 13
+# A weight, its gradient and AdamW's two moments.
+_COPIES = 4
+# What a layer keeps for the backward with mHC and all streams stored, in units of C a token: about 37 in Llama-3-8B
+# (`mhc-compile explain`), and room for what is alive only for a moment.
+_ACTIVATIONS = 45
+
+
+def layers_that_fit(setting: Setting, free_bytes: int) -> int:
+    """Return how many layers of a setting's width and batch train in that much memory, at least one.
+
+    Estimated: a fifth of the memory is left for the allocator and for Inductor's scratch.
+    """
+    size = getattr(torch, setting.dtype).itemsize
+    ends = 2 * setting.vocabulary * setting.width * size * _COPIES + 3 * 4 * setting.tokens * setting.vocabulary
+    layer = _WEIGHTS * setting.width**2 * size * _COPIES + _ACTIVATIONS * setting.tokens * setting.width * size
+    return max(1, int((0.8 * free_bytes - ends) // layer))
+
+
 def missing() -> str | None:
     """Return why no model can be built here, None if it can."""
     if importlib.util.find_spec("transformers") is None:

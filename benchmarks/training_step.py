@@ -25,7 +25,7 @@ from mhc_compile import MHCConfig
 from mhc_compile.errors import MHCOptionError
 
 from . import training_report
-from .llama import PLAIN, Setting, build, compiled, missing, tokens_of
+from .llama import PLAIN, Setting, build, compiled, layers_that_fit, missing, tokens_of
 from .record import Benchmark, Options, Record, in_time, run_as_script
 from .terminal import say, track
 from .timing import synchronize
@@ -90,7 +90,7 @@ def plan_for(options: Options) -> Plan:
         Setting(2048, 8, 2, 4096),
         replace(wide, batch=1, length=2048),
         replace(wide, batch=4),
-        replace(wide, layers=16),
+        replace(wide, layers=layers_that_fit(wide, torch.cuda.mem_get_info()[0])),
     )
     return Plan(settings, "inductor", 10, replace(tiny, dtype="bfloat16"), (2, 4, 8, 16))
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import training_report, training_step
-from benchmarks.llama import PLAIN, Setting
+from benchmarks.llama import PLAIN, Setting, layers_that_fit
 from benchmarks.record import Options, Record
 from benchmarks.training_step import Case, Measured
 
@@ -21,6 +21,17 @@ def test_saved_bytes_leave_out_parameters_and_count_a_storage_once():
     # Linear saves its input and its weight, the product saves both factors: one storage of 4 x 5 floats.
     amount, _ = training_step.saved_bytes(layer, lambda: (lambda out: (out * out).sum())(layer(value)))
     assert amount == 4 * (4 * 6 + 4 * 5)
+
+
+def test_the_deepest_setting_fills_the_memory_that_is_free(monkeypatch):
+    wide = Setting(4096, 4, 2, 4096)
+    gib = 2**30
+    # Weights, gradients and moments of a layer: 1.6 GiB; activations: 2.8 GiB.
+    assert [layers_that_fit(wide, size * gib) for size in (1, 24, 80, 139)] == [1, 3, 13, 23]
+    assert layers_that_fit(Setting(2048, 4, 2, 4096), 80 * gib) > 2 * layers_that_fit(wide, 80 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (139 * gib, 141 * gib))
+    plan = training_step.plan_for(Options(device="cuda"))
+    assert plan.settings[-1].layers == 23
 
 
 def measured(loss, seconds=1.0, peak=None, saved=10):
