@@ -1,5 +1,6 @@
 """An inner backend that counts what AOTAutograd makes of a graph: operators in each half, tensors kept between them."""
 
+import itertools
 from collections import Counter
 
 import torch
@@ -8,12 +9,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 
+_SERIAL = itertools.count()
+
+
 class Counting:
     """Registers itself as a Dynamo backend, for the option `inner`; Dynamo offers no way to take one off again."""
 
     def __init__(self):
         self.forward, self.backward = [], []
-        self.name = f"counting_{id(self)}"
+        self.name = f"counting_{next(_SERIAL)}"
         compiler = aot_autograd(
             fw_compiler=self._keeping(self.forward),
             bw_compiler=self._keeping(self.backward),
