@@ -8,8 +8,12 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-
 _SERIAL = itertools.count()
+
+
+def unused_name(stem):
+    """Return a name for a backend: Dynamo keeps every one that was registered, and `id` comes back."""
+    return f"{stem}_{next(_SERIAL)}"
 
 
 class Counting:
@@ -17,7 +21,7 @@ class Counting:
 
     def __init__(self):
         self.forward, self.backward = [], []
-        self.name = f"counting_{next(_SERIAL)}"
+        self.name = unused_name("counting")
         compiler = aot_autograd(
             fw_compiler=self._keeping(self.forward),
             bw_compiler=self._keeping(self.backward),

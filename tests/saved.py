@@ -9,6 +9,8 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 
+from .counting import unused_name
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -46,7 +48,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.partitions: list[Partition] = []
-        self.name = f"recorder_{id(self)}"
+        self.name = unused_name("recorder")
         torch._dynamo.register_backend(self, name=self.name)
 
     def __call__(self, graph_module, inputs):

@@ -10,6 +10,7 @@ import torch
 import mhc_compile
 from mhc_compile import MHCConfig
 
+from .counting import unused_name
 from .models import QUICK, Stack, assert_same_function, features, llama, token_ids
 
 
@@ -235,7 +236,7 @@ class _Targets:
 
     def __init__(self):
         self.seen = []
-        self.name = f"targets_{id(self)}"
+        self.name = unused_name("targets")
         torch._dynamo.register_backend(self, name=self.name)
 
     def __call__(self, graph_module, inputs):
