@@ -57,7 +57,7 @@ def partials_config(geometry: Geometry, operand_bytes: int, crowded: bool) -> Pa
             1,
             max(1, min(64, ceil_div(geometry.width, 2 * width))),
             one_stream,
-            registers=255,
+            registers=255 if operand_bytes == 4 else None,
         )
     warps = 8 if crowded and operand_bytes == 4 else 4
     return PartialsConfig(32, width, warps, 1, 1, one_stream, registers=255 if operand_bytes == 4 else None)
