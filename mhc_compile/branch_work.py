@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import MHCError
+from .passes.dataflow import size_hint
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class _Counter(Interpreter):
 
     @property
     def saved_bytes(self) -> int:
-        return sum(_number(tensor.untyped_storage().nbytes()) for tensor in self.held.values()) + self.row_bytes
+        return sum(size_hint(tensor.untyped_storage().nbytes()) for tensor in self.held.values()) + self.row_bytes
 
     def count(self, inputs: list[Any]) -> None:
         with ExitStack() as stack:
@@ -132,8 +133,8 @@ class _Counter(Interpreter):
         is_causal: bool = False,
         **more: Any,
     ) -> None:
-        rows = _number(query.numel()) // _number(query.shape[-1])
-        products = 2 * rows * _number(key.shape[-2]) * (_number(query.shape[-1]) + _number(value.shape[-1]))
+        rows = size_hint(query.numel()) // size_hint(query.shape[-1])
+        products = 2 * rows * size_hint(key.shape[-2]) * (size_hint(query.shape[-1]) + size_hint(value.shape[-1]))
         self.attention_flops += products // 2 if is_causal else products
         if result.requires_grad:
             for tensor in (query, key, value, result):
@@ -148,7 +149,3 @@ class _Counter(Interpreter):
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _number(size: int | SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, SymInt) else int(size)

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import SymInt
 
 from .config import MHCConfig
 from .kernels.fusion_choice import FusionChoice, FusionReason, choose_fusion
-from .passes.dataflow import tensor_of
+from .passes.dataflow import size_hint, tensor_of
 from .planning import Plan, PlannedChain
-
-# What a size is taken for that no trace shows (it depends on data).
-_UNKNOWN = 1024
 
 
 @dataclass(frozen=True)
@@ -62,15 +57,7 @@ def _size(chain: PlannedChain) -> ChainSize:
     last = chain.sites[-1].add
     tensor = tensor_of(last.add)
     assert tensor is not None
-    sizes = [_number(size) for size in tensor.shape]
+    sizes = [size_hint(size) for size in tensor.shape]
     width = sizes.pop(last.feature_dim)
     sites = sum(site.selected for site in chain.sites)
     return ChainSize(sites, math.prod(sizes), width, tensor.dtype, tensor.device)
-
-
-def _number(size: Any) -> int:
-    """Return a size, or its hint. `int(size)` would guard on it, and the graph would serve this size alone."""
-    if not isinstance(size, SymInt):
-        return int(size)
-    hint = size.node.hint
-    return int(hint) if hint is not None else _UNKNOWN

@@ -94,11 +94,12 @@ def plan_graph(graph_module: GraphModule, frame: Frame, config: MHCConfig) -> tu
     Returns:
         The opened, normalized graph and its plan.
     """
-    plain = normalize(open_regions(graph_module))
+    everything_open = open_regions(graph_module)
+    plain = normalize(everything_open)
     findings = find_residuals(plain)
     opened = {region.path for node in plain.graph.nodes for region in regions_of(node)}
     if opened:
-        needed = _regions_passed(findings) | _regions_with_sentinels(graph_module)
+        needed = _regions_passed(findings) | _regions_with_sentinels(everything_open)
         if opened - needed:
             plain = normalize(open_regions(graph_module, closed=opened - needed))
             findings = find_residuals(plain)
@@ -112,10 +113,9 @@ def _regions_passed(findings: Findings) -> set[tuple[str, ...]]:
     return {region.path for node in on_stream for region in regions_of(node)}
 
 
-def _regions_with_sentinels(graph_module: GraphModule) -> set[tuple[str, ...]]:
+def _regions_with_sentinels(opened: GraphModule) -> set[tuple[str, ...]]:
     """Return the paths of the regions in which a sentinel was traced: it has to be taken out."""
-    nodes = open_regions(graph_module).graph.nodes
-    return {region.path for node in nodes if is_sentinel(node) for region in regions_of(node)}
+    return {region.path for node in opened.graph.nodes if is_sentinel(node) for region in regions_of(node)}
 
 
 def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:

@@ -27,6 +27,9 @@ _MIXING_NAMES = {
 }  # fmt: skip
 _MIXING_MARKS = ("conv", "pool", "fft_", "attention", "grouped_mm")
 
+# What a size is taken for that no trace shows (it depends on data).
+_UNKNOWN_SIZE = 1024
+
 _NORM_NAMES = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "local_response_norm",
     "native_layer_norm",
@@ -75,6 +78,14 @@ def tensor_of(node: Any) -> Tensor | None:
     """Return the example value of a tensor node, else None."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """Return a size, or what it was traced with; `int(size)` would guard on it, and the graph would serve it alone."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    hint = size.node.hint
+    return int(hint) if hint is not None else _UNKNOWN_SIZE
 
 
 def sizes_of(tensor: Tensor) -> tuple[Any, ...]:

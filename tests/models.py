@@ -198,6 +198,26 @@ class Stack(nn.Module):
         return self.readout(hidden)
 
 
+class BreaksBetween(Stack):
+    """A graph break between the two blocks."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.blocks[0](self.stem(features))
+        torch._dynamo.graph_break()
+        return self.readout(self.blocks[1](hidden))
+
+
+class BreaksInLoop(Stack):
+    """A graph break in the loop over blocks: Dynamo gives up on the whole forward."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(features)
+        for block in self.blocks:
+            hidden = block(hidden)
+            torch._dynamo.graph_break()
+        return self.readout(hidden)
+
+
 def features(batch: int = 5, width: int = WIDTH) -> torch.Tensor:
     """Return random features [batch, width]."""
     return torch.randn(batch, width, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ import mhc_compile
 from mhc_compile import ConfigMismatchError, MHCConfig, MHCOptionError, NoResidualError, StreamCutError
 from mhc_compile.inner import compile_inner
 
-from .models import QUICK, Block, Stack, features
+from .models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, features
 
 
 @pytest.mark.parametrize(
@@ -99,22 +99,6 @@ def test_a_config_that_differs_from_the_attached_one():
     attached = MHCConfig(n_streams=2, sinkhorn_iters=7, inner="eager")
     assert MHCConfig.from_options({}, attached) == MHCConfig(n_streams=2, sinkhorn_iters=7)
     assert mhc_compile.parameters(model)["blocks.0.mhc.mlp.phi"].shape[0] == 8
-
-
-class BreaksBetween(Stack):
-    def forward(self, values):
-        hidden = self.blocks[0](self.stem(values))
-        torch._dynamo.graph_break()
-        return self.readout(self.blocks[1](hidden))
-
-
-class BreaksInLoop(Stack):
-    def forward(self, values):
-        hidden = self.stem(values)
-        for block in self.blocks:
-            hidden = block(hidden)
-            torch._dynamo.graph_break()
-        return self.readout(hidden)
 
 
 class BreakingBlock(Block):
