@@ -22,10 +22,11 @@ def post_pre(
     norm_eps: float = reference.NORM_EPS,
     eps: float = 0.0,
     manifold: str = "sinkhorn",
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
+    """Return the new streams [*, n, C] (anchored, if those before are); layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
     fresh = reference.post(streams, branch, post, res)
-    return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold))
+    return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold, anchored))
 
 
 def post_pre_backward(
@@ -44,6 +45,7 @@ def post_pre_backward(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `post_pre` with respect to its seven tensors, making the new streams again."""
     fresh = reference.post(streams, branch, post, res)
@@ -59,6 +61,7 @@ def post_pre_backward(
         norm_eps,
         eps,
         manifold,
+        anchored,
     )
     grads = reference.post_backward(grad_fresh + through, streams, branch, post, res)
     return (*grads, *grad_mapping)

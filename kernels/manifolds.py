@@ -35,6 +35,7 @@ class Manifold:
         project_backward: `(grad_res, logits, iters, eps) -> grad_logits`, the exact derivative of `project`.
         rest_bias: `n -> [n, n]` logits whose matrix is near the identity and has exact row sums of 1.
         gated: pre and post pass through sigmoids (mHC); otherwise they stay affine (hyper-connections).
+        exact_rows: with eps = 0, rows of res sum to 1 because `project` ends on a row normalisation, or is constant.
         mixes: False when res is the constant identity, which then needs no rows in phi.
     """
 
@@ -43,6 +44,7 @@ class Manifold:
     project_backward: ProjectBackward
     rest_bias: Callable[[int], Tensor]
     gated: bool = True
+    exact_rows: bool = False
     mixes: bool = True
 
     def rows(self, n_streams: int) -> int:
@@ -134,9 +136,15 @@ MANIFOLDS: dict[str, Manifold] = {
         project=sinkhorn_project,
         project_backward=sinkhorn_project_backward,
         rest_bias=lambda n: _REST_LOGIT * torch.eye(n),
+        exact_rows=True,
     ),
     "none": Manifold(name="none", project=_keep, project_backward=_keep_backward, rest_bias=torch.eye, gated=False),
     "identity": Manifold(
-        name="identity", project=_keep, project_backward=_keep_backward, rest_bias=torch.eye, mixes=False
+        name="identity",
+        project=_keep,
+        project_backward=_keep_backward,
+        rest_bias=torch.eye,
+        mixes=False,
+        exact_rows=True,
     ),
 }

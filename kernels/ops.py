@@ -64,10 +64,11 @@ def pre(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`."""
     tensors = (streams, phi, scale, bias)
-    return tuple(run("pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold))
+    return tuple(run("pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored))
 
 
 @torch.library.custom_op("mhc::pre_backward", mutates_args=())
@@ -83,10 +84,11 @@ def pre_backward(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.pre_backward`."""
     tensors = (grad_layer_input, grad_post, grad_res, streams, phi, scale, bias)
-    return run("pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold)
+    return run("pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored)
 
 
 @torch.library.custom_op("mhc::paper_pre", mutates_args=())
@@ -99,10 +101,11 @@ def paper_pre(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`; on a device it runs in the paper's separate kernels. Its backward is that of `pre`."""
     tensors = (streams, phi, scale, bias)
-    return tuple(run("paper_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold))
+    return tuple(run("paper_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored))
 
 
 @torch.library.custom_op("mhc::post", mutates_args=())
@@ -132,10 +135,11 @@ def post_pre(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `boundary.post_pre`."""
     tensors = (streams, branch, post, res, phi, scale, bias)
-    return run("post_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold)
+    return run("post_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored)
 
 
 @torch.library.custom_op("mhc::post_pre_backward", mutates_args=())
@@ -155,17 +159,26 @@ def post_pre_backward(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `boundary.post_pre_backward`."""
     grads = (grad_fresh, grad_layer_input, grad_next_post, grad_next_res)
     tensors = (*grads, streams, branch, post, res, phi, scale, bias)
-    return run("post_pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold)
+    return run("post_pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored)
 
 
 @torch.library.custom_op("mhc::head", mutates_args=())
-def head(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
+def head(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    anchored: bool = False,
+) -> Tensor:
     """See `reference.head`."""
-    return run("head", (streams, phi, scale, bias), streams.shape[-2], "sinkhorn", norm_eps, eps)
+    return run("head", (streams, phi, scale, bias), streams.shape[-2], "sinkhorn", norm_eps, eps, anchored)
 
 
 @torch.library.custom_op("mhc::head_backward", mutates_args=())
@@ -177,10 +190,11 @@ def head_backward(
     bias: Tensor,
     norm_eps: float,
     eps: float,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.head_backward`."""
     tensors = (grad_output, streams, phi, scale, bias)
-    return run("head_backward", tensors, streams.shape[-2], "sinkhorn", norm_eps, eps)
+    return run("head_backward", tensors, streams.shape[-2], "sinkhorn", norm_eps, eps, anchored)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -208,6 +222,7 @@ def _fake_pre(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *tokens, n, width = streams.shape
     torch._check(
@@ -235,6 +250,7 @@ def _(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(streams), _like(phi), _like(scale), _like(bias)
 
@@ -264,8 +280,9 @@ def _(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (_like(streams), *_fake_pre(streams, phi, scale, bias, iters, norm_eps, eps, manifold))
+    return (_like(streams), *_fake_pre(streams, phi, scale, bias, iters, norm_eps, eps, manifold, anchored))
 
 
 @post_pre_backward.register_fake
@@ -285,13 +302,22 @@ def _(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     first = (_like(streams), _like(branch), _like(post), _like(res))
     return (*first, _like(phi), _like(scale), _like(bias))
 
 
 @head.register_fake
-def _(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
+def _(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    anchored: bool = False,
+) -> Tensor:
     *tokens, _, width = streams.shape
     return streams.new_empty(*tokens, width)
 
@@ -305,6 +331,7 @@ def _(
     bias: Tensor,
     norm_eps: float,
     eps: float,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(streams), _like(phi), _like(scale), _like(bias)
 

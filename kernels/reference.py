@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import anchored as anchoring
 from .manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
 
 NORM_EPS = 1e-6
@@ -61,6 +62,7 @@ def pre(
     norm_eps: float = NORM_EPS,
     eps: float = 0.0,
     manifold: str = "sinkhorn",
+    anchored: bool = False,
 ) -> PreOutput:
     """Compute a site's coefficients and collapse its streams into the branch's input (Eq. 5, 7, 8).
 
@@ -73,18 +75,23 @@ def pre(
         norm_eps: added to the mean square before the root; keeps all-zero tokens finite.
         eps: added to pre, and inside Sinkhorn; 0 keeps the sums exact, DeepSeek-V4 uses 1e-6.
         manifold: a name of `MANIFOLDS`.
+        anchored: the streams are anchored (see `anchored`), and so are the post and res that are returned.
 
     Returns:
         layer_input [*, C] in the streams' dtype; post [*, n] and res [*, n, n] in the accumulation dtype.
     """
     family = MANIFOLDS[manifold]
     n = streams.shape[-2]
-    logits = _project(streams, phi, scale, bias, norm_eps, _groups(family, n)).logits
+    projected = anchoring.release(_wide(streams)) if anchored else streams
+    logits = _project(projected, phi, scale, bias, norm_eps, _groups(family, n)).logits
     pre_logits, post_logits, res_logits = _split(logits, family, n)
     weights = torch.sigmoid(pre_logits) + eps if family.gated else pre_logits
     post_weights = 2.0 * torch.sigmoid(post_logits) if family.gated else post_logits
-    layer_input = _weighted_sum(streams, weights)
-    return PreOutput(layer_input, post_weights.contiguous(), family.project(res_logits, iters, eps))
+    res = family.project(res_logits, iters, eps)
+    if anchored:
+        weights, post_weights = anchoring.read_weights(weights), anchoring.write_weights(post_weights)
+        res = anchoring.mixing(res, family.exact_rows and eps == 0.0)
+    return PreOutput(_weighted_sum(streams, weights), post_weights.contiguous(), res)
 
 
 def pre_backward(
@@ -99,18 +106,23 @@ def pre_backward(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `pre` with respect to streams, phi, scale and bias, recomputing its coefficients."""
     family = MANIFOLDS[manifold]
     dtype = accumulation_dtype(streams)
     n = streams.shape[-2]
     groups = _groups(family, n)
-    projection = _project(streams, phi, scale, bias, norm_eps, groups)
+    wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
+    projection = _project(wide, phi, scale, bias, norm_eps, groups)
     pre_logits, post_logits, res_logits = _split(projection.logits, family, n)
 
     grad_input = grad_layer_input.to(dtype)
-    grad_pre = (streams.to(dtype) @ grad_input.unsqueeze(-1)).squeeze(-1)
-    grad_post = grad_post.to(dtype)
+    grad_pre = (wide @ grad_input.unsqueeze(-1)).squeeze(-1)
+    grad_post, grad_res = grad_post.to(dtype), grad_res.to(dtype)
+    if anchored:
+        grad_post = anchoring.write_weights_backward(grad_post)
+        grad_res = anchoring.mixing_backward(grad_res, family.exact_rows and eps == 0.0)
     if family.gated:
         pre_gate, post_gate = torch.sigmoid(pre_logits), torch.sigmoid(post_logits)
         weights = pre_gate + eps
@@ -120,9 +132,12 @@ def pre_backward(
         weights = pre_logits
     grad_logits = [grad_pre, grad_post]
     if family.mixes:
-        grad_logits.append(family.project_backward(grad_res.to(dtype), res_logits, iters, eps).flatten(-2))
+        grad_logits.append(family.project_backward(grad_res, res_logits, iters, eps).flatten(-2))
     grad_flat, *grad_mapping = _project_backward(torch.cat(grad_logits, dim=-1), projection, phi, scale, groups)
-    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:]) + weights.unsqueeze(-1) * grad_input.unsqueeze(-2)
+    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
+    if anchored:
+        grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
+    grad_streams = grad_streams + weights.unsqueeze(-1) * grad_input.unsqueeze(-2)
     grad_phi, grad_scale, grad_bias = grad_mapping
     return (
         grad_streams.to(streams.dtype),
@@ -176,6 +191,7 @@ def head(
     bias: Tensor,
     norm_eps: float = NORM_EPS,
     eps: float = 0.0,
+    anchored: bool = False,
 ) -> Tensor:
     """Read the streams out by a learned, sigmoid-weighted sum (the head of DeepSeek-V4).
 
@@ -186,13 +202,15 @@ def head(
         bias: [n].
         norm_eps: as in `pre`.
         eps: added to the weights.
+        anchored: the streams are anchored (see `anchored`).
 
     Returns:
         [*, C] in the streams' dtype.
     """
     n = streams.shape[-2]
-    logits = _project(streams, phi, scale, bias, norm_eps, (n,)).logits
-    return _weighted_sum(streams, torch.sigmoid(logits) + eps)
+    projected = anchoring.release(_wide(streams)) if anchored else streams
+    weights = torch.sigmoid(_project(projected, phi, scale, bias, norm_eps, (n,)).logits) + eps
+    return _weighted_sum(streams, anchoring.read_weights(weights) if anchored else weights)
 
 
 def head_backward(
@@ -203,24 +221,34 @@ def head_backward(
     bias: Tensor,
     norm_eps: float,
     eps: float,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `head` with respect to streams, phi, scale and bias."""
     dtype = accumulation_dtype(streams)
     groups = (streams.shape[-2],)
-    projection = _project(streams, phi, scale, bias, norm_eps, groups)
+    wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
+    projection = _project(wide, phi, scale, bias, norm_eps, groups)
     gate = torch.sigmoid(projection.logits)
+    weights = gate + eps
     grad = grad_output.to(dtype)
-    grad_weights = (streams.to(dtype) @ grad.unsqueeze(-1)).squeeze(-1)
+    grad_weights = (wide @ grad.unsqueeze(-1)).squeeze(-1)
     grad_flat, grad_phi, grad_scale, grad_bias = _project_backward(
         grad_weights * gate * (1.0 - gate), projection, phi, scale, groups
     )
-    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:]) + (gate + eps).unsqueeze(-1) * grad.unsqueeze(-2)
+    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
+    if anchored:
+        grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
+    grad_streams = grad_streams + weights.unsqueeze(-1) * grad.unsqueeze(-2)
     return (
         grad_streams.to(streams.dtype),
         grad_phi.to(phi.dtype),
         grad_scale.to(scale.dtype),
         grad_bias.to(bias.dtype),
     )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor))
 
 
 def _groups(family: Manifold, n: int) -> tuple[int, ...]:
