@@ -6,16 +6,16 @@ Y = T X, and a site (arXiv 2512.24880, Eq. 3 and 5) is the same site with other 
     X' = res X + post · branch        Y' = mix Y + write · branch,   mix = T res T⁻¹,  write = T post
     layer_input = Σ_i pre_i X_i       layer_input = Σ_i read_i Y_i,  read = T⁻ᵀ pre
 
-What it is for: a residual stream's point is that the identity passes through it unchanged, and rounding must not undo
-that. Rows of res that sum to 1 make column 0 of `mix` (1, 0, … 0) exactly, so the anchor is carried on without a
-product. Where the streams are equal (`init="preserve"`) the differences are exact zeros: the forward is the plain
-model's, bit for bit, and since the anchor's gradient is the sum of the streams' gradients, so is the backward. Held as n
-copies, each stream's gradient would round by itself, and their sum would differ from the plain gradient in every
-last digit: in bfloat16 by some percent after a dozen sites. Small differences also keep their own precision.
-The price: a stream much smaller than stream 0 rounds like stream 0, as a plain residual stream of that size would.
+What it is for: the identity passes through a residual stream unchanged, and rounding must not undo that. Rows of res
+that sum to 1 make column 0 of `mix` exactly (1, 0, … 0), so the anchor is carried on without a product. Where the
+streams are equal (`init="preserve"`) the differences are exact zeros: the forward is the plain model's, bit for bit,
+and since the anchor's gradient is the sum of the streams' gradients, so is the backward. Held as n copies, each
+stream's gradient rounds by itself at every site, and their sum drifts from the plain gradient. Small differences also
+keep a precision of their own. The price: a stream much smaller than stream 0 rounds as stream 0 does, which is as a
+plain residual stream of that size would.
 
-`post` needs no variant: it takes `mix` and `write` for res and post. Operators that project or collapse streams take the
-flag `anchored`.
+`post` needs no variant: it takes `mix` and `write` for res and post. Operators that project or collapse streams take
+the flag `anchored`.
 """
 
 from __future__ import annotations

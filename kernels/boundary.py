@@ -24,7 +24,10 @@ def post_pre(
     manifold: str = "sinkhorn",
     anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the new streams [*, n, C] (anchored, if those before are); layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
+    """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site.
+
+    All are anchored where the streams given are.
+    """
     fresh = reference.post(streams, branch, post, res)
     return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold, anchored))
 

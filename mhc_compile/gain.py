@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter
 from .api import explain, parameters, unwrap
 from .errors import MHCError, NotAttachedError
 from .kernels import ops
+from .kernels.anchored import released_mixing
 from .reporting import keep_report, report_of
 
 _INNER = "mhc_record_mixing"
@@ -143,7 +144,7 @@ class _Recorder(Interpreter):
         result = super().call_function(target, args, kwargs)
         calls = _RECORD.get()
         if calls is not None and target is torch.ops.mhc.pre.default:
-            calls.append((args[1], result[2]))
+            calls.append((args[1], released_mixing(result[2])))
         return result
 
 

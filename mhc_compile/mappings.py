@@ -98,26 +98,40 @@ def site_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
     weights = _leaning_weights(n, shape.index % n)
     if manifold.gated:
         # One stream: sigmoid reaches 1 only in the limit; 20 is exact in float32.
-        pre_bias = torch.logit(weights) if n > 1 else torch.full((1,), 20.0, dtype=torch.float64)
+        logits = [_exact_logit(weight) for weight in weights] if n > 1 else [20.0]
+        pre_bias = torch.tensor(logits, dtype=torch.float64)
         post_bias = torch.zeros(n, dtype=torch.float64)
     else:
-        pre_bias, post_bias = weights, torch.ones(n, dtype=torch.float64)
+        pre_bias, post_bias = torch.tensor(weights, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
     parts = [pre_bias, post_bias]
     if manifold.mixes:
         parts.append(manifold.rest_bias(n).double().flatten())
     return _mapping(name, torch.cat(parts), manifold.scales, shape, config)
 
 
-def _leaning_weights(n: int, own: int) -> Tensor:
-    """Return [n] weights that sum to 1 and lean on stream `own` by .5 to .75.
+def _leaning_weights(n: int, own: int) -> list[float]:
+    """Return n weights that sum to 1 and lean on stream `own` by .5 to .75.
 
     There sigmoid' is about .2; at sigmoid(8) it is 3e-4 and does not learn. Multiples of a power of two make both the
     sum and the products with a hidden state exact, or nearly so.
     """
     other = 0.25 if n <= 3 else 0.125 if n <= 5 else 0.0625
-    weights = torch.full((n,), other, dtype=torch.float64)
+    weights = [other] * n
     weights[own] = 1.0 - other * (n - 1)
     return weights
+
+
+def _exact_logit(weight: float) -> float:
+    """Return a float32 logit whose float32 sigmoid is `weight` itself, if one within 4 units of rounding is.
+
+    The rounded logit misses by a unit as often as not, and then pre does not sum to 1 to the last bit.
+    """
+    start = torch.tensor(math.log(weight / (1.0 - weight)), dtype=torch.float32, device="cpu")
+    steps = torch.tensor([0, -1, 1, -2, 2, -3, 3, -4, 4], dtype=torch.int32, device="cpu")
+    near = (start.view(torch.int32) + steps).view(torch.float32)
+    # An odd number of copies, so that both paths of a vectorised sigmoid are asked.
+    hit = (torch.sigmoid(near[:, None].repeat(1, 67)).double() == weight).all(dim=-1)
+    return float(near[int(hit.int().argmax())])
 
 
 def readout_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:

@@ -1,8 +1,11 @@
 """Rewrite residual chains into n parallel streams. Searches nothing: the chains say where.
 
-At a chain's head the value is expanded to n copies. Each site computes its coefficients and its layer input from the
-streams (`pre`), the branch reads the layer input, and the branch's output is written back (`post`). Carriers act on
+At a chain's head the value is expanded to n equal streams. Each site computes its coefficients and its layer input from
+the streams (`pre`), the branch reads the layer input, and the branch's output is written back (`post`). Carriers act on
 each stream alone. Whoever else reads a stream value reads the streams collapsed to one.
+
+Streams are held anchored: stream 0 and the others' differences from it (`kernels.anchored`). A linear carrier acts on
+these alike; any other acts on the streams themselves, which are made for it and anchored again.
 
 What is new belongs to the region that is open where it is computed, so that every region stays one run of nodes, and
 runs in the grad mode of the value that it speaks for: a frozen branch under `no_grad` is not where its streams begin.
@@ -16,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -24,10 +28,11 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.residual import Carrier, ResidualAdd
 
 from ..kernels import inlined, ops, reference
+from ..kernels.anchored import anchor, release
 from .dataflow import is_dropout, sizes_of, tensor_of
 from .grad_modes import grad_modes, set_grad_mode
 from .graph_copy import copy_node, module_like
-from .lifting import is_training_batch_norm, keeps_layout
+from .lifting import is_linear, is_training_batch_norm, keeps_layout
 from .regions import Region, put_into, regions_of
 from .roles import Role, mark
 
@@ -84,7 +89,7 @@ assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
 @dataclass
 class _Streams:
-    """The n streams of one value: stacked [*, n, C], or as n plain values, or both.
+    """The n anchored streams of one value: stacked [*, n, C], or as n values of the plain layout, or both.
 
     Attributes:
         dim: the feature dimension of the plain value that the stacked form has moved last.
@@ -192,25 +197,32 @@ class _Expander:
             stacked = self._stacked(streams, streams.dim, value)
             readout = self.readouts.get(value)
             if readout is not None:
-                arguments = (stacked, *self.inputs[readout.name], reference.NORM_EPS, 0.0)
+                arguments = (stacked, *self.inputs[readout.name], reference.NORM_EPS, 0.0, True)
                 out = self._emit(value, self.lowering.head, *arguments)
             else:
-                out = self._emit(value, torch.mean, stacked, -2)
+                out = self._mean(stacked, value)
             mark(out, Role.READOUT)
             self.plain[value] = self._unstacked(out, streams.dim, value)
         return self.plain[value]
 
+    def _mean(self, stacked: Node, origin: Node) -> Node:
+        """Collapse streams to their mean: the anchor and the mean of the differences, whose zeros keep it exact."""
+        n = self.config.n_streams
+        first = self._emit(origin, torch.select, stacked, -2, 0)
+        others = self._emit(origin, torch.narrow, stacked, -2, 1, n - 1)
+        return self._emit(origin, torch.add, first, self._emit(origin, torch.sum, others, -2), alpha=1.0 / n)
+
     def _streams_of(self, value: Node, dim: int) -> _Streams:
-        """Return the streams of a value; a chain's head is expanded to n equal copies."""
+        """Return the streams of a value; a chain's head is expanded to n equal ones."""
         if value not in self.streams:
-            features_last = self._moved(self.plain[value], dim, -1, value)
-            rank = len(_sizes(value)) + 1
-            sizes = [-1] * rank
-            sizes[-2] = self.config.n_streams
-            wide = self._emit(value, torch.unsqueeze, features_last, -2)
-            wide = self._emit(value, "expand", wide, sizes)
-            self.streams[value] = _Streams(dim, stacked=mark(self._emit(value, "contiguous", wide), Role.HEAD))
+            wide = self._anchor_alone(self._moved(self.plain[value], dim, -1, value), value)
+            self.streams[value] = _Streams(dim, stacked=mark(wide, Role.HEAD))
         return self.streams[value]
+
+    def _anchor_alone(self, value: Node, origin: Node) -> Node:
+        """Return [*, n, C] with a value [*, C] as its anchor and no differences."""
+        wide = self._emit(origin, torch.unsqueeze, value, -2)
+        return self._emit(origin, F.pad, wide, (0, 0, 0, self.config.n_streams - 1))
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
         """Return (layer_input, post, res) of a site, computed where they are first needed."""
@@ -224,7 +236,7 @@ class _Expander:
         origin = site.add.add
         config = self.config
         assert site.parameters is not None
-        constants = (config.sinkhorn_iters, reference.NORM_EPS, 0.0, config.manifold)
+        constants = (config.sinkhorn_iters, reference.NORM_EPS, 0.0, config.manifold, True)
         result = self._emit(origin, self.lowering.pre, streams, *self.inputs[site.parameters.name], *constants)
         layer_input, post, res = (self._emit(origin, operator.getitem, result, index) for index in range(3))
         return layer_input, post, res
@@ -241,8 +253,7 @@ class _Expander:
             streams = self._emit(found.add, "to", streams, added.dtype)
         branch = self._moved(self._collapsed(found.branch), dim, -1, found.branch)
         if site.parameters is None:
-            wide = self._emit(found.add, torch.unsqueeze, branch, -2)
-            added_to_each = self._emit(found.add, operator.add, streams, wide)
+            added_to_each = self._emit(found.add, operator.add, streams, self._anchor_alone(branch, found.add))
             self.streams[found.add] = _Streams(dim, stacked=added_to_each)
             return
         _, post, res = self._coefficients(site)
@@ -264,22 +275,32 @@ class _Expander:
         source = self.streams[carrier.source]
         dim = source.dim
         rank = len(_sizes(carrier.source))
+        linear = is_linear(carrier)
         if is_dropout(carrier.node):
             self.streams[carrier.node] = self._dropped(carrier.node, source)
         elif keeps_layout(carrier, features_last=dim == rank - 1):
-            stacked = self._copied(carrier, self._stacked(source, dim, carrier.source))
+            stacked = self._stacked(source, dim, carrier.source)
+            if linear:
+                stacked = self._copied(carrier, stacked)
+            else:
+                released = self._emit(carrier.node, release, stacked)
+                stacked = self._emit(carrier.node, anchor, self._copied(carrier, released))
             self.streams[carrier.node] = _Streams(dim, stacked=stacked)
         elif is_training_batch_norm(carrier.node):
             # One call over all streams: n calls would update the running statistics n times.
-            joined = self._emit(carrier.node, torch.cat, self._parts(source, carrier.source), 0)
+            joined = self._emit(carrier.node, torch.cat, self._released(source, carrier.source), 0)
             normed = self._copied(carrier, joined)
             pieces = self._emit(carrier.node, torch.chunk, normed, self.config.n_streams, 0)
             parts = [
                 self._emit(carrier.node, operator.getitem, pieces, index) for index in range(self.config.n_streams)
             ]
-            self.streams[carrier.node] = _Streams(dim, parts=parts)
-        else:
+            self.streams[carrier.node] = _Streams(dim, parts=self._anchored(parts, carrier.node))
+        elif linear:
             parts = [self._copied(carrier, part) for part in self._parts(source, carrier.source)]
+            self.streams[carrier.node] = _Streams(self._dim_behind(carrier, dim), parts=parts)
+        else:
+            parts = [self._copied(carrier, part) for part in self._released(source, carrier.source)]
+            parts = self._anchored(parts, carrier.node)
             self.streams[carrier.node] = _Streams(self._dim_behind(carrier, dim), parts=parts)
 
     def _dropped(self, node: Node, source: _Streams) -> _Streams:
@@ -331,6 +352,16 @@ class _Expander:
                 for index in range(self.config.n_streams)
             ]
         return streams.parts
+
+    def _released(self, streams: _Streams, origin: Node) -> list[Node]:
+        """Return the streams themselves as n values of the plain layout."""
+        first, *others = self._parts(streams, origin)
+        return [first, *(self._emit(origin, torch.add, part, first) for part in others)]
+
+    def _anchored(self, released: list[Node], origin: Node) -> list[Node]:
+        """Return what `_released` was given: the first stream, and the others' differences from it."""
+        first, *others = released
+        return [first, *(self._emit(origin, torch.sub, part, first) for part in others)]
 
     def _unstacked(self, value: Node, dim: int, origin: Node) -> Node:
         return self._moved(value, -1, dim, origin)

@@ -1,4 +1,4 @@
-"""Which carriers may run on the stacked streams [*, n, C] at once, instead of stream by stream."""
+"""How a carrier may be applied to streams: stacked [*, n, C] at once, and to differences of streams alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from mhc_compile.residual import Carrier
 
-from .dataflow import is_activation, op_name, sizes_of, tensor_of
+from .dataflow import CAST_NAMES, PRODUCT_NAMES, VIEW_NAMES, is_activation, op_name, operands, sizes_of, tensor_of
 
 _POINTWISE_NAMES = {
     "to", "float", "half", "bfloat16", "double", "clone", "contiguous", "detach", "pow", "rsqrt", "sqrt", "square",
@@ -23,6 +23,23 @@ def keeps_layout(carrier: Carrier, features_last: bool) -> bool:
     """Tell whether every node of a carrier acts the same on [*, C] and on [*, n, C]."""
     inside = {carrier.source, *carrier.nodes}
     return all(_keeps(node, inside, features_last) for node in carrier.nodes)
+
+
+def is_linear(carrier: Carrier) -> bool:
+    """Tell whether a carrier does to a difference of two streams what it does to the streams: casts, views, factors."""
+    inside = {carrier.source, *carrier.nodes}
+    return all(_scales(node, inside) for node in carrier.nodes)
+
+
+def _scales(node: Node, inside: set[Node]) -> bool:
+    name = op_name(node)
+    if name in CAST_NAMES or name in VIEW_NAMES:
+        return True
+    if name not in PRODUCT_NAMES:
+        return False
+    left, right = (operand in inside for operand in operands(node))
+    # Neither the square of a stream nor a quotient by one is linear.
+    return left != right and (left or "div" not in name)
 
 
 def is_training_batch_norm(node: Node) -> bool:
