@@ -36,6 +36,14 @@ def release(anchored: Tensor) -> Tensor:
     return torch.cat([first, differences + first], dim=-2)
 
 
+def equal_streams(value: Tensor, n: int) -> Tensor:
+    """Return [*, n, C]: n streams that all equal a value [*, C], anchored."""
+    first = value.unsqueeze(-2)
+    # Not F.pad: it fixes a dynamic shape to the size it was traced with.
+    zeros = torch.zeros_like(first).expand(*(-1 for _ in value.shape[:-1]), n - 1, -1)
+    return torch.cat([first, zeros], dim=-2)
+
+
 def release_backward(grad_streams: Tensor) -> Tensor:
     """Return T⁻ᵀ applied to a gradient of streams: the gradient of the anchored [*, n, C]."""
     return torch.cat([grad_streams.sum(-2, keepdim=True), grad_streams[..., 1:, :]], dim=-2)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -28,7 +27,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.residual import Carrier, ResidualAdd
 
 from ..kernels import inlined, ops, reference
-from ..kernels.anchored import anchor, release
+from ..kernels.anchored import anchor, equal_streams, release
 from .dataflow import is_dropout, sizes_of, tensor_of
 from .grad_modes import grad_modes, set_grad_mode
 from .graph_copy import copy_node, module_like
@@ -215,14 +214,10 @@ class _Expander:
     def _streams_of(self, value: Node, dim: int) -> _Streams:
         """Return the streams of a value; a chain's head is expanded to n equal ones."""
         if value not in self.streams:
-            wide = self._anchor_alone(self._moved(self.plain[value], dim, -1, value), value)
+            features_last = self._moved(self.plain[value], dim, -1, value)
+            wide = self._emit(value, equal_streams, features_last, self.config.n_streams)
             self.streams[value] = _Streams(dim, stacked=mark(wide, Role.HEAD))
         return self.streams[value]
-
-    def _anchor_alone(self, value: Node, origin: Node) -> Node:
-        """Return [*, n, C] with a value [*, C] as its anchor and no differences."""
-        wide = self._emit(origin, torch.unsqueeze, value, -2)
-        return self._emit(origin, F.pad, wide, (0, 0, 0, self.config.n_streams - 1))
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
         """Return (layer_input, post, res) of a site, computed where they are first needed."""
@@ -253,7 +248,8 @@ class _Expander:
             streams = self._emit(found.add, "to", streams, added.dtype)
         branch = self._moved(self._collapsed(found.branch), dim, -1, found.branch)
         if site.parameters is None:
-            added_to_each = self._emit(found.add, operator.add, streams, self._anchor_alone(branch, found.add))
+            wide = self._emit(found.add, equal_streams, branch, self.config.n_streams)
+            added_to_each = self._emit(found.add, operator.add, streams, wide)
             self.streams[found.add] = _Streams(dim, stacked=added_to_each)
             return
         _, post, res = self._coefficients(site)
