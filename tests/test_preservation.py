@@ -21,6 +21,10 @@ def _run(call, model, inputs):
     return _outputs(result).detach(), gradients
 
 
+def _in_dtype(value, dtype):
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+
 @pytest.fixture(scope="module", params=sorted(CASES))
 def case(request) -> Case:
     return CASES[request.param]()
@@ -41,10 +45,34 @@ def test_outputs_and_gradients_are_the_plain_ones(case):
     assert {site.norm for site in report.sites} == {case.norm}
 
     rewritten_logits, rewritten = _run(torch.compile(model, backend="mhc", options=QUICK), model, inputs)
-    assert_same_function([logits], [rewritten_logits], 1e-5)
+    assert torch.equal(logits, rewritten_logits)
     top = max(float(gradient.abs().max()) for gradient in gradients.values())
     names = list(gradients)
     assert_same_function([gradients[n] for n in names], [rewritten[n] for n in names], 1e-4, floor=1e-3 * top)
+
+
+# Where the plain model adds up a stream's gradient from as many terms as the rewritten one. In others, such as parallel
+# branches or a float32 RMSNorm written out, the same terms are added in another order.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in ("clip", "falcon", "gpt2", "gptj", "vit", "whisper")
+        for dtype in ("float32", "bfloat16")
+    ]
+    + [(name, "bfloat16") for name in ("gemma2", "llama", "mistral", "qwen3")],
+)
+def test_gradients_are_the_plain_ones_bit_for_bit(name, dtype):
+    case = CASES[name]()
+    model = case.build().eval().to(getattr(torch, dtype))
+    inputs = {
+        key: value.to(model.dtype) if value.is_floating_point() else value for key, value in case.inputs().items()
+    }
+    logits, gradients = _run(model, model, inputs)
+    mhc_compile.attach(model, **inputs)
+    rewritten_logits, rewritten = _run(torch.compile(model, backend="mhc", options=QUICK), model, inputs)
+    assert torch.equal(logits, rewritten_logits)
+    assert [name for name, gradient in gradients.items() if not torch.equal(gradient, rewritten[name])] == []
 
 
 def test_training_moves_streams_apart(case):
