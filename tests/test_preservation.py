@@ -65,9 +65,7 @@ def test_outputs_and_gradients_are_the_plain_ones(case):
 def test_gradients_are_the_plain_ones_bit_for_bit(name, dtype):
     case = CASES[name]()
     model = case.build().eval().to(getattr(torch, dtype))
-    inputs = {
-        key: value.to(model.dtype) if value.is_floating_point() else value for key, value in case.inputs().items()
-    }
+    inputs = {key: _in_dtype(value, model.dtype) for key, value in case.inputs().items()}
     logits, gradients = _run(model, model, inputs)
     mhc_compile.attach(model, **inputs)
     rewritten_logits, rewritten = _run(torch.compile(model, backend="mhc", options=QUICK), model, inputs)
