@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from mhc_compile.kernels import mapping, partials, post, post_pre, pre, sinkhorn
+from mhc_compile.kernels import mapping, partials, post, post_pre, pre, sinkhorn, slopes
 from mhc_compile.kernels.dispatch import choosing, kernel_of
 
 from .problems import Shape, make_inputs, many
@@ -35,14 +35,14 @@ HEURISTICS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
     **{
         f"{name}_backward": (
             (partials, "partials_config"),
-            (mapping, "slopes_config"),
+            (slopes, "slopes_config"),
             (mapping, "streams_config"),
         )
         for name in ("pre", "head")
     },
     "post_pre_backward": (
         (partials, "partials_config"),
-        (mapping, "slopes_config"),
+        (slopes, "slopes_config"),
         (mapping, "streams_config"),
         (post_pre, "backward_config"),
     ),

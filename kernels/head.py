@@ -14,12 +14,20 @@ from .pre import backward, forward, geometry_of
 _FLAGS = {"GATED": True, "SINKHORN": False}
 
 
-def head(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, eps: float) -> Tensor:
+def head(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    anchored: bool = False,
+) -> Tensor:
     """Read [*, n, C] streams out as [*, C]; see `reference.head`."""
     *leading, _, width = streams.shape
     collapsed, _, _ = forward(
         streams.contiguous(), phi.contiguous(), scale.contiguous(), bias.contiguous(),
-        1, norm_eps, eps, geometry_of(streams, phi), _FLAGS,
+        1, norm_eps, eps, geometry_of(streams, phi, anchored), _FLAGS,
     )  # fmt: skip
     return collapsed.view(*leading, width)
 
@@ -32,7 +40,8 @@ def head_backward(
     bias: Tensor,
     norm_eps: float,
     eps: float,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `head` with respect to streams, phi, scale and bias."""
     nothing = empty(streams, 1)
-    return backward(grad_output, nothing, nothing, streams, phi, scale, bias, 1, norm_eps, eps, _FLAGS)
+    return backward(grad_output, nothing, nothing, streams, phi, scale, bias, 1, norm_eps, eps, _FLAGS, anchored)

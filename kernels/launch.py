@@ -34,12 +34,14 @@ class Geometry:
         n: streams.
         width: channels of a stream, C.
         groups: groups of n rows in phi: 1 (a head), 2 (pre and post) or n + 2 (and the matrix).
+        anchored: the streams are stored as stream 0 and differences from it (see `anchored`).
     """
 
     tokens: int
     n: int
     width: int
     groups: int
+    anchored: bool = False
 
     @property
     def padded_n(self) -> int:
@@ -64,7 +66,13 @@ class Geometry:
 
     def constants(self) -> dict[str, int]:
         """Return the compile-time constants that describe the tile."""
-        return {"n": self.n, "N": self.padded_n, "Q": self.padded_groups, "GROUPS": self.groups}
+        return {
+            "n": self.n,
+            "N": self.padded_n,
+            "Q": self.padded_groups,
+            "GROUPS": self.groups,
+            "ANCHORED": self.anchored,
+        }
 
 
 def operand_size(streams: Tensor) -> int:

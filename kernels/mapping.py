@@ -1,8 +1,8 @@
 """The backward of a site's mapping, shared by `pre`, `head` and `post_pre`.
 
-Three steps, none with atomics: the gradients of the logits from partial projections (Sinkhorn replayed in
-registers); the gradients of the streams, in programs that own a block of C and walk over tokens, so that each
-keeps its share of phi's gradient on chip; the sum of those shares over the splits of the tokens.
+Three steps, none with atomics: the gradients of the logits from partial projections (`slopes`); the gradients of
+the streams, in programs that own a block of C and walk over tokens, so that each keeps its share of phi's gradient
+on chip; the sum of those shares over the splits of the tokens.
 """
 
 # ruff: noqa: N803
@@ -10,54 +10,17 @@ keeps its share of phi's gradient on chip; the sum of those shares over the spli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import (
-    logits_tile,
-    matrix_slots,
-    narrow,
-    product_exact_right,
-    product_pair,
-    settle,
-    sigmoid,
-    sinkhorn_tile_backward,
-    slot_rows,
-    total,
-)
+from .coefficients import slot_rows
+from .device import narrow, product_exact_right, product_pair, settle, total
 from .launch import Geometry, ceil_div, empty, launch, operand_size, products
-from .partials import gather_partials
-from .project import load_row, load_streams, mix
-
-
-class Slopes(NamedTuple):
-    """What the coefficients' backward leaves for the streams and the mapping.
-
-    Attributes:
-        rows: [tokens, Q·N] gradient of the raw products, zero in the padding.
-        pull: [tokens] factor of the streams themselves, through 1/RMS.
-        weights: [tokens, n] pre.
-        bias_parts, scale_parts: [programs, Q·N] partial gradients.
-    """
-
-    rows: Tensor
-    pull: Tensor
-    weights: Tensor
-    bias_parts: Tensor
-    scale_parts: Tensor
-
-
-@dataclass(frozen=True)
-class SlopesConfig:
-    """Launch configuration of the coefficients' backward: tokens of a tile, warps, most programs."""
-
-    block_tokens: int
-    warps: int
-    programs: int
+from .project import load_factors, load_other_factors, load_row, load_streams, mix
+from .slopes import Slopes
 
 
 @dataclass(frozen=True)
@@ -79,11 +42,6 @@ class StreamsConfig:
     splits: int
 
 
-def slopes_config(geometry: Geometry) -> SlopesConfig:
-    """Choose tiles of about 512 slots; Sinkhorn's replay takes twice the threads, for their registers."""
-    return SlopesConfig(max(1, 512 // geometry.slots), 4 if geometry.groups <= 2 else 8, 512)
-
-
 def streams_config(geometry: Geometry, operand_bytes: int) -> StreamsConfig:
     """Choose blocks of C that keep phi's gradient in registers, and splits that fill the device.
 
@@ -98,84 +56,6 @@ def streams_config(geometry: Geometry, operand_bytes: int) -> StreamsConfig:
 def token_splits(tokens: int, blocks: int, block_tokens: int) -> int:
     """Shares of the tokens that bring `blocks` programs to about 1024, each with a step or more to do."""
     return max(1, min(ceil_div(1024, blocks), ceil_div(tokens, block_tokens), 64))
-
-
-@triton.jit(do_not_specialize=["tokens", "iters", "splits"])
-def slopes_kernel(
-    sums: tl.tensor,
-    squares: tl.tensor,
-    gates: tl.tensor,
-    grad_post: tl.tensor,
-    grad_res: tl.tensor,
-    scale: tl.tensor,
-    bias: tl.tensor,
-    rows: tl.tensor,
-    pull: tl.tensor,
-    pre: tl.tensor,
-    bias_parts: tl.tensor,
-    scale_parts: tl.tensor,
-    tokens: tl.tensor,
-    width: tl.tensor,
-    iters: tl.tensor,
-    norm_eps: tl.tensor,
-    eps: tl.tensor,
-    splits: tl.tensor,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GATED: tl.constexpr,
-    SINKHORN: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-) -> None:
-    """Recompute the coefficients of tiles of tokens and differentiate them."""
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    used = (q < GROUPS) & (j < n)
-    slot = tl.arange(0, Q * N)
-    bias_sum = tl.full([Q * N], 0.0, tl.float32)
-    scale_sum = tl.full([Q * N], 0.0, tl.float32)
-    for tile in range(tl.program_id(0), (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS, tl.num_programs(0)):
-        token = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-        live = token < tokens
-        summed, square, gate = gather_partials(sums, squares, gates, token, live, tokens, splits, n, N, Q, True)
-        logits, raw, inverse_rms, scales = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-        grad = tl.where(q == 0, gate[:, None, :], 0.0)
-        deep = token.to(tl.int64)[:, None, None]
-        alive = live[:, None, None] & used
-        if GROUPS > 1:
-            grad += tl.load(grad_post + deep * n + j + 0 * q, mask=alive & (q == 1), other=0.0).to(tl.float32)
-        if GROUPS > 2:
-            place = grad_res + deep * (n * n) + (q - 2) * n + j
-            grad += tl.load(place, mask=alive & (q >= 2), other=0.0).to(tl.float32)
-        weights = logits
-        if GATED:
-            opened = sigmoid(logits)
-            weights = opened + eps
-            slope = tl.where(q == 0, 1.0, 2.0) * opened * (1.0 - opened)
-            gated = grad * slope
-            if SINKHORN:
-                matrix = sinkhorn_tile_backward(
-                    tl.where(q >= 2, grad, 0.0), logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS
-                )
-                grad = tl.where(q >= 2, matrix, gated)
-            else:
-                grad = gated
-        grad = tl.where(alive, grad, 0.0)
-        normed = grad * scales[None, :, None]
-        grad_inverse = total(total(normed * raw, 2), 1)
-        cube = inverse_rms * inverse_rms * inverse_rms
-        tl.store(pull + token, -grad_inverse * cube / (n * width), mask=live)
-        flat = tl.reshape(normed * inverse_rms[:, None, None], [BLOCK_TOKENS, Q * N])
-        place = rows + token.to(tl.int64)[:, None] * (Q * N) + slot[None, :]
-        tl.store(place, flat, mask=live[:, None])
-        tl.store(pre + deep * n + j + 0 * q, weights, mask=live[:, None, None] & (q == 0) & (j < n))
-        bias_sum += total(tl.reshape(grad, [BLOCK_TOKENS, Q * N]), 0)
-        through = grad * raw * inverse_rms[:, None, None]
-        scale_sum += total(tl.reshape(through, [BLOCK_TOKENS, Q * N]), 0)
-    tl.store(bias_parts + tl.program_id(0) * (Q * N) + slot, bias_sum)
-    tl.store(scale_parts + tl.program_id(0) * (Q * N) + slot, scale_sum)
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
@@ -199,6 +79,7 @@ def streams_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     MIX: tl.constexpr,
@@ -210,17 +91,20 @@ def streams_kernel(
     With MIX the stream is the one after a `post`, made in registers, and its own gradient `grad_fresh` is
     added. Without STORE only phi's gradient is wanted. The n programs of a block run side by side and share
     loads in L2.
+
+    With ANCHORED a difference's gradient is its stream's, which needs stream 0 as well, and the gradient of stream 0
+    is the sum of the streams', which needs them all: 2(n - 1) blocks of the streams more for n programs, from L2, and
+    n - 1 blocks of phi. phi's gradient is left in terms of the streams as stored.
     """
     stream = tl.program_id(0) % n
     column = (tl.program_id(0) // n) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = (column < width)[None, :]
     row, used = slot_rows(n, N, Q, GROUPS)
     slot = tl.arange(0, Q * N)
-    factors = tl.load(
-        phi + row[:, None] * (n * width) + stream * width + column[None, :],
-        mask=used[:, None] & inside,
-        other=0.0,
-    ).to(tl.float32)
+    shown = used[:, None] & inside
+    factors = load_factors(phi, row, column, shown, stream, n, width)
+    if ANCHORED:
+        factors += load_other_factors(phi, row, used, column, stream, n, width)
     grad_phi = tl.full([Q * N, BLOCK_WIDTH], 0.0, tl.float32)
     first = tl.program_id(1) * span
     for start in range(first, tl.minimum(first + span, tokens), BLOCK_TOKENS):
@@ -241,7 +125,23 @@ def streams_kernel(
             grad = tl.load(grad_input + token[:, None] * width + column[None, :], mask=mask, other=0.0)
             weight = tl.load(pre + token * n + stream, mask=live, other=0.0)
             factor = tl.load(pull + token, mask=live, other=0.0)
-            direct = weight[:, None] * grad.to(tl.float32) + factor[:, None] * values.to(tl.float32)
+            direct = weight[:, None] * grad.to(tl.float32)
+            through = values.to(tl.float32)
+            if ANCHORED:
+                through = tl.where(stream == 0, n, 1) * through
+                if MIX:
+                    # A loop: only the program of stream 0 takes it more than once.
+                    for i in range(tl.where(stream == 0, 1, 0), tl.where(stream == 0, n, 1)):
+                        mixing = load_row(post, res, token, live, i, n)
+                        other = narrow(mix(tiles, written, mixing, 0, n), streams.dtype.element_ty)
+                        through += settle(other, PRECISION).to(tl.float32)
+                else:
+                    for i in tl.static_range(n):
+                        wanted = column < tl.where((stream == 0) == (i > 0), width, 0)
+                        place = streams + (token * n + i)[:, None] * width + column[None, :]
+                        other = tl.load(place, mask=live[:, None] & wanted[None, :], other=0.0)
+                        through += other.to(tl.float32)
+            direct += factor[:, None] * through
             if MIX:
                 direct += tl.load(grad_fresh + offsets, mask=mask, other=0.0).to(tl.float32)
             direct = product_pair(slopes, factors, direct, grad_streams.dtype.element_ty, PRECISION)
@@ -251,7 +151,7 @@ def streams_kernel(
     tl.store(
         phi_parts + part[:, None] * (n * width) + stream * width + column[None, :],
         grad_phi,
-        mask=used[:, None] & inside,
+        mask=shown,
     )
 
 
@@ -270,19 +170,31 @@ def reduce_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ) -> None:
-    """Add up partial gradients in a fixed order: a row of phi a program, scale and bias in the last one."""
+    """Add up partial gradients in a fixed order: a row of phi a program, scale and bias in the last one.
+
+    With ANCHORED the parts are of the streams as stored, X_k = Y_k + Y_0: stream 0's is added to the others'.
+    """
     if tl.program_id(0) < GROUPS * n:
         row = tl.program_id(0)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         mask = column < flat_width
         slot = (row // n) * N + row % n
         acc = tl.full([BLOCK], 0.0, tl.float32)
+        if ANCHORED:
+            first = tl.full([BLOCK], 0.0, tl.float32)
         for split in range(splits):
             part = (slot.to(tl.int64) + split * (Q * N)) * flat_width
             acc += tl.load(phi_parts + part + column, mask=mask, other=0.0)
+            if ANCHORED:
+                width = flat_width // n
+                difference = mask & (column >= width)
+                first += tl.load(phi_parts + part + column % width, mask=difference, other=0.0)
+        if ANCHORED:
+            acc += first
         tl.store(grad_phi + row * flat_width + column, acc, mask=mask)
     elif tl.program_id(1) == 0:
         row, used = slot_rows(n, N, Q, GROUPS)
@@ -302,41 +214,6 @@ def reduce_kernel(
             tl.store(grad_scale + 1, total(tl.where(group == 1, scale_sum, 0.0), 0))
         if GROUPS > 2:
             tl.store(grad_scale + 2, total(tl.where(group >= 2, scale_sum, 0.0), 0))
-
-
-def coefficient_gradients(
-    sums: Tensor,
-    squares: Tensor,
-    gates: Tensor,
-    grad_post: Tensor,
-    grad_res: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    geometry: Geometry,
-    flags: dict[str, bool],
-) -> Slopes:
-    """Differentiate a site's coefficients, given the partial projections of its streams."""
-    config = slopes_config(geometry)
-    tokens, slots = geometry.tokens, geometry.slots
-    programs = min(config.programs, ceil_div(tokens, config.block_tokens))
-    slopes = Slopes(
-        rows=empty(sums, tokens, slots),
-        pull=empty(sums, tokens),
-        weights=empty(sums, tokens, geometry.n),
-        bias_parts=empty(sums, programs, slots),
-        scale_parts=empty(sums, programs, slots),
-    )
-    launch(
-        slopes_kernel, (programs,),
-        sums, squares, gates, grad_post, grad_res, scale, bias, *slopes,
-        tokens, geometry.width, iters, norm_eps, eps, sums.shape[0],
-        HAS_EPS=eps != 0.0, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
-        **geometry.constants(), **flags,
-    )  # fmt: skip
-    return slopes
 
 
 def stream_gradients(

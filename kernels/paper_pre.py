@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import activate, logits_tile, narrow, store_coefficients
+from .coefficients import activate, logits_tile, store_coefficients
+from .device import narrow
 from .launch import Geometry, ceil_div, empty, launch
 from .partials import gather_partials, project_partials
 from .post import forward_config
@@ -41,6 +42,7 @@ def paper_affine_kernel(
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     GATED: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Scale, shift and squash the projections: pre and post [tokens, n], and res before Sinkhorn [tokens, n, n]."""
@@ -50,8 +52,8 @@ def paper_affine_kernel(
     live = token < tokens
     summed, square, _ = gather_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
     logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, 0, eps, n, N, Q, GROUPS, GATED, False, False)
-    if GROUPS > 2:
+    weights = activate(logits, 0, eps, n, N, Q, GROUPS, GATED, False, False, ANCHORED)
+    if GATED and GROUPS > 2:
         weights = tl.where(q >= 2, logits, weights)
     place = pre + token.to(tl.int64)[:, None, None] * n + j + 0 * q
     tl.store(place, weights, mask=live[:, None, None] & (j < n) & (q == 0))
@@ -93,9 +95,10 @@ def paper_pre(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute layer_input [*, C], post [*, n] and res [*, n, n] in separate kernels; see `reference.pre`."""
-    geometry: Geometry = geometry_of(streams, phi)
+    geometry: Geometry = geometry_of(streams, phi, anchored)
     flags = MANIFOLD_FLAGS[manifold]
     *leading, n, width = streams.shape
     streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
@@ -117,7 +120,7 @@ def paper_pre(
             paper_collapse_kernel, (grid,), streams, pre, layer_input, geometry.tokens, width,
             n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
         )  # fmt: skip
-    return layer_input, post, sinkhorn(matrix, iters, eps) if flags["SINKHORN"] else matrix
+    return layer_input, post, sinkhorn(matrix, iters, eps, anchored) if flags["SINKHORN"] else matrix
 
 
 paper_pre_backward = pre_backward

@@ -87,6 +87,7 @@ def partials_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     ONE: tl.constexpr,
@@ -103,7 +104,7 @@ def partials_kernel(
     end = tl.minimum(begin + chunk, width)
     summed, square, gate = project(
         streams, branch, post, res, fresh_streams, grad_input, phi, token, live, width, begin, end, stream,
-        n, N, Q, GROUPS, BLOCK_WIDTH, ONE, MIX, STORE, GRADS, PRECISION,
+        n, N, Q, GROUPS, ANCHORED, BLOCK_WIDTH, ONE, MIX, STORE, GRADS, PRECISION,
     )  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * tokens + token
     slot = tl.arange(0, Q * N)

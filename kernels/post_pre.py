@@ -30,13 +30,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import activate, logits_tile, narrow, product_pair, settle, slot_rows, store_coefficients, total
+from .coefficients import activate, logits_tile, slot_rows, store_coefficients
+from .device import narrow, product_pair, settle, total
 from .launch import Geometry, ceil_div, empty, launch, operand_size, products
-from .mapping import Slopes, coefficient_gradients, reduce_mapping, stream_gradients
+from .mapping import reduce_mapping, stream_gradients
 from .partials import project_partials
 from .post import post_backward
 from .pre import MANIFOLD_FLAGS, finish, forward_config, geometry_of
-from .project import collapse, load_mixing, load_row, load_streams, mix, project
+from .project import collapse, first_from_last, load_factors, load_mixing, load_row, load_streams, mix, project
+from .slopes import Slopes, coefficient_gradients
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def post_pre_forward_kernel(
     GATED: tl.constexpr,
     SINKHORN: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,10 +95,10 @@ def post_pre_forward_kernel(
     live = token < tokens
     sums, squares, _ = project(
         streams, branch, post, res, fresh_streams, streams, phi, token, live, width, 0, width, 0,
-        n, N, Q, GROUPS, BLOCK_WIDTH, False, True, True, False, PRECISION,
+        n, N, Q, GROUPS, ANCHORED, BLOCK_WIDTH, False, True, True, False, PRECISION,
     )  # fmt: skip
     logits, _, _, _ = logits_tile(sums, squares, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
+    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS, ANCHORED)
     store_coefficients(weights, next_post, next_res, token, live, n, N, Q)
     # A thread may collapse what another has written.
     tl.debug_barrier()
@@ -123,6 +126,7 @@ def post_pre_backward_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -147,19 +151,39 @@ def post_pre_backward_kernel(
     slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
     parts = mixing_parts + (block * (n * (n + 1))).to(tl.int64) * tokens + token
     grads = ()
-    for o in tl.static_range(n):
-        weights = load_row(post, res, token, live, o, n)
-        fresh = settle(narrow(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
+    if ANCHORED:
+        weights = load_row(post, res, token, live, 0, n)
+        anchor = settle(narrow(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
+        added = n * anchor.to(tl.float32)
+        summed = tl.full([Q * N, BLOCK_WIDTH], 0.0, tl.float32)
+    for step in tl.static_range(n):
+        # Stream 0 comes last: its gradient takes a share of every stream's.
+        o = (step + 1) % n if ANCHORED else step
+        if not (ANCHORED and step == n - 1):
+            weights = load_row(post, res, token, live, o, n)
+            fresh = settle(narrow(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
         weight = tl.load(pre + token * n + o, mask=live, other=0.0)
         outer = tl.load(grad_fresh + base[:, None] * n + o * width + column[None, :], mask=mask, other=0.0)
-        outer = outer.to(tl.float32) + weight[:, None] * grad.to(tl.float32) + factor[:, None] * fresh.to(tl.float32)
-        place = phi + row[:, None] * (n * width) + o * width + column[None, :]
-        factors = tl.load(place, mask=used[:, None] & inside, other=0.0).to(tl.float32)
+        outer = outer.to(tl.float32) + weight[:, None] * grad.to(tl.float32)
+        if ANCHORED and step == n - 1:
+            through = added
+        else:
+            through = fresh.to(tl.float32)
+            if ANCHORED:
+                added += through
+                through += anchor.to(tl.float32)
+        outer += factor[:, None] * through
+        factors = load_factors(phi, row, column, used[:, None] & inside, o, n, width)
+        if ANCHORED:
+            summed += factors
+            factors = summed if step == n - 1 else factors
         outer = product_pair(slopes, factors, outer, streams.dtype.element_ty, PRECISION)
         for i in tl.static_range(n):
             tl.store(parts + (o * (n + 1) + i) * tokens, total(outer * tiles[i].to(tl.float32), 1), mask=live)
         tl.store(parts + (o * (n + 1) + n) * tokens, total(outer * written.to(tl.float32), 1), mask=live)
         grads = grads + (outer,)
+    if ANCHORED:
+        grads = first_from_last(grads, n)
     # Loaded again: held over the matmuls, n² + n coefficients a token would crowd the registers.
     weights = load_mixing(post, res, token, live, n)
     back = weights[n][:, None] * grads[0]
@@ -214,10 +238,11 @@ def post_pre(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
     *leading, n, width = streams.shape
-    geometry = geometry_of(streams, phi)
+    geometry = geometry_of(streams, phi, anchored)
     tokens = geometry.tokens
     fresh = torch.empty_like(streams, memory_format=torch.contiguous_format)
     layer_input = empty(streams, *leading, width, dtype=streams.dtype)
@@ -262,10 +287,11 @@ def post_pre_backward(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `post_pre` with respect to its seven tensors."""
     inputs = (streams, branch, post, res, phi, scale, bias)
-    geometry = geometry_of(streams, phi)
+    geometry = geometry_of(streams, phi, anchored)
     if geometry.tokens == 0:
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     streams, branch, post, res, phi, scale, bias = (tensor.contiguous() for tensor in inputs)

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import activate, logits_tile, store_coefficients
+from .coefficients import activate, logits_tile, store_coefficients
 from .launch import Geometry, ceil_div, empty, launch, operand_size, products
-from .mapping import coefficient_gradients, reduce_mapping, stream_gradients
+from .mapping import reduce_mapping, stream_gradients
 from .partials import chunk_of, gather_partials, partials_config, project_partials
 from .project import collapse, project
+from .slopes import coefficient_gradients
 
 MANIFOLD_FLAGS: dict[str, dict[str, bool]] = {
     "sinkhorn": {"GATED": True, "SINKHORN": True},
@@ -86,6 +87,7 @@ def pre_forward_kernel(
     GATED: tl.constexpr,
     SINKHORN: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,10 +97,10 @@ def pre_forward_kernel(
     live = token < tokens
     sums, squares, _ = project(
         streams, streams, streams, streams, streams, streams, phi, token, live, width, 0, width, 0,
-        n, N, Q, GROUPS, BLOCK_WIDTH, False, False, False, False, PRECISION,
+        n, N, Q, GROUPS, ANCHORED, BLOCK_WIDTH, False, False, False, False, PRECISION,
     )  # fmt: skip
     logits, _, _, _ = logits_tile(sums, squares, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
+    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS, ANCHORED)
     if GROUPS > 1:
         store_coefficients(weights, post, res, token, live, n, N, Q)
     collapse(streams, weights, layer_input, token, live, width, 0, width, n, N, Q, BLOCK_WIDTH)
@@ -128,6 +130,7 @@ def pre_finish_kernel(
     GATED: tl.constexpr,
     SINKHORN: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ) -> None:
@@ -139,7 +142,7 @@ def pre_finish_kernel(
     live = token < tokens
     summed, square, _ = gather_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
     logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS)
+    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS, ANCHORED)
     if GROUPS > 1:
         store_coefficients(weights, post, res, token, token < tl.where(tl.program_id(1) == 0, tokens, 0), n, N, Q)
     begin = tl.program_id(1) * chunk
@@ -229,10 +232,11 @@ def pre(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute layer_input [*, C], post [*, n] and res [*, n, n]; see `reference.pre`."""
     *leading, n, width = streams.shape
-    geometry = geometry_of(streams, phi)
+    geometry = geometry_of(streams, phi, anchored)
     layer_input, post, res = forward(
         streams.contiguous(), phi.contiguous(), scale.contiguous(), bias.contiguous(),
         iters, norm_eps, eps, geometry, MANIFOLD_FLAGS[manifold],
@@ -240,10 +244,10 @@ def pre(
     return layer_input.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n)
 
 
-def geometry_of(streams: Tensor, phi: Tensor) -> Geometry:
+def geometry_of(streams: Tensor, phi: Tensor, anchored: bool) -> Geometry:
     """Return the geometry of [*, n, C] streams and their phi."""
     n, width = streams.shape[-2:]
-    return Geometry(streams.shape[:-2].numel(), n, width, phi.shape[0] // n)
+    return Geometry(streams.shape[:-2].numel(), n, width, phi.shape[0] // n, anchored)
 
 
 def pre_backward(
@@ -258,11 +262,12 @@ def pre_backward(
     norm_eps: float,
     eps: float,
     manifold: str,
+    anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `pre` with respect to streams, phi, scale and bias."""
     return backward(
         grad_layer_input, grad_post, grad_res, streams, phi, scale, bias,
-        iters, norm_eps, eps, MANIFOLD_FLAGS[manifold],
+        iters, norm_eps, eps, MANIFOLD_FLAGS[manifold], anchored,
     )  # fmt: skip
 
 
@@ -278,12 +283,13 @@ def backward(
     norm_eps: float,
     eps: float,
     flags: dict[str, bool],
+    anchored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiate `pre` (or, with one group, `head`).
 
     Partial projections, coefficients, streams, mapping.
     """
-    geometry = geometry_of(streams, phi)
+    geometry = geometry_of(streams, phi, anchored)
     if geometry.tokens == 0:
         zeros = [torch.zeros_like(tensor) for tensor in (streams, phi, scale, bias)]
         return zeros[0], zeros[1], zeros[2], zeros[3]

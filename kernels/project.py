@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import narrow, one_weight, product_exact_left, settle, slot_rows, total
+from .coefficients import one_weight, slot_rows
+from .device import narrow, product_exact_left, settle, total
 
 
 @triton.jit
@@ -29,6 +30,48 @@ def load_streams(
         place = streams + base[:, None] * n + i * width + column[None, :]
         tiles = tiles + (tl.load(place, mask=mask, other=0.0),)
     return tiles
+
+
+@triton.jit
+def first_from_last(values: tl.tensor, n: tl.constexpr) -> tuple:
+    """Move the last of a tuple of n to its beginning."""
+    ordered = (values[n - 1],)
+    for i in tl.static_range(n - 1):
+        ordered = ordered + (values[i],)
+    return ordered
+
+
+@triton.jit
+def load_factors(
+    phi: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    mask: tl.tensor,
+    stream: tl.tensor,
+    n: tl.constexpr,
+    width: tl.tensor,
+) -> tl.tensor:
+    """Load the columns of phi that belong to a block of C of one stream: [Q·N, block], float32."""
+    place = phi + row[:, None] * (n * width) + stream * width + column[None, :]
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_other_factors(
+    phi: tl.tensor,
+    row: tl.tensor,
+    used: tl.tensor,
+    column: tl.tensor,
+    stream: tl.tensor,
+    n: tl.constexpr,
+    width: tl.tensor,
+) -> tl.tensor:
+    """Add up `load_factors` of the streams after stream 0, if `stream` is 0; nothing otherwise."""
+    mask = used[:, None] & (column < width)[None, :]
+    factors = tl.full([row.shape[0], column.shape[0]], 0.0, tl.float32)
+    for i in range(1, tl.where(stream == 0, n, 1)):
+        factors += load_factors(phi, row, column, mask, i, n, width)
+    return factors
 
 
 @triton.jit
@@ -82,6 +125,7 @@ def project(
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     ONE: tl.constexpr,
     MIX: tl.constexpr,
@@ -94,6 +138,10 @@ def project(
     With MIX the streams are those after a `post`, made in registers and rounded to the streams' dtype as they
     are stored (otherwise forward and backward would see different streams); with STORE they are written out.
     With ONE, only the share of `stream` is accumulated.
+
+    With ANCHORED the streams are stream 0 and differences from it. Squares are of the streams they stand for, in
+    float32. Products are with the tiles as stored, Σ_k phi_k X_k = (Σ_k phi_k) Y_0 + Σ_{k≥1} phi_k Y_k: the streams
+    themselves would not be exact in bfloat16. Gates are of the tiles as stored, too.
 
     Returns:
         products [tokens, Q·N] of the streams with phi, their sums of squares [tokens], and with GRADS a tuple
@@ -108,6 +156,10 @@ def project(
         gates = gates + (squares,)
     if MIX:
         weights = load_row(post, res, token, live, stream, n) if ONE else load_mixing(post, res, token, live, n)
+        if ANCHORED:
+            anchor_weights = load_row(post, res, token, live, 0, n) if ONE else weights
+    # Of anchored streams the first comes last: its factor is the sum of all.
+    first: tl.constexpr = 1 if ANCHORED and not ONE else 0
     for start in range(begin, end, BLOCK_WIDTH):
         column = start + tl.arange(0, BLOCK_WIDTH)
         mask = live[:, None] & (column < width)[None, :]
@@ -116,29 +168,48 @@ def project(
             written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
         if GRADS:
             grad = tl.load(grad_input + base[:, None] + column[None, :], mask=mask, other=0.0)
-        sums = ()
-        for k in tl.static_range(1 if ONE else n):
-            o = stream if ONE else k
-            offsets = base[:, None] * n + o * width + column[None, :]
+        if ANCHORED:
             if MIX:
+                anchor = narrow(mix(tiles, written, anchor_weights, 0, n), streams.dtype.element_ty)
+                anchor = settle(anchor, PRECISION)
+            else:
+                anchor = tl.load(streams + base[:, None] * n + column[None, :], mask=mask, other=0.0)
+            summed = tl.full([Q * N, BLOCK_WIDTH], 0.0, tl.float32)
+        sums = ()
+        for step in tl.static_range(1 if ONE else n):
+            o = stream if ONE else (first + step) % n
+            offsets = base[:, None] * n + o * width + column[None, :]
+            if first + step == n:
+                fresh = anchor
+            elif MIX:
                 fresh = settle(
-                    narrow(mix(tiles, written, weights, k * (n + 1), n), streams.dtype.element_ty), PRECISION
+                    narrow(mix(tiles, written, weights, (first + step) * (n + 1), n), streams.dtype.element_ty),
+                    PRECISION,
                 )
-                if STORE:
-                    tl.store(fresh_streams + offsets, fresh, mask=mask)
             else:
                 fresh = tl.load(streams + offsets, mask=mask, other=0.0)
-            factors = tl.load(
-                phi + row[:, None] * (n * width) + o * width + column[None, :],
-                mask=used[:, None] & (column < width)[None, :],
-                other=0.0,
-            ).to(tl.float32)
+            if MIX and STORE:
+                tl.store(fresh_streams + offsets, fresh, mask=mask)
+            inside = used[:, None] & (column < width)[None, :]
+            factors = load_factors(phi, row, column, inside, o, n, width)
+            if ANCHORED and ONE:
+                factors += load_other_factors(phi, row, used, column, stream, n, width)
+            elif ANCHORED:
+                summed += factors
+                factors = summed if first + step == n else factors
             products = product_exact_left(fresh, tl.trans(factors), products, PRECISION)
             wide = fresh.to(tl.float32)
-            squares += total(wide * wide, 1)
+            released = wide
+            if ANCHORED and ONE:
+                released += tl.where(stream > 0, anchor.to(tl.float32), 0.0)
+            elif ANCHORED and first + step < n:
+                released += anchor.to(tl.float32)
+            squares += total(released * released, 1)
             if GRADS:
-                sums = sums + (gates[k] + total(wide * grad.to(tl.float32), 1),)
+                sums = sums + (gates[step] + total(wide * grad.to(tl.float32), 1),)
         gates = sums
+    if GRADS and first == 1:
+        gates = first_from_last(gates, n)
     return products, squares, gates
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coefficients import anchor_matrix
 from .device import narrow, sinkhorn_tile, sinkhorn_tile_backward
 from .launch import ceil_div, launch, registers
 
@@ -57,12 +58,16 @@ def sinkhorn_forward_kernel(
     n: tl.constexpr,
     N: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Project a tile of matrices; reads and writes each entry once."""
     offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
     projected = sinkhorn_tile(tile, valid, iters, eps, HAS_EPS)
+    if ANCHORED:
+        row, column = tl.arange(0, N)[None, :, None], tl.arange(0, N)[None, None, :]
+        projected = anchor_matrix(projected, row, column, valid, not HAS_EPS)
     tl.store(res + offsets, narrow(projected, res.dtype.element_ty), mask=mask)
 
 
@@ -87,8 +92,12 @@ def sinkhorn_backward_kernel(
     tl.store(grad_logits + offsets, narrow(grad, grad_logits.dtype.element_ty), mask=mask)
 
 
-def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
-    """Project [*, n, n] logits onto the doubly stochastic matrices; see `reference.sinkhorn`."""
+def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> Tensor:
+    """Project [*, n, n] logits onto the doubly stochastic matrices; see `reference.sinkhorn`.
+
+    With `anchored` they are returned as anchored streams are mixed by them. That costs nothing here; as plain
+    PyTorch after this kernel it would be several launches more, held against the paper's split.
+    """
     logits = logits.contiguous()
     res = torch.empty_like(logits)
     n = logits.shape[-1]
@@ -99,7 +108,8 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
         launch(
             sinkhorn_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             logits, res, tokens, iters, eps,
-            n=n, N=padded, HAS_EPS=eps != 0.0, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
+            n=n, N=padded, HAS_EPS=eps != 0.0, ANCHORED=anchored,
+            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
         )  # fmt: skip
     return res
 

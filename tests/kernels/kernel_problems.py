@@ -17,7 +17,7 @@ OPERATORS = ("sinkhorn", "pre", "paper_pre", "post", "post_pre", "head")
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes, and how large logits and gradients are."""
+    """Shapes, how large logits and gradients are, and how the streams are stored."""
 
     tokens: int
     n: int
@@ -29,6 +29,7 @@ class Problem:
     logit_std: float = 1.0
     grad_scale: float = 1.0
     seed: int = 0
+    anchored: bool = False
 
 
 def inputs(operator: str, problem: Problem, device: str = "cpu") -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -46,14 +47,15 @@ def inputs(operator: str, problem: Problem, device: str = "cpu") -> tuple[tuple[
     mixing = (normal(tokens, n).sigmoid() * 2, normal(tokens, n, n).softmax(-1))
     phi = problem.logit_std * normal(rows, n * width) / (n * width) ** 0.5
     mapping = (phi, normal(scales).abs() + 0.5, problem.logit_std * normal(rows))
-    site = (problem.iters, 1e-6, problem.eps, problem.manifold)
+    layout = (True,) if problem.anchored else ()
+    site = (problem.iters, 1e-6, problem.eps, problem.manifold, *layout)
     return {
         "sinkhorn": ((problem.logit_std * normal(tokens, n, n),), (problem.iters, problem.eps)),
         "pre": ((streams, *mapping), site),
         "paper_pre": ((streams, *mapping), site),
         "post": ((streams, branch, *mixing), ()),
         "post_pre": ((streams, branch, *mixing, *mapping), site),
-        "head": ((streams, *mapping), (1e-6, problem.eps)),
+        "head": ((streams, *mapping), (1e-6, problem.eps, *layout)),
     }[operator]
 
 
