@@ -40,8 +40,7 @@ def equal_streams(value: Tensor, n: int) -> Tensor:
     """Return [*, n, C]: n streams that all equal a value [*, C], anchored."""
     first = value.unsqueeze(-2)
     # Not F.pad: it fixes a dynamic shape to the size it was traced with.
-    zeros = torch.zeros_like(first).expand(*(-1 for _ in value.shape[:-1]), n - 1, -1)
-    return torch.cat([first, zeros], dim=-2)
+    return torch.cat([first, *[torch.zeros_like(first)] * (n - 1)], dim=-2)
 
 
 def release_backward(grad_streams: Tensor) -> Tensor:

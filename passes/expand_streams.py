@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from torch.fx.node import map_arg
 
 from mhc_compile.config import MHCConfig
@@ -215,7 +215,7 @@ class _Expander:
         """Return the streams of a value; a chain's head is expanded to n equal ones."""
         if value not in self.streams:
             features_last = self._moved(self.plain[value], dim, -1, value)
-            wide = self._emit(value, equal_streams, features_last, self.config.n_streams)
+            wide = self._spelled(value, equal_streams, features_last, self.config.n_streams)
             self.streams[value] = _Streams(dim, stacked=mark(wide, Role.HEAD))
         return self.streams[value]
 
@@ -248,7 +248,7 @@ class _Expander:
             streams = self._emit(found.add, "to", streams, added.dtype)
         branch = self._moved(self._collapsed(found.branch), dim, -1, found.branch)
         if site.parameters is None:
-            wide = self._emit(found.add, equal_streams, branch, self.config.n_streams)
+            wide = self._spelled(found.add, equal_streams, branch, self.config.n_streams)
             added_to_each = self._emit(found.add, operator.add, streams, wide)
             self.streams[found.add] = _Streams(dim, stacked=added_to_each)
             return
@@ -279,8 +279,8 @@ class _Expander:
             if linear:
                 stacked = self._copied(carrier, stacked)
             else:
-                released = self._emit(carrier.node, release, stacked)
-                stacked = self._emit(carrier.node, anchor, self._copied(carrier, released))
+                released = self._spelled(carrier.node, release, stacked)
+                stacked = self._spelled(carrier.node, anchor, self._copied(carrier, released))
             self.streams[carrier.node] = _Streams(dim, stacked=stacked)
         elif is_training_batch_norm(carrier.node):
             # One call over all streams: n calls would update the running statistics n times.
@@ -367,6 +367,20 @@ class _Expander:
         if start % rank == end % rank:
             return value
         return self._emit(origin, torch.movedim, value, start, end)
+
+    def _spelled(self, origin: Node, function: Callable[..., Tensor], value: Node, *constants: Any) -> Node:
+        """Add what a function of this package computes, operation by operation.
+
+        A graph that calls a Python function which is not torch's own is never taken from the compilers' caches.
+        """
+        made: dict[Node, Node] = {}
+        for node in symbolic_trace(lambda traced: function(traced, *constants)).graph.nodes:
+            if node.op == "placeholder":
+                made[node] = value
+            elif node.op != "output":
+                arguments = map_arg((node.args, node.kwargs), made.__getitem__)
+                made[node] = self._emit(origin, node.target, *arguments[0], **arguments[1])
+        return made[node.args[0]]
 
     def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
