@@ -58,7 +58,7 @@ def partials_config(geometry: Geometry, operand_bytes: int, crowded: bool) -> Pa
         return PartialsConfig(
             16,
             width,
-            2 if crowded and not large else 4,
+            8 if crowded and large else 2 if crowded else 4,
             1,
             max(1, min(64, ceil_div(geometry.width, 2 * width))),
             one_stream,
