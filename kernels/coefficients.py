@@ -139,40 +139,42 @@ def anchor_coefficients(
         first = one_weight(weights, 1, 0, N, Q)[:, None, None]
         weights = tl.where((q == 1) & (j > 0), weights - first, weights)
         # Rows that are exact: the identity's, and Sinkhorn's without eps.
-        EXACT: tl.constexpr = (SINKHORN and not HAS_EPS) or GROUPS == 2
-        weights = anchor_matrix(weights, q - 2, j, matrix_slots(n, N, Q), EXACT)
+        exact: tl.constexpr = (SINKHORN and not HAS_EPS) or GROUPS == 2
+        weights = anchor_matrix(weights, q - 2, j, matrix_slots(n, N, Q), exact)
     return weights
 
 
 @triton.jit
-def release_gradients(
-    grad: tl.tensor,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SINKHORN: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-) -> tl.tensor:
-    """Turn gradients of anchored streams' coefficients into those of pre, post and res.
+def release_gates(gates: tl.tensor, n: tl.constexpr, N: tl.constexpr) -> tl.tensor:
+    """Turn products [tokens, N] of the stored streams with a gradient into those of the streams they stand for."""
+    stream = tl.arange(0, N)[None, :]
+    first = total(tl.where(stream == 0, gates, 0.0), 1)[:, None]
+    return tl.where((stream > 0) & (stream < n), gates + first, gates)
 
-    Group 0 holds products of the stored streams with a gradient, and comes to hold those of the streams they stand
-    for. Group 1 as in `anchored.write_weights_backward`, the matrix as in `anchored.mixing_backward`. The padding
-    must be zero and stays so.
+
+@triton.jit
+def release_gradients(
+    grad: tl.tensor, n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr, EXACT: tl.constexpr
+) -> tl.tensor:
+    """Turn gradients of anchored streams' post and res, in groups 1 and on, into those of post and res.
+
+    As in `anchored.write_weights_backward` and `anchored.mixing_backward`; with EXACT, column 0 of the matrix must
+    come as zeros. The padding must be zero and stays so. Entries are picked by factors of 0 and 1: masks live in scalar
+    registers on gfx942, over all of Sinkhorn, which has none to spare.
     """
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
     if GROUPS > 1:
-        others = total(tl.where((q == 1) & (j > 0), grad, 0.0), 2)[:, :, None]
-        grad = tl.where((q == 1) & (j == 0), grad - others, grad)
+        others = total(grad * tl.where((q == 1) & (j > 0), 1.0, 0.0), 2)[:, :, None]
+        grad -= others * tl.where(j == 0, 1.0, 0.0)
     if GROUPS > 2:
-        others = total(tl.where(q > 2, grad, 0.0), 1)[:, None, :]
-        grad = tl.where(q == 2, grad - others, grad)
-        if SINKHORN and not HAS_EPS:
-            grad = tl.where((q >= 2) & (j == 0), 0.0, grad)
-    # Column 0 holds a row's sum: its gradient is every entry's.
-    sums = total(tl.where(j == 0, grad, 0.0), 2)[:, :, None]
-    return tl.where((q != 1) & (j > 0) & (j < n), grad + sums, grad)
+        others = total(grad * tl.where(q > 2, 1.0, 0.0), 1)[:, None, :]
+        grad -= others * tl.where(q == 2, 1.0, 0.0)
+        if not EXACT:
+            # Column 0 holds a row's sum: its gradient is every entry's.
+            sums = total(tl.where((q >= 2) & (j == 0), grad, 0.0), 2)[:, :, None]
+            grad = tl.where((j > 0) & (j < n), grad + sums, grad)
+    return grad
 
 
 @triton.jit

@@ -129,18 +129,16 @@ def streams_kernel(
             through = values.to(tl.float32)
             if ANCHORED:
                 through = tl.where(stream == 0, n, 1) * through
-                if MIX:
-                    # A loop: only the program of stream 0 takes it more than once.
-                    for i in range(tl.where(stream == 0, 1, 0), tl.where(stream == 0, n, 1)):
+                # Stream 0's program takes all others, the others' take stream 0.
+                for i in range(tl.where(stream == 0, 1, 0), tl.where(stream == 0, n, 1)):
+                    if MIX:
                         mixing = load_row(post, res, token, live, i, n)
                         other = narrow(mix(tiles, written, mixing, 0, n), streams.dtype.element_ty)
-                        through += settle(other, PRECISION).to(tl.float32)
-                else:
-                    for i in tl.static_range(n):
-                        wanted = column < tl.where((stream == 0) == (i > 0), width, 0)
+                        other = settle(other, PRECISION)
+                    else:
                         place = streams + (token * n + i)[:, None] * width + column[None, :]
-                        other = tl.load(place, mask=live[:, None] & wanted[None, :], other=0.0)
-                        through += other.to(tl.float32)
+                        other = tl.load(place, mask=mask, other=0.0)
+                    through += other.to(tl.float32)
             direct += factor[:, None] * through
             if MIX:
                 direct += tl.load(grad_fresh + offsets, mask=mask, other=0.0).to(tl.float32)

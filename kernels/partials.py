@@ -46,21 +46,26 @@ def partials_config(geometry: Geometry, operand_bytes: int, crowded: bool) -> Pa
 
     Steps are half as wide where a mix or a backward (`crowded`) needs the registers as well. From 5 streams
     on, n tiles and n² coefficients a token do not fit at all: one stream a program.
+
+    Anchored streams hold a tile of stream 0 and one of phi's sum more: half as many slots fit beside a wide step, and
+    the widest coefficient tiles take twice the warps.
     """
     one_stream = geometry.n > 4
-    width = (32 if crowded or geometry.slots > 32 else 64) * 2 // operand_bytes
+    width = (32 if crowded or geometry.slots > (16 if geometry.anchored else 32) else 64) * 2 // operand_bytes
+    large = geometry.anchored and geometry.slots > 64
+    roomy = operand_bytes == 4 or (geometry.anchored and (geometry.tokens <= 64 or geometry.n < 4))
     if geometry.tokens <= 64:
         return PartialsConfig(
             16,
             width,
-            2 if crowded else 4,
+            8 if crowded and large else 2 if crowded else 4,
             1,
             max(1, min(64, ceil_div(geometry.width, 2 * width))),
             one_stream,
-            registers=255 if operand_bytes == 4 else None,
+            registers=255 if roomy else None,
         )
-    warps = 8 if crowded and operand_bytes == 4 else 4
-    return PartialsConfig(32, width, warps, 1, 1, one_stream, registers=255 if operand_bytes == 4 else None)
+    warps = 8 if crowded and (operand_bytes == 4 or large) else 4
+    return PartialsConfig(32, width, warps, 1, 1, one_stream, registers=255 if roomy else None)
 
 
 def chunk_of(width: int, splits: int, block_width: int) -> int:

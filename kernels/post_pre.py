@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .coefficients import activate, logits_tile, slot_rows, store_coefficients
 from .device import narrow, product_pair, settle, total
-from .launch import Geometry, ceil_div, empty, launch, operand_size, products
+from .launch import Geometry, ceil_div, empty, launch, operand_size, products, registers
 from .mapping import reduce_mapping, stream_gradients
 from .partials import project_partials
 from .post import post_backward
@@ -175,6 +175,7 @@ def post_pre_backward_kernel(
         outer += factor[:, None] * through
         factors = load_factors(phi, row, column, used[:, None] & inside, o, n, width)
         if ANCHORED:
+            factors = settle(factors, PRECISION)
             summed += factors
             factors = summed if step == n - 1 else factors
         outer = product_pair(slopes, factors, outer, streams.dtype.element_ty, PRECISION)
@@ -260,7 +261,7 @@ def post_pre(
             post_pre_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             streams, branch, post, res, phi, scale, bias, *outputs, tokens, width, iters, norm_eps, eps,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            num_warps=config.warps, num_stages=config.stages, **common, **products(),
+            num_warps=config.warps, num_stages=config.stages, **registers(config.registers), **common, **products(),
         )  # fmt: skip
         return outputs
     sums, squares, _ = project_partials(streams, phi, geometry, mixing=(branch, post, res), fresh_streams=fresh)

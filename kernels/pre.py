@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .coefficients import activate, logits_tile, store_coefficients
-from .launch import Geometry, ceil_div, empty, launch, operand_size, products
+from .launch import Geometry, ceil_div, empty, launch, operand_size, products, registers
 from .mapping import reduce_mapping, stream_gradients
 from .partials import chunk_of, gather_partials, partials_config, project_partials
 from .project import collapse, project
@@ -43,6 +43,7 @@ class PreConfig:
         warps: warps of a program.
         stages: loads in flight; 1 leaves them unpipelined.
         chunks: programs over C of the second launch.
+        registers: most registers of a thread, or None for the compiler's choice.
     """
 
     fused: bool
@@ -51,6 +52,7 @@ class PreConfig:
     warps: int
     stages: int = 1
     chunks: int = 1
+    registers: int | None = None
 
 
 def forward_config(geometry: Geometry, operand_bytes: int, mixes: bool) -> PreConfig:
@@ -63,7 +65,14 @@ def forward_config(geometry: Geometry, operand_bytes: int, mixes: bool) -> PreCo
         return PreConfig(False, 4, 128, 4, chunks=ceil_div(geometry.width, 256))
     if partials.one_stream:
         return PreConfig(False, 4, 128, 4)
-    return PreConfig(True, partials.block_tokens, partials.block_width, partials.warps, partials.stages)
+    return PreConfig(
+        True,
+        partials.block_tokens,
+        partials.block_width,
+        partials.warps,
+        partials.stages,
+        registers=partials.registers if geometry.anchored else None,
+    )
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
@@ -174,7 +183,7 @@ def forward(
             pre_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             streams, phi, scale, bias, layer_input, post, res, tokens, width, iters, norm_eps, eps,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            num_warps=config.warps, num_stages=config.stages, **common, **products(),
+            num_warps=config.warps, num_stages=config.stages, **registers(config.registers), **common, **products(),
         )  # fmt: skip
         return layer_input, post, res
     sums, squares, _ = project_partials(streams, phi, geometry)

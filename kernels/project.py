@@ -195,6 +195,7 @@ def project(
             if ANCHORED and ONE:
                 factors += load_other_factors(phi, row, used, column, stream, n, width)
             elif ANCHORED:
+                factors = settle(factors, PRECISION)
                 summed += factors
                 factors = summed if first + step == n else factors
             products = product_exact_left(fresh, tl.trans(factors), products, PRECISION)

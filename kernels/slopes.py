@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import anchor_reading, logits_tile, matrix_slots, release_gradients, sigmoid
+from .coefficients import logits_tile, matrix_slots, release_gates, release_gradients, sigmoid
 from .device import sinkhorn_tile_backward, total
 from .launch import Geometry, ceil_div, empty, launch
 from .partials import gather_partials
@@ -87,6 +87,8 @@ def slopes_kernel(
     j = tl.arange(0, N)[None, None, :]
     used = (q < GROUPS) & (j < n)
     slot = tl.arange(0, Q * N)
+    # Sinkhorn ends on rows; without eps their sums are constant, and column 0 of `mix` gets no gradient.
+    exact: tl.constexpr = SINKHORN and not HAS_EPS
     bias_sum = tl.full([Q * N], 0.0, tl.float32)
     scale_sum = tl.full([Q * N], 0.0, tl.float32)
     for tile in range(tl.program_id(0), (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS, tl.num_programs(0)):
@@ -94,6 +96,8 @@ def slopes_kernel(
         live = token < tokens
         summed, square, gate = gather_partials(sums, squares, gates, token, live, tokens, splits, n, N, Q, True)
         logits, raw, inverse_rms, scales = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
+        if ANCHORED:
+            gate = release_gates(gate, n, N)
         grad = tl.where(q == 0, gate[:, None, :], 0.0)
         deep = token.to(tl.int64)[:, None, None]
         alive = live[:, None, None] & used
@@ -101,9 +105,12 @@ def slopes_kernel(
             grad += tl.load(grad_post + deep * n + j + 0 * q, mask=alive & (q == 1), other=0.0).to(tl.float32)
         if GROUPS > 2:
             place = grad_res + deep * (n * n) + (q - 2) * n + j
-            grad += tl.load(place, mask=alive & (q >= 2), other=0.0).to(tl.float32)
+            wanted = alive & (q >= 2)
+            if ANCHORED and exact:
+                wanted = wanted & (j > 0)
+            grad += tl.load(place, mask=wanted, other=0.0).to(tl.float32)
         if ANCHORED:
-            grad = release_gradients(grad, n, N, Q, GROUPS, SINKHORN, HAS_EPS)
+            grad = release_gradients(grad, n, N, Q, GROUPS, exact)
         weights = logits
         if GATED:
             opened = sigmoid(logits)
@@ -126,7 +133,7 @@ def slopes_kernel(
         place = rows + token.to(tl.int64)[:, None] * (Q * N) + slot[None, :]
         tl.store(place, flat, mask=live[:, None])
         if ANCHORED:
-            weights = anchor_reading(weights, n, N, Q)
+            weights = tl.where(j == 0, total(tl.where(j < n, weights, 0.0), 2)[:, :, None], weights)
         tl.store(pre + deep * n + j + 0 * q, weights, mask=live[:, None, None] & (q == 0) & (j < n))
         bias_sum += total(tl.reshape(grad, [BLOCK_TOKENS, Q * N]), 0)
         through = grad * raw * inverse_rms[:, None, None]

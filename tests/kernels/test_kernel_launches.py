@@ -61,11 +61,12 @@ def test_scratch_memory_does_not_grow_with_iterations(operator):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("n", [4, 5])
-def test_backward_of_post_pre_never_reads_the_new_streams(n):
+def test_backward_of_post_pre_never_reads_the_new_streams(n, anchored):
     # They are no input of the backward, and nothing of their size is written before its last product of n
     # streams.
-    tensors, constants = inputs("post_pre", Problem(70, n, 64))
+    tensors, constants = inputs("post_pre", Problem(70, n, 64, anchored=anchored))
     found = []
     grads = [grad.to("meta") for grad in many(reference_of("post_pre")(*tensors, *constants))]
     meta = [tensor.to("meta") for tensor in tensors]
@@ -99,7 +100,7 @@ target = ahead.TARGETS[1]
 ahead.triton.runtime.driver.set_active(ahead._Driver(target))
 kernels, atomic = {}, set()
 for tokens in json.loads(sys.argv[1]):
-    case = ahead.Case(2, torch.float32, tokens, width=64)
+    case = ahead.Case(2, torch.float32, tokens, width=64, anchored=json.loads(sys.argv[3]))
     for kernel, args, options in ahead.launches(case, target):
         if kernel.__name__ in json.loads(sys.argv[2]):
             compiled = kernel.warmup(*args, grid=(1,), **options)
@@ -119,7 +120,8 @@ def _compile(program, *arguments):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_twenty_token_counts_compile_once():
+@pytest.mark.parametrize("anchored", [False, True])
+def test_twenty_token_counts_compile_once(anchored):
     counts = [
         65,
         80,
@@ -153,7 +155,7 @@ def test_twenty_token_counts_compile_once():
         "reduce_kernel",
         "partials_kernel",
     ]
-    compiled, atomic = _compile(PROGRAM, counts, names)
+    compiled, atomic = _compile(PROGRAM, counts, names, anchored)
     # `head` and `pre` share kernels, and so do a backward that mixes and one that does not: once for each
     # use.
     uses = {
