@@ -6,7 +6,7 @@ phi, so the tile is a reshape of the projection's product, nothing is moved betw
 and any n fits by masks.
 """
 
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 
 from __future__ import annotations
 
