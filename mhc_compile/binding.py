@@ -28,7 +28,7 @@ from .mappings import (
     readout_mapping,
     site_mapping,
 )
-from .passes.expand_streams import BoundChain, BoundSite, Parameters, parameter_order
+from .passes.bound_chains import BoundChain, BoundSite, Parameters, parameter_order
 from .planning import Plan, PlannedChain, PlannedSite
 
 

@@ -28,6 +28,7 @@ from mhc_compile.residual import Carrier, ResidualAdd
 
 from ..kernels import inlined, ops, reference
 from ..kernels.anchored import anchor, equal_streams, release
+from .bound_chains import BoundChain, BoundSite, parameter_order
 from .dataflow import is_dropout, sizes_of, tensor_of
 from .grad_modes import grad_modes, set_grad_mode
 from .graph_copy import copy_node, module_like
@@ -36,38 +37,6 @@ from .regions import Region, put_into, regions_of
 from .roles import Role, mark
 
 PHI, SCALE, BIAS = "phi", "scale", "bias"
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """One mapping's parameters as they enter the graph.
-
-    Attributes:
-        name: the mapping's dotted name.
-        examples: fake tensors of phi, scale and bias.
-        sources: what AOTAutograd wants as the placeholders' `_dynamo_source`.
-    """
-
-    name: str
-    examples: tuple[Tensor, Tensor, Tensor]
-    sources: tuple[Any, Any, Any]
-
-
-@dataclass(frozen=True)
-class BoundSite:
-    """A residual add with its parameters; without, its branch is added to every stream alike."""
-
-    add: ResidualAdd
-    parameters: Parameters | None
-
-
-@dataclass(frozen=True)
-class BoundChain:
-    """A chain to rewrite, with the parameters of its learned readout, if it has one."""
-
-    sites: tuple[BoundSite, ...]
-    head: Node
-    readout: Parameters | None
 
 
 @dataclass(frozen=True)
@@ -97,16 +66,6 @@ class _Streams:
     dim: int
     stacked: Node | None = None
     parts: list[Node] | None = None
-
-
-def parameter_order(chains: tuple[BoundChain, ...]) -> list[Parameters]:
-    """Return the parameters in the order in which the rewritten graph takes them, behind its own inputs."""
-    order: list[Parameters] = []
-    for chain in chains:
-        order += [site.parameters for site in chain.sites if site.parameters is not None]
-        if chain.readout is not None:
-            order.append(chain.readout)
-    return order
 
 
 def expand_streams(graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig) -> GraphModule:
