@@ -10,12 +10,15 @@ from mhc_compile.passes.open_regions import open_regions
 from mhc_compile.passes.regions import regions_of
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._higher_order_ops.wrap import wrap_with_autocast
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import MHCConfig
 from mhc_compile.residual import Reason
 
+from ..counting import unused_name
 from ..models import QUICK, Block, Stack, assert_same_function, features
 
 
@@ -171,6 +174,42 @@ def test_an_autocast_region_around_sites():
     report = mhc_compile.attach(model, features())
     assert len(report.sites) == 4
     assert_same_function([plain], [torch.compile(model, backend="mhc", options=QUICK)(features())], 2e-2)
+
+
+def _step(hidden, weight):
+    return hidden + functional.linear(functional.layer_norm(hidden, hidden.shape[-1:]), weight)
+
+
+class Wrapping(Stack):
+    """A step as the body of `wrap_with_autocast`. Dynamo takes bodies that read nothing but their arguments."""
+
+    def forward(self, values):
+        hidden = self.blocks[0](self.stem(values))
+        hidden = wrap_with_autocast("cpu", torch.bfloat16, True, None, _step, hidden, self.blocks[1].mixer.weight)
+        return self.readout(self.blocks[1](hidden))
+
+
+def test_autocast_as_a_higher_order_operator():
+    model = Wrapping()
+    plain = model(features())
+    plain.float().square().sum().backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    seen = []
+    backend = unused_name("seen")
+    torch._dynamo.register_backend(lambda gm, inputs: seen.append(gm) or lookup_backend("eager")(gm, inputs), backend)
+    report = mhc_compile.attach(model, features())
+    assert [len(chain.sites) for chain in report.chains] == [5]
+    out = torch.compile(model, backend="mhc", options={"inner": backend})(features())
+    out.float().square().sum().backward()
+    assert_same_function([plain], [out], 2e-2)
+    originals = [p for name, p in model.named_parameters() if ".mhc." not in f".{name}"]
+    assert_same_function(wanted, [parameter.grad for parameter in originals], 2e-2)
+    # The region is closed again around the step's streams.
+    graph = seen[-1]
+    (call,) = (node for node in graph.graph.nodes if node.target is wrap_with_autocast)
+    assert call.args[:4] == ("cpu", torch.bfloat16, True, None)
+    assert "mhc.post.default" in _targets(getattr(graph, call.args[4].target))
 
 
 class Frozen(Stack):
