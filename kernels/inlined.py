@@ -30,3 +30,5 @@ pre = _in_full_precision(reference.pre)
 post = _in_full_precision(reference.post)
 head = _in_full_precision(reference.head)
 post_terms = _in_full_precision(reference.post_terms)
+
+FUNCTIONS = frozenset({pre, post, head, post_terms})

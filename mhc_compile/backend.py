@@ -23,6 +23,7 @@ from .fallbacks import watch_fallbacks
 from .inner import compile_inner
 from .kernels.fusion_choice import FusionChoice
 from .mappings import attached_config
+from .passes.admit_to_caches import admit_to_caches
 from .passes.annotate_recompute import annotate_recompute
 from .passes.close_regions import close_regions
 from .passes.expand_streams import expand_streams
@@ -101,6 +102,7 @@ def mhc(
             verify(plain, rewritten, config.n_streams)
         rewritten = close_regions(rewritten)
         rewritten = annotate_recompute(rewritten, config)
+        rewritten = admit_to_caches(rewritten)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
         undo()

@@ -188,7 +188,7 @@ generator = torch.Generator().manual_seed(3)
 with torch.no_grad():
     for p in mhc_compile.parameters(model).values():
         p += 0.3 * torch.randn(p.shape, generator=generator)
-out = torch.compile(model, backend="mhc")(features())
+out = torch.compile(model, backend="mhc", options={"fusion": sys.argv[1]})(features())
 out.sum().backward()
 from torch._dynamo.utils import counters
 print(json.dumps({
@@ -198,13 +198,14 @@ print(json.dumps({
 """
 
 
-def test_a_warm_second_process_gives_the_report_and_the_same_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fusion", ["auto", "inductor"])
+def test_a_warm_second_process_gives_the_report_and_the_same_numbers(tmp_path, monkeypatch, fusion):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")
     monkeypatch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
 
     def run():
-        done = subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", WARM, fusion], capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     cold, warm = run(), run()
