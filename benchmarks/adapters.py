@@ -1,7 +1,7 @@
 """Other packages' operators behind the signatures of ours: which layouts they take, and how their results map back.
 
-Orientation is the easiest thing to get wrong. Ours is `res[out, in]`, columns normalised first and rows last. Both
-packages normalise the last axis of what they are given first. Given the transposed logits they compute the transposed
+Orientation is the easiest thing to get wrong. Ours is `res[out, in]`, columns normalized first and rows last. Both
+packages normalize the last axis of what they are given first. Given the transposed logits they compute the transposed
 matrix, by the same iteration.
 """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_COLOURS = ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
+_COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ def lines(path: Path, panels: Sequence[tuple[Panel, Mapping[str, Points]]]) -> P
 
     Args:
         path: the PNG.
-        panels: each with its curves, (x, y) points by name; a name has one colour in all panels.
+        panels: each with its curves, (x, y) points by name; a name has one color in all panels.
     """
     figure, axes = _canvas(len(panels))
     names = list(dict.fromkeys(name for _, curves in panels for name in curves))
     for ax, (panel, curves) in zip(axes, panels, strict=True):
         for name, points in curves.items():
-            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            color = _COLORS[names.index(name) % len(_COLORS)]
             marker = "o" if len(points) < 12 else None
-            ax.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, color=colour, label=name)
+            ax.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, color=color, label=name)
         _dress(ax, panel)
     return _save(figure, path)
 
@@ -71,7 +71,7 @@ def bars(path: Path, panel: Panel, groups: Sequence[str], values: Mapping[str, S
         places = [(group + (index + 0.5) * width - 0.4, height) for group, height in enumerate(heights)]
         drawn = [(place, height) for place, height in places if height is not None]
         if drawn:
-            ax.bar(*zip(*drawn, strict=True), width=width, color=_COLOURS[index % len(_COLOURS)], label=name)
+            ax.bar(*zip(*drawn, strict=True), width=width, color=_COLORS[index % len(_COLORS)], label=name)
     ax.set_xticks(range(len(groups)), groups, fontsize=8)
     _dress(ax, panel)
     return _save(figure, path)

@@ -56,7 +56,7 @@ _VARIED = {
 
 
 def variations(config: Any) -> Iterator[Any]:
-    """Yield a configuration and its neighbours: tiles, warps and splits halved and doubled."""
+    """Yield a configuration and its neighbors: tiles, warps and splits halved and doubled."""
     fields = [field.name for field in dataclasses.fields(config) if field.name in _VARIED]
     for factors in itertools.product(*(_VARIED[field] for field in fields)):
         changes = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from mhc_compile.errors import MHCOptionError
+from ..errors import MHCOptionError
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,15 @@ from .errors import (
 if TYPE_CHECKING:
     from . import functional
     from .api import attach, detach, explain, param_groups, parameters, report
+    from .attachment.optimizers import check_optimizer
     from .config import MHCConfig
-    from .guard import check_optimizer
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "MHCConfig": "config",
     "attach": "api",
-    "check_optimizer": "guard",
+    "check_optimizer": "attachment.optimizers",
     "detach": "api",
     "explain": "api",
     "param_groups": "api",

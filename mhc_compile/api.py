@@ -13,22 +13,22 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
-from . import guard
+from .attachment import sentinels
+from .attachment.site_parameters import CHILD, attached_config, owners_in
 from .backend import errors_reach_the_user
-from .binding import attach_plan
-from .boundaries import cut_message, ends_are_ends, forget_breaks, given_up, settle_boundaries
-from .branch_work import BranchWork, count_branch_work
-from .capture import Frame, current_frame, pin_to_modules
-from .chain_sizes import chain_sizes
 from .config import STRUCTURAL, MHCConfig
+from .dynamo.frames import Frame, current_frame, pin_to_modules
+from .dynamo.skipped_frames import BACKEND_NAME, watch_fallbacks
 from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError, StreamCutError
-from .fallbacks import BACKEND_NAME, watch_fallbacks
-from .mappings import CHILD, attached_config, owners_in
-from .passes.dataflow import output_of
-from .planning import Plan, plan_graph
+from .passes.count_branch_work import BranchWork, count_branch_work
+from .passes.fx.dataflow import output_of
+from .planning.binding import attach_plan
+from .planning.chain_sizes import chain_sizes
+from .planning.graph_breaks import check_graph_breaks, cut_message, ends_are_ends, forget_breaks, given_up
+from .planning.nothing_found import nothing_found
+from .planning.sites import Plan, plan_graph
 from .prediction import Workload, predict
 from .reporting import Report, forget_report, graph_report, keep_report, new_report, report_of
-from .strictness import nothing_found
 
 
 def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
@@ -108,8 +108,8 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the mHC parameters by their names in `state_dict()`; empty for a plain model."""
     return {
         ".".join(part for part in (path, CHILD, name) if part): parameter
-        for path, _, mappings in owners_in(unwrap(model))
-        for name, parameter in mappings.named_parameters()
+        for path, _, parameters in owners_in(unwrap(model))
+        for name, parameter in parameters.named_parameters()
     }
 
 
@@ -149,7 +149,7 @@ def detach(model: nn.Module) -> None:
     owners = list(owners_in(root))
     if not owners:
         raise NotAttachedError("the model has no mHC parameters: there is nothing to detach.")
-    guard.disarm(root)
+    sentinels.disarm(root)
     for _, owner, _ in owners:
         delattr(owner, CHILD)
     forget_breaks(root)
@@ -219,7 +219,7 @@ def _look(
     def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
         frame = current_frame(graph_module)
         plain, plan = plan_graph(graph_module, frame, config)
-        plan = settle_boundaries(graph_module, plain, plan, frame, config)
+        plan = check_graph_breaks(graph_module, plain, plan, frame, config)
         look.plans.append((plan, frame))
         if count_work:
             look.work += count_branch_work(graph_module)

@@ -13,26 +13,26 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from . import logs
-from .binding import attach_on_first_call, bind
-from .boundaries import settle_boundaries
-from .capture import Frame, current_frame, pin_to_modules
-from .chain_sizes import fusion_for
+from .attachment.site_parameters import attached_config
 from .config import MHCConfig
+from .dynamo.frames import Frame, current_frame, pin_to_modules
+from .dynamo.inner import compile_inner
+from .dynamo.skipped_frames import watch_fallbacks
 from .errors import MHCError
-from .fallbacks import watch_fallbacks
-from .inner import compile_inner
 from .kernels.fusion_choice import FusionChoice
-from .mappings import attached_config
-from .passes.admit_to_caches import admit_to_caches
 from .passes.annotate_recompute import annotate_recompute
 from .passes.close_regions import close_regions
 from .passes.expand_streams import expand_streams
 from .passes.fuse_boundaries import fuse_boundaries
+from .passes.mark_cacheable import mark_cacheable
 from .passes.verify import verify
-from .planning import Plan, plan_graph
+from .planning.binding import attach_on_first_call, bind
+from .planning.chain_sizes import fusion_for
+from .planning.graph_breaks import check_graph_breaks
+from .planning.nothing_found import require_sites
+from .planning.sentinel_checks import refuse_plain_sites, remaining_checks
+from .planning.sites import Plan, plan_graph
 from .reporting import add_to_report, graph_report
-from .sentinels import refuse_plain_sites, remaining_checks
-from .strictness import require_sites
 
 Compiled = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def mhc(
     config = MHCConfig.from_options(options, attached)
 
     plain, plan = plan_graph(graph_module, frame, config)
-    plan = settle_boundaries(graph_module, plain, plan, frame, config)
+    plan = check_graph_breaks(graph_module, plain, plan, frame, config)
     refuse_plain_sites(graph_module, plan)
     require_sites(plan, frame, config)
     checks = remaining_checks(graph_module, plan)
@@ -102,7 +102,7 @@ def mhc(
             verify(plain, rewritten, config.n_streams)
         rewritten = close_regions(rewritten)
         rewritten = annotate_recompute(rewritten, config)
-        rewritten = admit_to_caches(rewritten)
+        rewritten = mark_cacheable(rewritten)
         compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
     except Exception:
         undo()

@@ -17,7 +17,7 @@ __all__ = ["head", "post", "post_pre", "pre", "sinkhorn"]
 def sinkhorn(logits: Tensor, *, iters: int = 20, eps: float = 0.0) -> Tensor:
     """Project [*, n, n] logits onto the doubly stochastic matrices (arXiv 2512.24880, Eq. 9).
 
-    Columns (sums over dim -2) are normalised first, rows (sums over dim -1) last: rows sum to 1.
+    Columns (sums over dim -2) are normalized first, rows (sums over dim -1) last: rows sum to 1.
     """
     return ops.sinkhorn(logits, iters, eps)
 

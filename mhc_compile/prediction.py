@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .branch_work import BranchWork
-from .chain_sizes import ChainSize
 from .errors import MHCOptionError
 from .kernels import cost
 from .kernels.fusion_choice import FusionChoice, choose_on
 from .kernels.gpus import find_gpu
+from .passes.count_branch_work import BranchWork
+from .planning.chain_sizes import ChainSize
 
 _GIB = 2**30
 

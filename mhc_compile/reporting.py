@@ -16,9 +16,9 @@ from torch import nn
 from .config import MHCConfig
 from .kernels.fusion_choice import FusionChoice
 from .kernels.manifolds import MANIFOLDS
-from .planning import Plan
+from .passes.residual import Chain, Reason, Rejection, Site
+from .planning.sites import Plan
 from .prediction import Prediction
-from .residual import Chain, Reason, Rejection, Site
 
 _MOST_ROWS = 40
 
@@ -222,9 +222,9 @@ _REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictiona
 
 def new_report(root: nn.Module, config: MHCConfig) -> Report:
     """Return an empty report on a model."""
-    from .mappings import Mapping
+    from .attachment.site_parameters import SiteParameters
 
-    ours = {id(p) for module in root.modules() if isinstance(module, Mapping) for p in module.parameters()}
+    ours = {id(p) for module in root.modules() if isinstance(module, SiteParameters) for p in module.parameters()}
     before = sum(p.numel() for p in root.parameters() if id(p) not in ours)
     return Report(model=type(root).__name__, config=config, parameters_before=before)
 

@@ -34,14 +34,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mhc_compile.config import MHCConfig
-
+from ..config import MHCConfig
 from ..kernels import inlined, ops
 from ..kernels.cost import recompute_interval
 from ..kernels.reference import accumulation_dtype
-from .dataflow import is_dropout, op_name
-from .graph_copy import copy_node, module_like
-from .roles import Role, role_of
+from .fx.added_nodes import Role, role_of
+from .fx.dataflow import is_dropout, op_name
+from .fx.graph_copy import copy_node, module_like
 
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 

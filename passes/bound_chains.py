@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from mhc_compile.residual import ResidualAdd
+from .residual import ResidualAdd
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """One mapping's parameters as they enter the graph.
+    """The parameters of one site, or of a learned readout, as they enter the graph.
 
     Attributes:
-        name: the mapping's dotted name.
+        name: their common name.
         examples: fake tensors of phi, scale and bias.
         sources: what AOTAutograd wants as the placeholders' `_dynamo_source`.
     """

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from .graph_copy import attribute_of, copy_node, module_like
-from .regions import Region, put_into, regions_of
+from .fx.graph_copy import attribute_of, copy_node, module_like
+from .fx.regions import Region, put_into, regions_of
 
 
 def close_regions(graph_module: GraphModule) -> GraphModule:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .dataflow import output_of
-from .provenance import location_of
+from .fx.dataflow import output_of
+from .fx.node_info import location_of
 
 _MOST_ROWS = 24
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

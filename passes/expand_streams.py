@@ -23,18 +23,17 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from torch.fx.node import map_arg
 
-from mhc_compile.config import MHCConfig
-from mhc_compile.residual import Carrier, ResidualAdd
-
+from ..config import MHCConfig
 from ..kernels import inlined, ops, reference
 from ..kernels.anchored import anchor, equal_streams, release
 from .bound_chains import BoundChain, BoundSite, parameter_order
-from .dataflow import is_dropout, sizes_of, tensor_of
-from .grad_modes import grad_modes, set_grad_mode
-from .graph_copy import copy_node, module_like
-from .lifting import is_linear, is_training_batch_norm, keeps_layout
-from .regions import Region, put_into, regions_of
-from .roles import Role, mark
+from .fx.added_nodes import Role, mark
+from .fx.carriers import is_linear, is_training_batch_norm, keeps_layout
+from .fx.dataflow import is_dropout, sizes_of, tensor_of
+from .fx.grad_modes import grad_modes, set_grad_mode
+from .fx.graph_copy import copy_node, module_like
+from .fx.regions import Region, put_into, regions_of
+from .residual import Carrier, ResidualAdd
 
 PHI, SCALE, BIAS = "phi", "scale", "bias"
 
@@ -71,7 +70,7 @@ class _Streams:
 def expand_streams(graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig) -> GraphModule:
     """Return a new graph in which the chains are streams; `graph_module` is left as it is.
 
-    The new graph takes phi, scale and bias of every mapping of `parameter_order` as further inputs.
+    The new graph takes phi, scale and bias of every entry of `parameter_order` as further inputs.
     """
     return _Expander(graph_module, chains, config).run()
 

@@ -1,7 +1,7 @@
 """Find the residual adds of a graph, by dataflow alone. Reads only.
 
 A residual add is an add whose one operand, the *skip*, is (up to carriers) an ancestor of the other, the *branch*,
-where every way from the skip to the branch mixes or at least normalises, and one mixes. No name of a module, class or
+where every way from the skip to the branch mixes or at least normalizes, and one mixes. No name of a module, class or
 file is looked at.
 
 Cost: for each add, one walk back from the branch to the skip, and bounded ones to name a cause. Walks overlap only
@@ -16,14 +16,13 @@ from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
-from mhc_compile.residual import Carrier, Findings, Reason, Rejection, ResidualAdd, ResidualChain
-
-from .carriers import carrier_between
-from .causes import Causes
-from .dataflow import (
-    Path,
+from .finding.lookalikes import veto, writes_streams
+from .finding.operand_kinds import operand_kinds
+from .finding.other_adds import Causes
+from .fx.carriers import carried_from, carrier_between
+from .fx.dataflow import (
+    Reach,
     bodies,
-    carried_from,
     data_inputs,
     dim_of_size,
     is_activation,
@@ -32,18 +31,17 @@ from .dataflow import (
     is_higher_order,
     is_in_place_add,
     is_linear_map,
+    is_norm,
     is_softmax,
     mixes,
-    normalises,
     operands,
     selected_from,
     shape_of,
     sliced_dims,
     tensor_of,
 )
-from .operand_kinds import operand_kinds
-from .provenance import branch_children, feature_dim_of, location_of, module_path_of
-from .vetoes import veto, writes_streams
+from .fx.node_info import branch_children, feature_dim_of, location_of, module_path_of
+from .residual import Carrier, Findings, Reason, Rejection, ResidualAdd, ResidualChain
 
 # Sums of two values that may each be a stream.
 _COUPLED = {Reason.INDEPENDENT, Reason.PARALLEL, Reason.REVERSIBLE}
@@ -117,20 +115,20 @@ class _Finder:
         reason = Reason.INDEPENDENT
         for skip, branch in ((left, right), (right, left)):
             trunk = list(self._trunk(skip))
-            ways = self._ways_to(branch, min(self.order[value] for value in trunk))
-            fork = next((value for value in trunk if ways.get(value)), None)
+            reach = self._reaching(branch, min(self.order[value] for value in trunk))
+            fork = next((value for value in trunk if reach.get(value)), None)
             if fork is None:
                 continue
-            if not ways[fork] & Path.MIXED:
+            if not reach[fork] & Reach.MIXED:
                 reason = self.causes.of_unmixed(node, left, right)
-            elif ways[fork] & Path.PLAIN:
+            elif reach[fork] & Reach.PLAIN:
                 reason = self._cause_of_plain_way(node, fork, branch)
-            elif (vetoed := self._veto(node, fork, branch, ways)) is not None:
+            elif (vetoed := self._veto(node, fork, branch, reach)) is not None:
                 reason = vetoed
             else:
                 carriers = set(trunk[: trunk.index(fork)])
-                readers = frozenset(user for user in fork.users if user in ways and user not in carriers)
-                if any(normalises(value) for value in ways if self.order[value] > self.order[fork]):
+                readers = frozenset(user for user in fork.users if user in reach and user not in carriers)
+                if any(is_norm(value) for value in reach if self.order[value] > self.order[fork]):
                     self.normed.add(node)
                 self._record(node, skip, branch, fork, readers)
                 return None
@@ -145,10 +143,10 @@ class _Finder:
         self._reject(node, reason)
         return None
 
-    def _veto(self, node: Node, fork: Node, branch: Node, ways: dict[Node, int]) -> Reason | None:
+    def _veto(self, node: Node, fork: Node, branch: Node, reach: dict[Node, Reach]) -> Reason | None:
         # Where the other operand is no stream, an embedding that a layer reads may be one.
         tables = self.tables if self._previous(branch)[0] in self.found else set()
-        return veto(node, fork, branch, ways, self.causes, self.independent, tables)
+        return veto(node, fork, branch, reach, self.causes, self.independent, tables)
 
     def _cause_of_plain_way(self, node: Node, fork: Node, branch: Node) -> Reason:
         """Return why a value that reaches the other operand unmixed, too, is no skip."""
@@ -220,32 +218,32 @@ class _Finder:
             if value in self.found:
                 value = self.found[value].skip if in_tree and len(value.users) == 1 else None
             else:
-                in_tree &= not (normalises(value) or is_activation(value))
+                in_tree &= not (is_norm(value) or is_activation(value))
                 value = self._carried_from(value)
 
-    def _ways_to(self, branch: Node, floor: int) -> dict[Node, int]:
-        """For each node from position `floor` on, tell how it reaches `branch`: an or of `Path` bits.
+    def _reaching(self, branch: Node, floor: int) -> dict[Node, Reach]:
+        """For each node from position `floor` on, tell how it reaches `branch`: an or of `Reach` bits.
 
         Walks backwards, latest node first, so that a node's bits are complete when it is its turn.
         """
-        ways = {branch: int(Path.PLAIN)}
+        reach = {branch: Reach.PLAIN}
         queue = [(-self.order[branch], branch.name, branch)]
         while queue:
             _, _, node = heapq.heappop(queue)
-            bits = ways[node]
+            bits = reach[node]
             if node in self.mixing:
-                bits = int(Path.MIXED)
-            elif bits & Path.PLAIN and normalises(node):
-                bits = (bits & ~Path.PLAIN) | Path.NORMED
+                bits = Reach.MIXED
+            elif bits & Reach.PLAIN and is_norm(node):
+                bits = (bits & ~Reach.PLAIN) | Reach.NORMED
             if tensor_of(node) is not None and not is_float(node):
-                bits &= ~Path.PLAIN
+                bits &= ~Reach.PLAIN
             for source in data_inputs(node):
                 if self.order[source] < floor:
                     continue
-                if source not in ways:
+                if source not in reach:
                     heapq.heappush(queue, (-self.order[source], source.name, source))
-                ways[source] = ways.get(source, 0) | bits
-        return ways
+                reach[source] = reach.get(source, Reach(0)) | bits
+        return reach
 
     def _is_projection_beside(self, skip: Node, branch: Node) -> bool:
         """Tell whether `skip` is a linear projection of a value that `branch` computes something deeper from.
@@ -267,10 +265,10 @@ class _Finder:
             source = step
         if not projected:
             return False
-        ways = self._ways_to(branch, min(self.order[value] for value in line))
-        shared = next((value for value in line if ways.get(value, 0) & Path.MIXED), None)
+        reach = self._reaching(branch, min(self.order[value] for value in line))
+        shared = next((value for value in line if reach.get(value, Reach(0)) & Reach.MIXED), None)
         return shared is not None and any(
-            is_activation(node) for node in ways if self.order[node] > self.order[shared] and node is not shared
+            is_activation(node) for node in reach if self.order[node] > self.order[shared] and node is not shared
         )
 
     def _keep_useful_shortcuts(self, shortcuts: list[tuple[Node, Node, Node]]) -> None:
@@ -361,7 +359,7 @@ class _Finder:
                 carriers = []
             site = replace(
                 self.found[add],
-                norm=self._norm_of(add, any(normalises(carrier) for carrier in carriers)),
+                norm=self._norm_of(add, any(is_norm(carrier) for carrier in carriers)),
                 carriers=tuple(self._carrier(carrier) for carrier in reversed(carriers)),
             )
             members.setdefault(root, []).append(site)
@@ -376,7 +374,7 @@ class _Finder:
         return carrier_between(source, node, self.order)
 
     def _norm_of(self, add: Node, normed: bool) -> str:
-        """Tell where the block normalises: on the stream since the last site, or on the way into the branch."""
+        """Tell where the block normalizes: on the stream since the last site, or on the way into the branch."""
         if normed:
             return "post"
         return "pre" if add in self.normed and self.found[add].fork is not None else "none"

@@ -14,8 +14,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..kernels import ops
-from .graph_copy import copy_node, module_like
-from .regions import regions_of
+from .fx.graph_copy import copy_node, module_like
+from .fx.regions import regions_of
 
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
@@ -57,8 +57,8 @@ def _partners(graph_module: GraphModule) -> dict[Node, Node]:
     for node in graph_module.graph.nodes:
         if node.target is not _PRE:
             continue
-        streams, *mapping = node.args[:4]
-        inputs_only = all(isinstance(value, Node) and value.op == "placeholder" for value in mapping)
+        streams, *parameters = node.args[:4]
+        inputs_only = all(isinstance(value, Node) and value.op == "placeholder" for value in parameters)
         # Across the border of a checkpointed body, one half would be recomputed without the other.
         if (
             isinstance(streams, Node)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .dataflow import is_float, is_in_place_add, op_name, tensor_of
-from .graph_copy import copy_node, module_like
+from .fx.dataflow import is_float, is_in_place_add, op_name, tensor_of
+from .fx.graph_copy import copy_node, module_like
 
 _OUT_OF_PLACE_ADDS = {torch.add, "add"}
 _ADDCMULS = {torch.addcmul, "addcmul"}

@@ -13,9 +13,9 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .dataflow import output_of
-from .graph_copy import attribute_of, copy_node, module_like
-from .regions import Region, RegionCall, put_into, region_call
+from .fx.dataflow import output_of
+from .fx.graph_copy import attribute_of, copy_node, module_like
+from .fx.regions import Region, RegionCall, put_into, region_call
 
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 

@@ -7,10 +7,9 @@ from typing import NoReturn
 import torch
 from torch.fx import GraphModule, Node
 
-from mhc_compile.errors import GraphInvariantError
-
+from ..errors import GraphInvariantError
 from ..kernels import inlined
-from .dataflow import output_of, sizes_of, tensor_of
+from .fx.dataflow import output_of, sizes_of, tensor_of
 
 _POST_PRE = torch.ops.mhc.post_pre.default
 _POSTS = {torch.ops.mhc.post.default, inlined.post}

@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
+from mhc_compile.passes.residual import Reason
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import mhc_compile
 from mhc_compile import MHCConfig, MHCWarning, StreamCutError
-from mhc_compile.residual import Reason
 
 from .counting import Counting
 from .models import CASES, QUICK, WIDTH, Block, Stack, assert_same_function, features, llama, token_ids

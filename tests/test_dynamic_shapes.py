@@ -8,7 +8,7 @@ from mhc_compile.kernels.fusion_choice import FusionChoice, FusionReason
 from torch._dynamo import mark_dynamic
 
 import mhc_compile
-from mhc_compile import chain_sizes
+from mhc_compile.planning import chain_sizes
 
 from .models import QUICK, Stack, assert_same_function, llama, token_ids
 

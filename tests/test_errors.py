@@ -6,7 +6,7 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import ConfigMismatchError, MHCConfig, MHCOptionError, NoResidualError, StreamCutError
-from mhc_compile.inner import compile_inner
+from mhc_compile.dynamo.inner import compile_inner
 
 from .models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, features
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mhc_compile.kernels import cost
 from mhc_compile.kernels.gpus import GPUS
+from mhc_compile.passes.count_branch_work import BranchWork, count_branch_work
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
@@ -14,8 +15,7 @@ from typer.testing import CliRunner
 import mhc_compile
 from mhc_compile import MHCConfig, MHCError, MHCOptionError
 from mhc_compile.__main__ import app
-from mhc_compile.branch_work import BranchWork, count_branch_work
-from mhc_compile.chain_sizes import ChainSize
+from mhc_compile.planning.chain_sizes import ChainSize
 from mhc_compile.prediction import Workload, predict
 
 from .models import Stack, llama, token_ids

@@ -160,13 +160,13 @@ def test_models_return_what_they_like(kind):
     assert type(torch.compile(model, backend="mhc", options=QUICK)(features())) is expected
 
 
-@torch.library.custom_op("mhc_tests::quantised_linear", mutates_args=())
-def quantised_linear(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("mhc_tests::quantized_linear", mutates_args=())
+def quantized_linear(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply by an int8 weight; opaque to the finder."""
     return values @ (weight.to(values.dtype) * scale[:, None]).T
 
 
-@quantised_linear.register_fake
+@quantized_linear.register_fake
 def _(values, weight, scale):
     return values.new_empty(*values.shape[:-1], weight.shape[0])
 
@@ -175,15 +175,15 @@ def _save_weight(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
 
 
-def _through_quantised(ctx, grad):
+def _through_quantized(ctx, grad):
     weight, scale = ctx.saved_tensors
     return grad @ (weight.to(grad.dtype) * scale[:, None]), None, None
 
 
-quantised_linear.register_autograd(_through_quantised, setup_context=_save_weight)
+quantized_linear.register_autograd(_through_quantized, setup_context=_save_weight)
 
 
-class QuantisedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear map with int8 weights behind an operator that nothing can look into."""
 
     def __init__(self, linear):
@@ -193,13 +193,13 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("weight", (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
 
     def forward(self, values):
-        return torch.ops.mhc_tests.quantised_linear(values, self.weight, self.scale)
+        return torch.ops.mhc_tests.quantized_linear(values, self.weight, self.scale)
 
 
-def test_quantised_linears_behind_an_opaque_operator():
+def test_quantized_linears_behind_an_opaque_operator():
     model = Stack()
     for block in model.blocks:
-        block.mixer, block.mlp = QuantisedLinear(block.mixer), QuantisedLinear(block.mlp)
+        block.mixer, block.mlp = QuantizedLinear(block.mixer), QuantizedLinear(block.mlp)
     report = assert_preserved(model, features(), chains=[4])
     assert [site.name for site in report.sites][:2] == ["blocks.0.mhc.mixer", "blocks.0.mhc.mlp"]
 

@@ -10,10 +10,10 @@ import sys
 import expecttest
 import pytest
 import torch
+from mhc_compile.passes.residual import Reason
 
 import mhc_compile
 from mhc_compile import MHCConfig
-from mhc_compile.residual import Reason
 
 from .models import QUICK, Stack, features, llama, token_ids
 

@@ -135,13 +135,13 @@ class DemoResult:
 
         figure = Figure(figsize=(11.0, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for run, colour in ((self.plain, "tab:gray"), (self.mhc, "tab:blue")):
+        for run, color in ((self.plain, "tab:gray"), (self.mhc, "tab:blue")):
             steps = range(1, len(run.losses) + 1)
-            left.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=0.8)
-            left.plot(steps, smoothed(run.losses), color=colour, label=f"{run.name}, training")
+            left.plot(steps, run.losses, color=color, alpha=0.25, linewidth=0.8)
+            left.plot(steps, smoothed(run.losses), color=color, label=f"{run.name}, training")
             left.axhline(
                 run.held_out_loss,
-                color=colour,
+                color=color,
                 linestyle=":",
                 label=f"{run.name}, held out: {run.held_out_loss:.3f}",
             )
@@ -149,11 +149,11 @@ class DemoResult:
         left.legend(frameon=False)
 
         depth = range(1, len(self.gain.sites) + 1)
-        for values, marker, colour, label in (
+        for values, marker, color, label in (
             (self.gain.forward, "o", "tab:blue", "forward (largest row sum)"),
             (self.gain.backward, "s", "tab:orange", "backward (largest column sum)"),
         ):
-            right.plot(depth, values, marker=marker, markersize=4, color=colour, label=label)
+            right.plot(depth, values, marker=marker, markersize=4, color=color, label=label)
         right.axhline(1.0, color="tab:gray", linewidth=0.8, label="plain residual stream")
         right.set(xlabel="sites in the product", ylabel="composite gain", title="Composite gain after training")
         # Gains of mHC lie within thousandths of 1: without a floor the axis would show rounding as drama.

@@ -13,7 +13,7 @@ from ..errors import MHCError
 
 VOCABULARY = 128
 # Every tenth file is held out: whole files, so that no line of the held-out text was trained on by its
-# neighbours.
+# neighbors.
 _HELD_OUT_EVERY = 10
 _REPLACEMENT = ord("?")
 

@@ -1,4 +1,4 @@
-"""The search around a launch heuristic finds the fastest neighbour, and leaves the heuristic as it was."""
+"""The search around a launch heuristic finds the fastest neighbor, and leaves the heuristic as it was."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mhc_compile.kernels.post import PostConfig
 from benchmarks import tune
 
 
-def test_search_returns_the_fastest_neighbour():
+def test_search_returns_the_fastest_neighbor():
     used = []
 
     def heuristic(width):

@@ -93,7 +93,7 @@ def test_inference_and_backends_without_a_partitioner_show_nothing(shown):
 
 
 def test_a_log_that_is_off_changes_nothing(monkeypatch):
-    from mhc_compile import inner
+    from mhc_compile.dynamo import inner
 
     monkeypatch.setattr(inner, "describe_memory", lambda *_: pytest.fail("described"))
     _compiled(recompute=3)

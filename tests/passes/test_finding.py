@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from mhc_compile.passes.residual import Reason
 from torch.nn import functional as F
 
 import mhc_compile
 from mhc_compile import MHCConfig
-from mhc_compile.residual import Reason
 
 from ..models import QUICK, assert_same_function
 from .made import Made

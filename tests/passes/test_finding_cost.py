@@ -4,7 +4,8 @@ import collections
 
 import pytest
 import torch
-from mhc_compile.passes import causes, find_residuals, vetoes
+from mhc_compile.passes import find_residuals
+from mhc_compile.passes.finding import lookalikes, other_adds
 from mhc_compile.passes.normalize import normalize
 from torch import nn
 
@@ -61,7 +62,7 @@ def _steps_per_node(monkeypatch, model: nn.Module) -> float:
         return plain(node)
 
     with monkeypatch.context() as patch:
-        for module in (find_residuals, causes, vetoes):
+        for module in (find_residuals, other_adds, lookalikes):
             if hasattr(module, "data_inputs"):
                 patch.setattr(module, "data_inputs", counted)
         found = find_residuals.find_residuals(normalized)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from mhc_compile.passes.residual import Reason
 from torch import nn
 from torch.nn import functional as F
 
 import mhc_compile
 from mhc_compile import MHCConfig
-from mhc_compile.residual import Reason
 
 from .made import Made
 

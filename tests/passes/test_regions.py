@@ -5,9 +5,10 @@ import operator
 import pytest
 import torch
 from mhc_compile.passes.close_regions import close_regions
-from mhc_compile.passes.grad_modes import grad_modes
+from mhc_compile.passes.fx.grad_modes import grad_modes
+from mhc_compile.passes.fx.regions import regions_of
 from mhc_compile.passes.open_regions import open_regions
-from mhc_compile.passes.regions import regions_of
+from mhc_compile.passes.residual import Reason
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._higher_order_ops.wrap import wrap_with_autocast
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile import MHCConfig
-from mhc_compile.residual import Reason
 
 from ..counting import unused_name
 from ..models import QUICK, Block, Stack, assert_same_function, features

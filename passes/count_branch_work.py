@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import MHCError
-from .passes.dataflow import size_hint
+from ..errors import MHCError
+from .fx.dataflow import size_hint
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from .errors import OwnerError
+from ..errors import OwnerError
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_(?P<line>\d+)")
 _ROOT_END = re.compile(r"\._(modules|parameters|buffers)\[")

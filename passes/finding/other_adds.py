@@ -1,6 +1,6 @@
 """Why an add that is no residual add is there: one reason for each cause, told by dataflow.
 
-Each rule looks at a bounded neighbourhood of the add, so that naming the causes of all adds is linear in the nodes.
+Each rule looks at a bounded neighborhood of the add, so that naming the causes of all adds is linear in the nodes.
 """
 
 from __future__ import annotations
@@ -10,25 +10,24 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from mhc_compile.residual import Reason
-
-from .dataflow import (
+from ..fx.carriers import carried_from
+from ..fx.dataflow import (
     CAST_NAMES,
     PRODUCT_NAMES,
     VIEW_NAMES,
     behind_views,
-    carried_from,
     data_inputs,
     is_activation,
     is_dropout,
     is_float,
     is_linear_map,
+    is_norm,
     is_parameter_expression,
-    normalises,
     op_name,
     operands,
     shape_of,
 )
+from ..residual import Reason
 from .operand_kinds import Kind
 
 # Steps that one walk takes at most: an expert's whole inside lies within the longest.
@@ -273,7 +272,7 @@ class Causes:
 def _origin(value: Node) -> Node:
     """Return what a value is up to carriers."""
     node = value
-    while (source := carried_from(node)) is not None and not normalises(node):
+    while (source := carried_from(node)) is not None and not is_norm(node):
         node = source
     return node
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import MHCConfig
-from .kernels.fusion_choice import FusionChoice, FusionReason, choose_fusion
-from .passes.dataflow import size_hint, tensor_of
-from .planning import Plan, PlannedChain
+from ..config import MHCConfig
+from ..kernels.fusion_choice import FusionChoice, FusionReason, choose_fusion
+from ..passes.fx.dataflow import size_hint, tensor_of
+from .sites import Plan, PlannedChain
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from ..attachment.site_parameters import has_parameters, joined
+from ..config import MHCConfig
+from ..dynamo.frames import Frame
+from ..errors import OwnerError
+from ..passes.find_residuals import find_residuals
+from ..passes.fx.dataflow import sizes_of, tensor_of
+from ..passes.fx.regions import regions_of
+from ..passes.normalize import is_sentinel, normalize
+from ..passes.open_regions import open_regions
+from ..passes.residual import Chain, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
 from .call_counts import Calls, calls_before, remember_calls
-from .capture import Frame
-from .config import MHCConfig
-from .errors import OwnerError
-from .mappings import has_mapping, joined
-from .passes.dataflow import sizes_of, tensor_of
-from .passes.find_residuals import find_residuals
-from .passes.normalize import is_sentinel, normalize
-from .passes.open_regions import open_regions
-from .passes.regions import regions_of
-from .residual import Chain, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -135,7 +135,7 @@ def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
         dropped = [site for site in sites if not site.selected]
         rejections += [_rejection(site, Reason.NOT_SELECTED) for site in dropped]
         # A chain that has its parameters is no shorter for being cut in pieces.
-        known = any(has_mapping(site.owner, site.label) for site in selected)
+        known = any(has_parameters(site.owner, site.label) for site in selected)
         if not selected or (len(selected) < config.min_sites and not known):
             reason = Reason.SHORT_CHAIN
             rejections += [_rejection(site, reason, f"{len(selected)}") for site in selected]

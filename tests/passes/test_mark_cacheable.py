@@ -6,8 +6,8 @@ import inspect
 import pytest
 from mhc_compile.kernels import inlined
 from mhc_compile.kernels.manifolds import MANIFOLDS
-from mhc_compile.passes import admit_to_caches as passes
-from mhc_compile.passes.admit_to_caches import admit_to_caches
+from mhc_compile.passes import mark_cacheable as passes
+from mhc_compile.passes.mark_cacheable import mark_cacheable
 from torch import fx
 
 
@@ -34,7 +34,7 @@ def _attributes(graph_module):
 
 @pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity"])
 def test_inlined_operators_are_marked_and_the_graph_is_keyed_by_their_source(manifold):
-    admitted = admit_to_caches(_calls(manifold))
+    admitted = mark_cacheable(_calls(manifold))
 
     assert _marked(admitted) == [True, True]
     assert _attributes(admitted) == {"_mhc_inlined_source"}
@@ -44,7 +44,7 @@ def test_a_manifold_from_outside_keeps_its_graph_out_of_the_caches(monkeypatch):
     outside = dataclasses.replace(MANIFOLDS["none"], name="outside", project=_keep_somewhere_else)
     monkeypatch.setitem(MANIFOLDS, "outside", outside)
 
-    admitted = admit_to_caches(_calls("outside"))
+    admitted = mark_cacheable(_calls("outside"))
 
     assert _marked(admitted) == [False, False]
     assert not _attributes(admitted)
@@ -59,7 +59,7 @@ def test_the_key_follows_the_source_of_every_file_an_inlined_operator_runs(monke
 
     def key():
         passes._source.cache_clear()
-        return admit_to_caches(_calls("sinkhorn"))._mhc_inlined_source
+        return mark_cacheable(_calls("sinkhorn"))._mhc_inlined_source
 
     before = key()
     monkeypatch.setattr(passes.inspect, "getsource", edited)

@@ -11,10 +11,10 @@ from unittest import mock
 
 from torch.fx import GraphModule
 
-from . import logs
-from .config import MHCConfig
-from .errors import MHCOptionError
-from .passes.describe_memory import describe_memory
+from .. import logs
+from ..config import MHCConfig
+from ..errors import MHCOptionError
+from ..passes.describe_memory import describe_memory
 
 
 def compile_inner(

@@ -1,4 +1,4 @@
-"""The learnable mappings of a site (phi, scale, bias): where they live, how they start, what they are called.
+"""The parameters of a site (phi, scale, bias): where they live, how they start, what they are called.
 
 They live on the module whose forward holds the add, in a child called `mhc`, one grandchild per site:
 `model.layers.0.mhc.self_attn.phi`. So `parameters()`, `state_dict()`, `.to()`, per-block FSDP and copies see them.
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import MHCConfig
-from .errors import OwnerError
-from .kernels.manifolds import MANIFOLDS
+from ..config import MHCConfig
+from ..errors import OwnerError
+from ..kernels.manifolds import MANIFOLDS
 
 CHILD = "mhc"
 READOUT_SUFFIX = "_readout"
@@ -26,7 +26,7 @@ READOUT_SUFFIX = "_readout"
 _INITIAL_SCALE = 0.01
 
 
-class Mapping(nn.Module):
+class SiteParameters(nn.Module):
     """The parameters of one site, or of one chain's learned readout.
 
     Attributes:
@@ -42,7 +42,7 @@ class Mapping(nn.Module):
         self.scale = nn.Parameter(scale)
         self.bias = nn.Parameter(bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mapping:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteParameters:
         """Follow the model to another device, but never below float32.
 
         Coefficients in bf16 cost 170 to 318 times in the error of the row sums.
@@ -62,8 +62,8 @@ class Mapping(nn.Module):
         return f"phi={tuple(self.phi.shape)}"
 
 
-class Mappings(nn.Module):
-    """The child `mhc` of an owner: its sites' mappings by label, and the config that made them."""
+class OwnedParameters(nn.Module):
+    """The child `mhc` of an owner: its sites' parameters by label, and the config that made them."""
 
     def __init__(self, config: MHCConfig) -> None:
         """Start empty."""
@@ -77,7 +77,7 @@ class Mappings(nn.Module):
 
 @dataclass(frozen=True)
 class SiteShape:
-    """What decides the shape and the start of a mapping."""
+    """What decides the shape and the start of a site's parameters."""
 
     width: int
     index: int
@@ -85,8 +85,8 @@ class SiteShape:
     dtype: torch.dtype = torch.float32
 
 
-def site_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
-    """Create a site's mapping.
+def make_site_parameters(name: str, shape: SiteShape, config: MHCConfig) -> SiteParameters:
+    """Create a site's parameters.
 
     `init="preserve"`: with phi = 0, pre sums to exactly 1 and leans on stream `index mod n`, post is 1 and every row
     of res sums to 1, so equal streams stay equal to the plain hidden state, whatever the branch. The lean is what
@@ -106,7 +106,7 @@ def site_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
     parts = [pre_bias, post_bias]
     if manifold.mixes:
         parts.append(manifold.rest_bias(n).double().flatten())
-    return _mapping(name, torch.cat(parts), manifold.scales, shape, config)
+    return _made(name, torch.cat(parts), manifold.scales, shape, config)
 
 
 def _leaning_weights(n: int, own: int) -> list[float]:
@@ -129,19 +129,19 @@ def _exact_logit(weight: float) -> float:
     start = torch.tensor(math.log(weight / (1.0 - weight)), dtype=torch.float32, device="cpu")
     steps = torch.tensor([0, -1, 1, -2, 2, -3, 3, -4, 4], dtype=torch.int32, device="cpu")
     near = (start.view(torch.int32) + steps).view(torch.float32)
-    # An odd number of copies, so that both paths of a vectorised sigmoid are asked.
+    # An odd number of copies, so that both paths of a vectorized sigmoid are asked.
     hit = (torch.sigmoid(near[:, None].repeat(1, 67)).double() == weight).all(dim=-1)
     return float(near[int(hit.int().argmax())])
 
 
-def readout_mapping(name: str, shape: SiteShape, config: MHCConfig) -> Mapping:
+def make_readout_parameters(name: str, shape: SiteShape, config: MHCConfig) -> SiteParameters:
     """Create a learned readout; its sigmoid weights start at 1/n each."""
     n = config.n_streams
     start = math.log(1.0 / (n - 1)) if n > 1 else 20.0
-    return _mapping(name, torch.full((n,), start, dtype=torch.float64), 1, shape, config)
+    return _made(name, torch.full((n,), start, dtype=torch.float64), 1, shape, config)
 
 
-def _mapping(name: str, bias: Tensor, scales: int, shape: SiteShape, config: MHCConfig) -> Mapping:
+def _made(name: str, bias: Tensor, scales: int, shape: SiteShape, config: MHCConfig) -> SiteParameters:
     columns = config.n_streams * shape.width
     phi = torch.zeros(bias.numel(), columns)
     if config.init == "paper" and shape.device.type != "meta":
@@ -150,44 +150,46 @@ def _mapping(name: str, bias: Tensor, scales: int, shape: SiteShape, config: MHC
         generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
         phi = torch.randn(phi.shape, generator=generator) / math.sqrt(columns)
     options: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
-    return Mapping(phi.to(**options), torch.full((scales,), _INITIAL_SCALE, **options), bias.to(**options))
+    return SiteParameters(phi.to(**options), torch.full((scales,), _INITIAL_SCALE, **options), bias.to(**options))
 
 
-def mappings_of(owner: nn.Module) -> Mappings | None:
+def parameters_of(owner: nn.Module) -> OwnedParameters | None:
     """Return an owner's `mhc` child, if it has one of ours."""
     child = owner._modules.get(CHILD)
-    return child if isinstance(child, Mappings) else None
+    return child if isinstance(child, OwnedParameters) else None
 
 
-def has_mapping(owner: nn.Module, label: str) -> bool:
+def has_parameters(owner: nn.Module, label: str) -> bool:
     """Tell whether an owner has parameters of this label."""
-    found = mappings_of(owner)
+    found = parameters_of(owner)
     return found is not None and label in found._modules
 
 
-def add_mapping(owner: nn.Module, owner_path: str, label: str, mapping: Mapping, config: MHCConfig) -> None:
-    """Put a mapping on its owner.
+def add_parameters(
+    owner: nn.Module, owner_path: str, label: str, parameters: SiteParameters, config: MHCConfig
+) -> None:
+    """Put a site's parameters on its owner.
 
     Raises:
         OwnerError: the owner already has something else called `mhc`.
     """
-    child = mappings_of(owner)
+    child = parameters_of(owner)
     if child is None:
         if hasattr(owner, CHILD):
             raise OwnerError(
                 f"{owner_path or 'the model'} ({type(owner).__name__}) already has an attribute {CHILD!r}, where the "
                 "mHC parameters would go. Rename that attribute, or leave the block out with the option sites=."
             )
-        child = Mappings(config)
+        child = OwnedParameters(config)
         owner.add_module(CHILD, child)
         child.train(owner.training)
-    child.add_module(label, mapping)
+    child.add_module(label, parameters)
 
 
-def owners_in(root: nn.Module) -> Iterator[tuple[str, nn.Module, Mappings]]:
-    """Yield (path, owner, mappings) for every module below `root` that owns mHC parameters."""
+def owners_in(root: nn.Module) -> Iterator[tuple[str, nn.Module, OwnedParameters]]:
+    """Yield (path, owner, parameters) for every module below `root` that owns mHC parameters."""
     for path, module in root.named_modules():
-        child = mappings_of(module)
+        child = parameters_of(module)
         if child is not None:
             yield path, module, child
 

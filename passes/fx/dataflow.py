@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from enum import IntEnum
+from enum import IntFlag
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 IN_PLACE_ADDS = {operator.iadd, "add_"}
 PRODUCT_NAMES = {"mul", "imul", "mul_", "multiply", "div", "truediv", "itruediv", "div_", "true_divide"}
-_SUM_NAMES = {"add", "iadd", "add_", "sub", "isub", "sub_", "rsub", "subtract"}
+SUM_NAMES = {"add", "iadd", "add_", "sub", "isub", "sub_", "rsub", "subtract"}
 
 # Mixes over features with learned weights, or over tokens.
 _MIXING_NAMES = {
@@ -30,7 +30,7 @@ _MIXING_MARKS = ("conv", "pool", "fft_", "attention", "grouped_mm")
 # What a size is taken for that no trace shows (it depends on data).
 _UNKNOWN_SIZE = 1024
 
-_NORM_NAMES = {
+NORM_NAMES = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "local_response_norm",
     "native_layer_norm",
 }  # fmt: skip
@@ -39,8 +39,8 @@ VIEW_NAMES = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "moveaxis", "squeeze", "unsqueeze",
     "swapaxes", "t", "view_as", "reshape_as", "contiguous", "clone", "alias", "detach", "swapdims", "rearrange",
 }  # fmt: skip
-_DROPOUT_NAMES = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
-_ACTIVATION_NAMES = {
+DROPOUT_NAMES = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+ACTIVATION_NAMES = {
     "relu", "relu_", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardtanh",
     "hardsigmoid", "tanh", "sigmoid", "softplus", "log_sigmoid", "prelu", "clamp", "clip", "clamp_", "nan_to_num",
     "clamp_min", "clamp_max", "relu6_", "square",
@@ -56,8 +56,8 @@ _LIKE_SECOND = {"expand_as", "view_as", "reshape_as", "type_as"}
 _REDUCTION_NAMES = {"mean", "var", "std", "norm", "linalg_vector_norm", "vector_norm", "var_mean", "sum"}
 
 
-class Path(IntEnum):
-    """How a value reached a node, as bits: unmixed, unmixed but normalised, mixed."""
+class Reach(IntFlag):
+    """How a value reached a node, as bits: unmixed, unmixed but normalized, mixed."""
 
     PLAIN = 1
     NORMED = 2
@@ -198,27 +198,27 @@ def _is_mixing_name(node: Node) -> bool:
     return name in _MIXING_NAMES or any(mark in name for mark in _MIXING_MARKS)
 
 
-def normalises(node: Node) -> bool:
+def is_norm(node: Node) -> bool:
     """Tell whether a node is a norm: a functional one, or the last product of one that is written out.
 
     Written out, a norm is a value times (or minus) a per-token number computed from that same value, such as
     x * rsqrt(mean(x²) + eps); the products with its weight that follow are a part of it.
     """
-    if op_name(node) in _NORM_NAMES:
+    if op_name(node) in NORM_NAMES:
         return True
     return norm_input(node) is not None
 
 
 def norm_input(node: Node) -> Node | None:
-    """Return the value that a written-out norm normalises, if the node ends one."""
+    """Return the value that a written-out norm normalizes, if the node ends one."""
     name = op_name(node)
-    if name not in PRODUCT_NAMES and name not in _SUM_NAMES:
+    if name not in PRODUCT_NAMES and name not in SUM_NAMES:
         return None
     left, right = operands(node)
     if not isinstance(left, Node) or not isinstance(right, Node):
         return None
     for value, factor in ((left, right), (right, left)):
-        if name in _SUM_NAMES and factor is left:
+        if name in SUM_NAMES and factor is left:
             continue
         if _is_statistic_of(factor, value):
             return value
@@ -256,7 +256,7 @@ def _behind_norms(value: Node) -> Iterator[Node]:
         yield node
         if op_name(node) in CAST_NAMES | {"contiguous", "clone"} and node.args:
             node = node.args[0]
-        elif op_name(node) in _SUM_NAMES:
+        elif op_name(node) in SUM_NAMES:
             node = norm_input(node)
         else:
             return
@@ -301,7 +301,7 @@ def is_linear_map(node: Node) -> bool:
 
 def is_activation(node: Node) -> bool:
     """Tell whether a node is a pointwise nonlinearity or a softmax."""
-    return op_name(node) in _ACTIVATION_NAMES | {"softmax"}
+    return op_name(node) in ACTIVATION_NAMES | {"softmax"}
 
 
 def is_softmax(node: Node, graph_module: GraphModule) -> bool:
@@ -313,80 +313,4 @@ def is_softmax(node: Node, graph_module: GraphModule) -> bool:
 
 def is_dropout(node: Node) -> bool:
     """Tell whether a node is a dropout."""
-    return op_name(node) in _DROPOUT_NAMES
-
-
-def carried_from(node: Node) -> Node | None:
-    """Return the stream value that a carrier was computed from; None if the node is no carrier.
-
-    Carriers may stand on the stream between two residual adds: casts, views, dropout, a constant factor, a norm, an
-    activation. Each stream passes them alone.
-    """
-    if node.op not in ("call_function", "call_method") or not is_float(node):
-        return None
-    name = op_name(node)
-    source: Any = None
-    if name in CAST_NAMES | VIEW_NAMES | _DROPOUT_NAMES | _ACTIVATION_NAMES | _NORM_NAMES:
-        source = node.args[0] if node.args else node.kwargs.get("input")
-    elif name in PRODUCT_NAMES:
-        source = _carried_through_product(node)
-    elif name in _SUM_NAMES:
-        source = _carried_through_sum(node)
-    if isinstance(source, Node) and is_float(source) and source.op != "get_attr":
-        return source
-    return None
-
-
-def _carried_through_product(node: Node) -> Node | None:
-    left, right = operands(node)
-    normalised = norm_input(node)
-    if normalised is not None:
-        return normalised
-    for value, factor in ((left, right), (right, left)):
-        if not isinstance(value, Node):
-            continue
-        if factor is right or op_name(node) in ("mul", "imul", "mul_", "multiply"):
-            if _is_number(factor) or (is_parameter_expression(factor) and _has_one_element(factor)):
-                return value
-            if is_parameter_expression(factor) and _is_normalised(value):
-                return value
-    return None
-
-
-def _carried_through_sum(node: Node) -> Node | None:
-    left, right = operands(node)
-    normalised = norm_input(node)
-    if normalised is not None:
-        return normalised
-    for value, term in ((left, right), (right, left)):
-        both = isinstance(value, Node) and isinstance(term, Node)
-        if both and is_parameter_expression(term) and _is_normalised(value):
-            return value
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, int | float):
-        return True
-    tensor = tensor_of(value)
-    return tensor is not None and isinstance(value, Node) and value.op == "get_attr" and _has_one_element(value)
-
-
-def _has_one_element(value: Any) -> bool:
-    tensor = tensor_of(value)
-    return tensor is not None and all(size == 1 for size in sizes_of(tensor))
-
-
-def _is_normalised(node: Node) -> bool:
-    """Tell whether a value came from a norm over casts and the norm's own weight."""
-    for _ in range(4):
-        if normalises(node):
-            return True
-        if op_name(node) in PRODUCT_NAMES | CAST_NAMES:
-            left, right = operands(node) if op_name(node) in PRODUCT_NAMES else (node.args[0], None)
-            inner = right if is_parameter_expression(left) else left
-            if isinstance(inner, Node):
-                node = inner
-                continue
-        return False
-    return False
+    return op_name(node) in DROPOUT_NAMES

@@ -18,7 +18,7 @@ from ..kernels import anchored, inlined, manifolds, reference
 _CACHE_KEY = "_mhc_inlined_source"
 
 
-def admit_to_caches(graph_module: GraphModule) -> GraphModule:
+def mark_cacheable(graph_module: GraphModule) -> GraphModule:
     """Mark the calls of inlined operators in a rewritten graph and its bodies, and key the graph by their source.
 
     A graph that projects onto a manifold registered from outside is left to be compiled every time: what its function

@@ -11,7 +11,7 @@ from collections import Counter
 
 from torch import nn
 
-from .capture import Frame
+from ..dynamo.frames import Frame
 
 # Calls by (id of the owner, label).
 Calls = Counter[tuple[int, str]]

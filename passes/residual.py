@@ -20,7 +20,7 @@ class Reason(Enum):
     BROADCAST = "adds operands of different shapes"
     NO_MIXING = "nothing between one operand and the other mixes features or tokens"
     ROTATION = "adds a value and its rearranged features, each times a fixed factor (rotary embedding)"
-    TOKEN_SHIFT = "blends a token with its neighbour by fixed factors"
+    TOKEN_SHIFT = "blends a token with its neighbor by fixed factors"
     STRAIGHT_THROUGH = "adds a detached difference (a straight-through estimator)"
     WINDOW_SUM = "adds a sum over a window of tokens, written out"
     RECURRENCE = "updates a recurrent state or joins the parts of a scan"
@@ -69,7 +69,7 @@ class Site:
         name: stable dotted name, the prefix of its parameters: "model.layers.0.mhc.self_attn".
         owner: path of the module whose forward holds the add.
         location: "file:line  source text".
-        norm: where the block normalises: "pre", "post" (on the stream, after the add) or "none".
+        norm: where the block normalizes: "pre", "post" (on the stream, after the add) or "none".
         shape: the stream's shape in the traced call; symbolic sizes are strings.
         dtype: the stream's dtype, such as "float32".
         width: number of features C.

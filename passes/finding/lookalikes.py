@@ -1,18 +1,17 @@
 """What has the dataflow of a residual add and yet must stay alone.
 
 Streams that the model carries itself, attention scores with a bias that earlier layers read too, skips across
-resolutions, the coupling of two streams. Each rule reads the ways from the skip to the branch.
+resolutions, the coupling of two streams. Each rule reads the reach from the skip to the branch.
 """
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from mhc_compile.residual import Reason
-
-from .causes import Causes
-from .dataflow import PRODUCT_NAMES, Path, behind_views, is_add, op_name, operands, shape_of, tensor_of
+from ..fx.dataflow import PRODUCT_NAMES, Reach, behind_views, is_add, op_name, operands, shape_of, tensor_of
+from ..residual import Reason
 from .operand_kinds import Kind
+from .other_adds import Causes
 
 _UPSAMPLING = {"interpolate", "upsample", "pixel_shuffle", "repeat_interleave", "max_unpool2d"}
 _UPSAMPLING_MARKS = ("upsample", "conv_transpose")
@@ -26,7 +25,7 @@ def veto(
     add: Node,
     fork: Node,
     branch: Node,
-    ways: dict[Node, int],
+    reach: dict[Node, Reach],
     causes: Causes,
     independent: set[Node],
     tables: set[Node],
@@ -37,7 +36,7 @@ def veto(
         add: the add.
         fork: the value that the branch reads.
         branch: the operand that is not the skip.
-        ways: how each node behind `fork` reaches `branch`.
+        reach: how each node behind `fork` reaches `branch`.
         causes: the graph's causes.
         independent: the adds met so far whose operands are independent of each other.
         tables: the adds met so far that add an embedding.
@@ -46,12 +45,12 @@ def veto(
         return Reason.NATIVE_STREAMS
     if causes.goes_to_softmax(add):
         return Reason.ATTENTION_SCORES
-    if causes.kinds[fork] is not Kind.ACTIVATION and _crosses(fork, branch, tables & ways.keys(), causes):
+    if causes.kinds[fork] is not Kind.ACTIVATION and _crosses(fork, branch, tables & reach.keys(), causes):
         return Reason.EMBEDDING
-    if _crosses(fork, branch, {node for node in ways if _is_upsampling(node)}, causes):
+    if _crosses(fork, branch, {node for node in reach if _is_upsampling(node)}, causes):
         return Reason.RESOLUTIONS
-    for other in independent & ways.keys():
-        if _couples(other, add, fork, branch, ways, causes):
+    for other in independent & reach.keys():
+        if _couples(other, add, fork, branch, reach, causes):
             return Reason.REVERSIBLE
     return None
 
@@ -170,7 +169,7 @@ def _is_upsampling(node: Node) -> bool:
     return name in _UPSAMPLING or any(mark in name for mark in _UPSAMPLING_MARKS)
 
 
-def _couples(other: Node, add: Node, fork: Node, branch: Node, ways: dict[Node, int], causes: Causes) -> bool:
+def _couples(other: Node, add: Node, fork: Node, branch: Node, reach: dict[Node, Reach], causes: Causes) -> bool:
     """Tell whether the branch reads the fork only through another stream: `other` = that stream + mixed fork.
 
     The other stream lives on: its sum is read outside the branch too. A sum inside a branch is not.
@@ -178,12 +177,12 @@ def _couples(other: Node, add: Node, fork: Node, branch: Node, ways: dict[Node, 
     if (
         not is_add(other)
         or shape_of(other) != shape_of(add)
-        or all(user in ways or user is add for user in other.users)
+        or all(user in reach or user is add for user in other.users)
     ):
         return False
     left, right = operands(other)
     for stream, mixed in ((left, right), (right, left)):
         # A table added to the branch's input is no stream.
-        if causes.kinds[stream] is Kind.ACTIVATION and ways.get(mixed, 0) & Path.MIXED:
+        if causes.kinds[stream] is Kind.ACTIVATION and reach.get(mixed, Reach(0)) & Reach.MIXED:
             return causes.order[stream] < causes.order[mixed] and _crosses(fork, branch, {other}, causes)
     return False

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .boundaries import cut_message, remember_given_up
-from .config import MHCConfig
-from .errors import MHCWarning, StreamCutError
-from .mappings import attached_config
-from .passes.dataflow import is_float
-from .passes.find_residuals import find_residuals
+from ..attachment.site_parameters import attached_config
+from ..config import MHCConfig
+from ..errors import MHCWarning, StreamCutError
+from ..passes.find_residuals import find_residuals
+from ..passes.fx.dataflow import is_float
+from ..planning.graph_breaks import cut_message, remember_given_up
 
 BACKEND_NAME = "mhc"
 

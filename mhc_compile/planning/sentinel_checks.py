@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from .errors import UnrewrittenCallError
-from .guard import raise_if_plain
-from .mappings import READOUT_SUFFIX, joined
-from .passes.normalize import is_sentinel
-from .planning import Plan
+from ..attachment.sentinels import raise_if_plain
+from ..attachment.site_parameters import READOUT_SUFFIX, joined
+from ..errors import UnrewrittenCallError
+from ..passes.normalize import is_sentinel
+from .sites import Plan
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import guard
-from .boundaries import undo_with_break
-from .capture import Frame, inside_ddp
-from .config import MHCConfig
-from .errors import ConfigMismatchError, MHCWarning, NotAttachedError
-from .mappings import (
+from ..attachment import sentinels
+from ..attachment.optimizers import watch_optimizers
+from ..attachment.site_parameters import (
     CHILD,
     READOUT_SUFFIX,
-    Mapping,
+    SiteParameters,
     SiteShape,
-    add_mapping,
+    add_parameters,
     attached_config,
     joined,
-    mappings_of,
-    readout_mapping,
-    site_mapping,
+    make_readout_parameters,
+    make_site_parameters,
+    parameters_of,
 )
-from .passes.bound_chains import BoundChain, BoundSite, Parameters, parameter_order
-from .planning import Plan, PlannedChain, PlannedSite
+from ..config import MHCConfig
+from ..dynamo.frames import Frame, inside_ddp
+from ..errors import ConfigMismatchError, MHCWarning, NotAttachedError
+from ..passes.bound_chains import BoundChain, BoundSite, Parameters, parameter_order
+from .graph_breaks import undo_with_break
+from .sites import Plan, PlannedChain, PlannedSite
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,28 @@ class Binding:
 
 
 def missing_sites(plan: Plan, config: MHCConfig) -> list[str]:
-    """Return the names of the mappings that a plan needs and its owners lack."""
-    return [name for name, owner, label, _ in _wanted(plan, config) if _mapping(owner, label) is None]
+    """Return the names of the parameters that a plan needs and its owners lack."""
+    return [name for name, owner, label, _ in _wanted(plan, config) if _parameters(owner, label) is None]
 
 
 def attach_plan(plan: Plan, frame: Frame, config: MHCConfig) -> list[tuple[nn.Module, str]]:
     """Create what is missing, put sentinels on every owner, and return what was created."""
     created = []
     for name, owner, label, make in _wanted(plan, config):
-        if _mapping(owner, label) is None:
+        if _parameters(owner, label) is None:
             created.append((owner, label))
             path = name.rsplit(f"mhc.{label}", 1)[0].rstrip(".")
-            add_mapping(owner, path, label, make(), config)
+            add_parameters(owner, path, label, make(), config)
     children: dict[int, dict[str, list[nn.Module]]] = {}
     owners: dict[int, tuple[str, nn.Module]] = {}
     for site in plan.sites:
         owners[id(site.owner)] = (site.site.owner, site.owner)
         children.setdefault(id(site.owner), {})[site.label] = list(site.children)
     for key, (path, owner) in owners.items():
-        guard.arm(path, owner, children[key])
+        sentinels.arm(path, owner, children[key])
     if frame.roots:
-        guard.arm_root(frame.root)
-        guard.watch_optimizers(frame.root)
+        sentinels.arm_root(frame.root)
+        watch_optimizers(frame.root)
     return created
 
 
@@ -78,7 +79,7 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callabl
         What takes the new parameters off again, should the compilation fail.
 
     Raises:
-        NotAttachedError: the model is already wrapped in DDP, which would not synchronise them.
+        NotAttachedError: the model is already wrapped in DDP, which would not synchronize them.
     """
     missing = missing_sites(plan, config)
     if not missing:
@@ -86,7 +87,7 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callabl
     if inside_ddp():
         raise NotAttachedError(
             f"{len(missing)} mHC parameters are missing and the model is already wrapped in DistributedDataParallel, "
-            "which would never synchronise their gradients. Call mhc_compile.attach(model, example_input) before "
+            "which would never synchronize their gradients. Call mhc_compile.attach(model, example_input) before "
             "wrapping it."
         )
     created = attach_plan(plan, frame, config)
@@ -103,15 +104,15 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callabl
 
 def _take_back(created: list[tuple[nn.Module, str]], root: nn.Module) -> None:
     for owner, label in created:
-        mappings = mappings_of(owner)
-        if mappings is None or label not in mappings._modules:
+        parameters = parameters_of(owner)
+        if parameters is None or label not in parameters._modules:
             continue
-        del mappings._modules[label]
-        if not mappings._modules:
-            guard.disarm(owner)
+        del parameters._modules[label]
+        if not parameters._modules:
+            sentinels.disarm(owner)
             delattr(owner, CHILD)
     if attached_config(root) is None:
-        guard.disarm(root)
+        sentinels.disarm(root)
 
 
 def bind(plan: Plan, config: MHCConfig, fake_mode: Any) -> Binding:
@@ -146,32 +147,34 @@ def _live(order: list[tuple[weakref.ref[nn.Module], str]]) -> list[Tensor]:
     found: list[Tensor] = []
     for reference, label in order:
         owner = reference()
-        mapping = _mapping(owner, label) if owner is not None else None
-        if mapping is None:
+        parameters = _parameters(owner, label) if owner is not None else None
+        if parameters is None:
             raise NotAttachedError(
                 f"the mHC parameters {label!r} are gone from the model (mhc_compile.detach?), but the compiled model "
                 "still needs them. Call torch._dynamo.reset(), or compile the plain model with another backend."
             )
-        found += [mapping.phi, mapping.scale, mapping.bias]
+        found += [parameters.phi, parameters.scale, parameters.bias]
     return found
 
 
-def _wanted(plan: Plan, config: MHCConfig) -> list[tuple[str, nn.Module, str, Callable[[], Mapping]]]:
-    """List every mapping of a plan: its name, owner, label, and how to make it."""
-    wanted: list[tuple[str, nn.Module, str, Callable[[], Mapping]]] = []
+def _wanted(plan: Plan, config: MHCConfig) -> list[tuple[str, nn.Module, str, Callable[[], SiteParameters]]]:
+    """List every parameters of a plan: its name, owner, label, and how to make it."""
+    wanted: list[tuple[str, nn.Module, str, Callable[[], SiteParameters]]] = []
     for chain in plan.chains:
         for index, planned in enumerate(site for site in chain.sites if site.selected):
             shape = _shape(planned, index)
             name = planned.site.name
-            wanted.append((name, planned.owner, planned.label, _maker(site_mapping, name, shape, config)))
+            wanted.append((name, planned.owner, planned.label, _maker(make_site_parameters, name, shape, config)))
         if _learns_readout(chain, config):
             name, owner, label = _readout_of(chain)
             shape = _shape(chain.sites[-1], 0)
-            wanted.append((name, owner, label, _maker(readout_mapping, name, shape, config)))
+            wanted.append((name, owner, label, _maker(make_readout_parameters, name, shape, config)))
     return wanted
 
 
-def _maker(make: Callable[..., Mapping], name: str, shape: SiteShape, config: MHCConfig) -> Callable[[], Mapping]:
+def _maker(
+    make: Callable[..., SiteParameters], name: str, shape: SiteShape, config: MHCConfig
+) -> Callable[[], SiteParameters]:
     return lambda: make(name, shape, config)
 
 
@@ -193,10 +196,10 @@ def _shape(planned: PlannedSite, index: int) -> SiteShape:
     return SiteShape(planned.site.width, index, device, dtype)
 
 
-def _mapping(owner: nn.Module, label: str) -> Mapping | None:
-    mappings = mappings_of(owner)
-    found = mappings._modules.get(label) if mappings is not None else None
-    return found if isinstance(found, Mapping) else None
+def _parameters(owner: nn.Module, label: str) -> SiteParameters | None:
+    parameters = parameters_of(owner)
+    found = parameters._modules.get(label) if parameters is not None else None
+    return found if isinstance(found, SiteParameters) else None
 
 
 def _describe(
@@ -204,15 +207,15 @@ def _describe(
 ) -> Parameters:
     from torch._dynamo.source import ConstantSource
 
-    mapping = _mapping(owner, label)
-    assert mapping is not None, f"{name} was attached before"
-    if planned is not None and mapping.phi.shape[-1] != config.n_streams * planned.site.width:
+    parameters = _parameters(owner, label)
+    assert parameters is not None, f"{name} was attached before"
+    if planned is not None and parameters.phi.shape[-1] != config.n_streams * planned.site.width:
         raise ConfigMismatchError(
-            f"{name}.phi has {mapping.phi.shape[-1]} columns, but {config.n_streams} streams of width "
+            f"{name}.phi has {parameters.phi.shape[-1]} columns, but {config.n_streams} streams of width "
             f"{planned.site.width} need {config.n_streams * planned.site.width}. Call mhc_compile.detach(model) and "
             "attach again."
         )
-    tensors = (mapping.phi, mapping.scale, mapping.bias)
+    tensors = (parameters.phi, parameters.scale, parameters.bias)
     if fake_mode is not None:
         examples = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
     else:

@@ -16,13 +16,14 @@ from typing import NoReturn
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .capture import Frame, is_split_by_ddp
-from .config import MHCConfig
-from .errors import MHCWarning, StreamCutError
-from .mappings import READOUT_SUFFIX, has_mapping
-from .passes.dataflow import carried_from, data_inputs, is_add, is_float, mixes, normalises, operands, output_of
-from .planning import Plan, PlannedChain
-from .residual import Reason, Rejection
+from ..attachment.site_parameters import READOUT_SUFFIX, has_parameters
+from ..config import MHCConfig
+from ..dynamo.frames import Frame, is_split_by_ddp
+from ..errors import MHCWarning, StreamCutError
+from ..passes.fx.carriers import carried_from
+from ..passes.fx.dataflow import data_inputs, is_add, is_float, is_norm, mixes, operands, output_of
+from ..passes.residual import Reason, Rejection
+from .sites import Plan, PlannedChain
 
 
 @dataclass
@@ -76,7 +77,7 @@ def undo_with_break(frame: Frame, undo: Callable[[], None]) -> None:
         _OPEN[-1].undo.append(undo)
 
 
-def settle_boundaries(captured: GraphModule, plain: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> Plan:
+def check_graph_breaks(captured: GraphModule, plain: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> Plan:
     """Check a graph against the graph breaks before it, and remember the one that ends it.
 
     Args:
@@ -130,7 +131,7 @@ def _settled(
     """Refuse, collapse, or leave plain what graph breaks cut."""
     collapses = config.on_boundary == "collapse"
     lost = [] if collapses else [site for chain in entering if reasons for site in chain.sites if site.selected]
-    if not collapses and (config.strict or any(has_mapping(site.owner, site.label) for site in lost)):
+    if not collapses and (config.strict or any(has_parameters(site.owner, site.label) for site in lost)):
         _refuse((reasons or halves)[-1])
     # An add whose two operands both come from before the break can no longer be told from any other sum.
     why = {entry: replace(entry, reason=Reason.CUT, detail=halves[-1]) for entry in halved}
@@ -182,7 +183,7 @@ def _read_out_by_mean(plan: Plan, config: MHCConfig) -> Plan:
 
     def averaged(chain: PlannedChain) -> bool:
         last = chain.sites[-1]
-        return _leaves(last.add.add) and not has_mapping(last.owner, last.label + READOUT_SUFFIX)
+        return _leaves(last.add.add) and not has_parameters(last.owner, last.label + READOUT_SUFFIX)
 
     return replace(plan, chains=tuple(replace(chain, averaged=averaged(chain)) for chain in plan.chains))
 
@@ -260,7 +261,7 @@ def _branch_leaves(graph_module: GraphModule, behind: Set[Node] | None = None) -
             for user in node.users:
                 if user.op == "output" or (behind is not None and user in behind):
                     continue
-                begun = mixes(user, graph_module) or (behind is not None and normalises(user))
+                begun = mixes(user, graph_module) or (behind is not None and is_norm(user))
                 step = (user, mixed or begun)
                 if step not in seen:
                     if step[1] and user in leaving:

@@ -10,18 +10,15 @@ A check that asks "am I being compiled?" would not do: Dynamo traces it into a f
 
 from __future__ import annotations
 
-import functools
 import sys
-import warnings
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import MHCWarning, NotAttachedError, OptimizerError, UnrewrittenCallError
-from .mappings import mappings_of, owners_in
+from ..errors import UnrewrittenCallError
+from .site_parameters import parameters_of
 
 _LIBRARY = torch.library.Library("mhc", "FRAGMENT")
 _LIBRARY.define("sentinel(str owner, str[] labels, bool only_inside_owner) -> ()")
@@ -72,8 +69,8 @@ def _owner_is_running(labels: list[str]) -> bool:
         arguments = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
         candidate = frame.f_locals.get(arguments[0]) if arguments else None
         if isinstance(candidate, nn.Module):
-            mappings = mappings_of(candidate)
-            if mappings is not None and any(label in mappings._modules for label in labels):
+            parameters = parameters_of(candidate)
+            if parameters is not None and any(label in parameters._modules for label in labels):
                 return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -91,10 +88,10 @@ def arm(owner_path: str, owner: nn.Module, children: dict[str, list[nn.Module]])
     A child's sentinel catches what the owner's cannot: the owner's forward resuming behind a graph break, plain,
     when its pre-hook has long been traced.
     """
-    mappings = mappings_of(owner)
-    assert mappings is not None
+    parameters = parameters_of(owner)
+    assert parameters is not None
     _disarm(owner)
-    labels = tuple(label for label in mappings._modules)
+    labels = tuple(label for label in parameters._modules)
     owner.register_forward_pre_hook(Sentinel(owner_path, labels, only_inside_owner=False))
     for label, modules in children.items():
         for child in modules:
@@ -122,68 +119,3 @@ def _disarm(module: nn.Module) -> None:
         if isinstance(hook, Sentinel):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-_CHECKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def watch_optimizers(root: nn.Module) -> None:
-    """Report, once an optimizer steps the parameters of `root`, if it does not own its mHC parameters."""
-    _hook_optimizers()
-    _WATCHED.add(root)
-    _CHECKED.clear()
-
-
-@functools.cache
-def _hook_optimizers() -> None:
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-    register_optimizer_step_pre_hook(_before_step)
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _CHECKED:
-        return
-    _CHECKED.add(optimizer)
-    for root in list(_WATCHED):
-        missing = _unowned(root, optimizer)
-        if missing:
-            warnings.warn(_unowned_message(missing), MHCWarning, stacklevel=3)
-
-
-def _unowned(root: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return the trainable mHC parameters that an optimizer of this model leaves out."""
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    ours = {
-        f"{path}.mhc.{name}".lstrip("."): parameter
-        for path, _, mappings in owners_in(root)
-        for name, parameter in mappings.named_parameters()
-    }
-    mine = {id(parameter) for parameter in ours.values()}
-    steps_this_model = any(id(p) in owned and id(p) not in mine for p in root.parameters())
-    if not steps_this_model:
-        return []
-    return [name for name, p in ours.items() if p.requires_grad and id(p) not in owned]
-
-
-def _unowned_message(missing: list[str]) -> str:
-    return (
-        f"the optimizer steps the model but not {len(missing)} of its mHC parameters ({missing[0]}, …), so the "
-        "mixing will never learn. Call mhc_compile.attach(model, example_input) before building the optimizer, or "
-        "add mhc_compile.param_groups(model, weight_decay=…) to it."
-    )
-
-
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that an optimizer owns every trainable mHC parameter of a model.
-
-    Raises:
-        NotAttachedError: the model has no mHC parameters.
-        OptimizerError: some are missing; the message names how to add them.
-    """
-    if next(iter(owners_in(model)), None) is None:
-        raise NotAttachedError("the model has no mHC parameters: call mhc_compile.attach(model, example_input).")
-    missing = _unowned(model, optimizer)
-    if missing:
-        raise OptimizerError(_unowned_message(missing))

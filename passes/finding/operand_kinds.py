@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from torch.fx import Graph, Node
 
-from .dataflow import is_float, op_name, tensor_of
+from ..fx.dataflow import is_float, op_name, tensor_of
 
 _LOOKUPS = {"embedding", "embedding_bag"}
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 
-from .boundaries import has_open_breaks
-from .capture import Frame
-from .config import MHCConfig
-from .errors import MHCWarning, NoResidualError
-from .mappings import attached_config
-from .planning import Plan
-from .reporting import rejected_by_reason
+from ..attachment.site_parameters import attached_config
+from ..config import MHCConfig
+from ..dynamo.frames import Frame
+from ..errors import MHCWarning, NoResidualError
+from ..reporting import rejected_by_reason
+from .graph_breaks import has_open_breaks
+from .sites import Plan
 
 
 def require_sites(plan: Plan, frame: Frame, config: MHCConfig) -> None:

@@ -1,0 +1,1 @@
+"""What sits on the model: the parameters of sites, and the sentinels that watch over them."""

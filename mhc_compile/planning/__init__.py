@@ -1,0 +1,1 @@
+"""Decisions for one captured graph: sites, graph breaks, parameters, sizes."""

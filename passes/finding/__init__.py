@@ -1,0 +1,1 @@
+"""What the search for residual adds knows of adds that are none."""

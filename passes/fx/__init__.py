@@ -1,0 +1,1 @@
+"""Reading and copying FX graphs: what several passes share."""
