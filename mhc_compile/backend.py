@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch._dynamo.exc import ShortenTraceback
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from . import logs
 from .attachment.site_parameters import attached_config
+from .carrying import carry_streams
 from .config import MHCConfig
-from .dynamo.frames import Frame, current_frame, pin_to_modules
+from .dynamo.error_passing import TraceAnew, errors_reach_the_user, trace_anew
+from .dynamo.frames import Frame, current_frame
 from .dynamo.inner import compile_inner
-from .dynamo.skipped_frames import watch_fallbacks
-from .errors import MHCError
+from .dynamo.skipped_frames import watch_skipped_frames
 from .kernels.fusion_choice import FusionChoice
+from .memory import MEMORY
+from .passes.analyze import Analysis, analyze
 from .passes.annotate_recompute import annotate_recompute
 from .passes.close_regions import close_regions
 from .passes.expand_streams import expand_streams
 from .passes.fuse_boundaries import fuse_boundaries
+from .passes.fx.sources import streams_examples
 from .passes.mark_cacheable import mark_cacheable
+from .passes.runner import PassRunner, leave_artifact
 from .passes.verify import verify
 from .planning.binding import attach_on_first_call, bind
 from .planning.chain_sizes import fusion_for
 from .planning.graph_breaks import check_graph_breaks
 from .planning.nothing_found import require_sites
 from .planning.sentinel_checks import refuse_plain_sites, remaining_checks
-from .planning.sites import Plan, plan_graph
+from .planning.sites import Plan, plan_sites
 from .reporting import add_to_report, graph_report
 
 Compiled = Callable[..., Any]
-
-
-def errors_reach_the_user(backend: Compiled) -> Compiled:
-    """Let an MHCError out of Dynamo as itself, rather than as BackendCompilerFailed.
-
-    Dynamo lets exceptions of the type ShortenTraceback pass. Under `suppress_errors` it would fall back to the plain
-    model instead, so there the compiled function raises.
-    """
-
-    @functools.wraps(backend)
-    def wrapped(*args: Any, **kwargs: Any) -> Compiled:
-        try:
-            return backend(*args, **kwargs)
-        except MHCError as error:
-            if torch._dynamo.config.suppress_errors:
-                return _raiser(error)
-            raise _passing(type(error))(str(error)) from error
-
-    return wrapped
 
 
 @errors_reach_the_user
@@ -75,47 +56,58 @@ def mhc(
     Raises:
         MHCError: any of its subclasses; the model is left as it was.
     """
-    watch_fallbacks()
+    watch_skipped_frames()
     frame = current_frame(graph_module)
-    attached = attached_config(frame.model) if frame.model is not None else None
-    config = MHCConfig.from_options(options, attached)
-
-    plain, plan = plan_graph(graph_module, frame, config)
-    plan = check_graph_breaks(graph_module, plain, plan, frame, config)
-    refuse_plain_sites(graph_module, plan)
-    require_sites(plan, frame, config)
-    checks = remaining_checks(graph_module, plan)
-    if not plan.chains:
-        plain = close_regions(plain)
-        _publish(graph_module, plain, plan, frame, config)
-        return _checked(compile_inner(plain, example_inputs, config, mode), checks)
-
-    undo = attach_on_first_call(plan, frame, config)
+    around = frame.outer or frame.model
+    config = MHCConfig.from_options(options, attached_config(around) if around is not None else None)
     try:
-        pin_to_modules(frame)
-        binding = bind(plan, config, _fake_mode(plain))
-        rewritten = expand_streams(plain, binding.chains, config)
-        verify(plain, rewritten, config.n_streams)
-        fusion = fusion_for(plan, config)
-        if fusion.fusion == "boundary":
-            rewritten = fuse_boundaries(rewritten)
-            verify(plain, rewritten, config.n_streams)
-        rewritten = close_regions(rewritten)
-        rewritten = annotate_recompute(rewritten, config)
-        rewritten = mark_cacheable(rewritten)
-        compiled = compile_inner(rewritten, [*example_inputs, *binding.live()], config, mode)
-    except Exception:
-        undo()
+        return _compiled(graph_module, example_inputs, frame, config, mode)
+    except TraceAnew:
         raise
-    _publish(graph_module, rewritten, plan, frame, config, fusion)
-    return _checked(_with_live_parameters(compiled, binding.live), checks)
+    except Exception:
+        if frame.roots:
+            MEMORY.take_back(frame.root)
+        raise
 
 
-def _with_live_parameters(compiled: Compiled, live: Callable[[], list[Tensor]]) -> Compiled:
-    def run(*inputs: Any) -> Any:
-        return compiled(*inputs, *live())
+def _compiled(
+    graph_module: GraphModule, example_inputs: Sequence[Any], frame: Frame, config: MHCConfig, mode: str | None
+) -> Compiled:
+    passes = PassRunner(frame.function, logs.artifact("mhc_passes"), config.disable_passes)
+    passes.show("captured", graph_module)
 
-    return run
+    analysis = passes.read("analyze", analyze, graph_module)
+    plan = passes.read("plan", plan_sites, analysis.findings, frame, config)
+    plan = passes.read("check_graph_breaks", check_graph_breaks, graph_module, analysis, plan, frame, config)
+    refuse_plain_sites(analysis.sentinels, plan, frame)
+    require_sites(plan, frame, config)
+
+    graph, fusion = analysis.plain, None
+    if plan.chains:
+        if attach_on_first_call(plan, frame, config):
+            trace_anew("mHC parameters were attached")
+        chains = passes.read("bind", bind, plan, analysis.sentinels, frame, config)
+        if chains is None:
+            trace_anew("mHC sentinels were put back")
+        fusion = fusion_for(plan, config)
+        leaving = sum(len(chain.leaves_at) for chain in chains)
+        graph = passes.rewrite("expand_streams", expand_streams, graph, chains, config)
+        verify(analysis.plain, graph, config.n_streams, leaving)
+        if fusion.fusion == "boundary":
+            graph = passes.rewrite("fuse_boundaries", fuse_boundaries, graph)
+            verify(analysis.plain, graph, config.n_streams, leaving)
+    graph = passes.rewrite("close_regions", close_regions, graph)
+    if plan.chains:
+        graph = passes.rewrite("annotate_recompute", annotate_recompute, graph, config)
+        graph = passes.rewrite("mark_cacheable", mark_cacheable, graph)
+
+    inputs = [*example_inputs, *streams_examples(graph)]
+    compiled = passes.read("compile", compile_inner, graph, inputs, config, mode)
+    compiled = carry_streams(compiled, plan, frame, config)
+    if frame.roots and frame.break_reason is None:
+        MEMORY.undo.pop(frame.root, None)
+    _publish(analysis, plan, frame, config, fusion)
+    return _checked(compiled, remaining_checks(analysis.sentinels, plan, frame))
 
 
 def _checked(compiled: Compiled, checks: list[Callable[[], None]]) -> Compiled:
@@ -130,45 +122,15 @@ def _checked(compiled: Compiled, checks: list[Callable[[], None]]) -> Compiled:
     return run
 
 
-def _publish(
-    before: GraphModule,
-    after: GraphModule,
-    plan: Plan,
-    frame: Frame,
-    config: MHCConfig,
-    fusion: FusionChoice | None = None,
-) -> None:
-    """Add the graph to the model's report, and show both to TORCH_LOGS."""
-    if frame.model is not None and (plan.chains or plan.rejections or not frame.resumed):
-        entry = graph_report(frame.function, len(before.graph.nodes), plan, frame.break_reason, fusion)
-        report = add_to_report(frame.model, config, entry)
+def _publish(analysis: Analysis, plan: Plan, frame: Frame, config: MHCConfig, fusion: FusionChoice | None) -> None:
+    """Add the graph to the model's report, and show that to TORCH_LOGS and the structured trace."""
+    model = frame.outer or frame.model
+    if model is not None and (plan.chains or plan.rejections or not frame.resumed):
+        entry = graph_report(frame.function, analysis.nodes, plan, frame.break_reason, fusion)
+        report = add_to_report(model, config, entry)
         logs.artifact("mhc_report").debug("%s", report)
-    graphs = logs.artifact("mhc_graph")
-    graphs.debug("before:\n%s", before.graph)
-    graphs.debug("after:\n%s", after.graph)
-
-
-def _fake_mode(graph_module: GraphModule) -> FakeTensorMode | None:
-    """Return the mode of the graph's own example values; the tracing context holds another one by now."""
-    examples = (node.meta.get("example_value") for node in graph_module.graph.nodes)
-    return next((value.fake_mode for value in examples if isinstance(value, FakeTensor)), None)
-
-
-def _raiser(error: MHCError) -> Compiled:
-    def refuse(*inputs: Any) -> Any:
-        raise error
-
-    return refuse
-
-
-def _passing(kind: type[MHCError]) -> type[MHCError]:
-    """Return a subclass of an error that Dynamo lets pass."""
-
-    def construct(self: Any, message: str) -> None:
-        ShortenTraceback.__init__(self, message, first_useful_frame=None)
-
-    return type(kind.__name__, (kind, ShortenTraceback), {"__init__": construct, "__module__": kind.__module__})
+        leave_artifact("mhc report", lambda: str(report))
 
 
 # Resolving the backend's name imports this module: from then on, frames that never reach a backend are noticed.
-watch_fallbacks()
+watch_skipped_frames()

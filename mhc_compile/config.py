@@ -14,15 +14,17 @@ MAX_STREAMS = 8
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "learned")
 FUSIONS = ("auto", "paper", "site", "boundary", "inductor")
-BOUNDARIES = ("error", "collapse")
+GRAPH_BREAKS = ("carry", "collapse", "error")
 RECOMPUTES = ("auto", "none")
+# Rewriting passes that a model runs without, too.
+OPTIONAL_PASSES = ("fuse_boundaries", "annotate_recompute", "mark_cacheable")
 
 # The options that decide which parameters exist and what they mean. The rest may change from one
 # compilation to the next without touching a checkpoint.
 STRUCTURAL = ("n_streams", "manifold", "init", "readout", "sites", "min_sites")
 
 # What decides the function that the model computes, and so comes with its parameters.
-_INHERITED = (*STRUCTURAL, "sinkhorn_iters", "on_boundary")
+_INHERITED = (*STRUCTURAL, "sinkhorn_iters", "on_graph_break")
 
 SiteFilter = str | Callable[[str], bool] | None
 
@@ -50,8 +52,12 @@ class MHCConfig:
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
         min_sites: a chain with fewer sites stays as it is; where a cut makes pieces of it, each piece counts alone.
         inner: the Dynamo backend that compiles the rewritten graph.
-        on_boundary: what to do where a graph break or a DDP bucket cuts the stream: "error" raises; "collapse" averages
-            the streams at the cut and expands them again behind it, which is another model.
+        on_graph_break: what becomes of a stream that reaches over several graphs: "carry" hands the streams on from graph
+            to graph, which is the model of one graph, and needs `attach`; "error" raises; "collapse" averages the streams
+            at each cut and expands them again behind it, which is another model.
+        check_carried: compare the visible value with the streams' readout wherever streams are carried into a graph:
+            finds Python code that changes the value where autograd cannot see it. Reads the streams once more.
+        disable_passes: names of optional rewriting passes to leave out, to find the one that a fault comes from.
         strict: raise when nothing was found to rewrite. Without, what lies behind a cut stays plain, with a warning.
 
     Raises:
@@ -68,8 +74,10 @@ class MHCConfig:
     sites: SiteFilter = None
     min_sites: int = 2
     inner: str = "inductor"
-    on_boundary: str = "error"
+    on_graph_break: str = "carry"
+    check_carried: bool = False
     strict: bool = True
+    disable_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value; a bad one never gets further than this."""
@@ -81,14 +89,20 @@ class MHCConfig:
         _check_choice("manifold", self.manifold, tuple(MANIFOLDS))
         _check_choice("init", self.init, INITS)
         _check_choice("readout", self.readout, READOUTS)
-        _check_choice("on_boundary", self.on_boundary, BOUNDARIES)
+        _check_choice("on_graph_break", self.on_graph_break, GRAPH_BREAKS)
         _check_choice("fusion", self.fusion, FUSIONS)
         if isinstance(self.recompute, str):
             _check_choice("recompute", self.recompute, RECOMPUTES, "the number of sites between stored streams")
         else:
             _check_int("recompute", self.recompute, 1, None)
-        if not isinstance(self.strict, bool):
-            raise MHCOptionError(f"strict={self.strict!r}: must be True or False.")
+        for name, value in (("strict", self.strict), ("check_carried", self.check_carried)):
+            if not isinstance(value, bool):
+                raise MHCOptionError(f"{name}={value!r}: must be True or False.")
+        # A list, as it comes from `options=`, would not hash.
+        passes = self.disable_passes
+        object.__setattr__(self, "disable_passes", (passes,) if isinstance(passes, str) else tuple(passes))
+        for name in self.disable_passes:
+            _check_choice("disable_passes", name, OPTIONAL_PASSES)
         if not isinstance(self.inner, str):
             raise MHCOptionError(
                 f"inner={self.inner!r}: must be the name of a Dynamo backend, such as 'inductor' or 'aot_eager'."

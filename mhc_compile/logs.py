@@ -1,4 +1,4 @@
-"""The `TORCH_LOGS` artifacts of the package: `mhc_report`, `mhc_graph` and `mhc_memory`.
+"""The `TORCH_LOGS` artifacts of the package: `mhc_report`, `mhc_passes` and `mhc_memory`.
 
 `autoload` runs inside `import torch` (entry point group "torch.backends"), just before TORCH_LOGS is parsed. An
 exception there would break `import torch` itself, so it stays tiny and swallows what it cannot do.
@@ -13,7 +13,7 @@ _PARENT = "torch.mhc_compile"
 
 ARTIFACTS = {
     "mhc_report": "What backend='mhc' rewrote, what it left alone and why, per graph",
-    "mhc_graph": "The graph before and after backend='mhc' rewrote it",
+    "mhc_passes": "The graph as it was captured and behind each pass of backend='mhc', with times",
     "mhc_memory": "What the forward saves and what the backward computes again, with bytes and source lines",
 }
 

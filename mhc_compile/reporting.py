@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from torch import nn
 from .config import MHCConfig
 from .kernels.fusion_choice import FusionChoice
 from .kernels.manifolds import MANIFOLDS
+from .memory import MEMORY
 from .passes.residual import Chain, Reason, Rejection, Site
 from .planning.sites import Plan
 from .prediction import Prediction
@@ -88,7 +88,7 @@ class Report:
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """Where the stream is averaged and expanded again (`on_boundary="collapse"`): reason and source line, once."""
+        """Where the stream is averaged and expanded again (`on_graph_break="collapse"`): reason and source line, once."""
         return tuple(dict.fromkeys(reason for graph in self.graphs for reason in graph.cuts))
 
     @property
@@ -217,9 +217,6 @@ def _fusion_dict(fusion: FusionChoice | None) -> dict[str, str] | None:
     return None if fusion is None else {**asdict(fusion), "reason": fusion.reason.value}
 
 
-_REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
-
-
 def new_report(root: nn.Module, config: MHCConfig) -> Report:
     """Return an empty report on a model."""
     from .attachment.site_parameters import SiteParameters
@@ -231,15 +228,15 @@ def new_report(root: nn.Module, config: MHCConfig) -> Report:
 
 def keep_report(root: nn.Module, report: Report) -> None:
     """Make a report the one that `report(model)` shows."""
-    _REPORTS[root] = report
+    MEMORY.reports[root] = report
 
 
 def add_to_report(root: nn.Module, config: MHCConfig, graph: GraphReport) -> Report:
     """Add a compiled graph to the model's report, beginning a new one where the options have changed."""
-    report = _REPORTS.get(root)
+    report = MEMORY.reports.get(root)
     if report is None or report.config != config:
         report = new_report(root, config)
-        _REPORTS[root] = report
+        MEMORY.reports[root] = report
     report.graphs.append(graph)
     return report
 
@@ -261,12 +258,12 @@ def graph_report(
 
 def report_of(root: nn.Module) -> Report | None:
     """Return the report on a model; that of a module inside it, if Dynamo compiled only that."""
-    if root in _REPORTS:
-        return _REPORTS[root]
-    return next((_REPORTS[module] for module in root.modules() if module in _REPORTS), None)
+    if root in MEMORY.reports:
+        return MEMORY.reports[root]
+    return next((MEMORY.reports[module] for module in root.modules() if module in MEMORY.reports), None)
 
 
 def forget_report(root: nn.Module) -> None:
     """Forget what was reported on a model."""
     for module in root.modules():
-        _REPORTS.pop(module, None)
+        MEMORY.reports.pop(module, None)

@@ -39,6 +39,7 @@ from ..kernels import inlined, ops
 from ..kernels.cost import recompute_interval
 from ..kernels.reference import accumulation_dtype
 from .fx.added_nodes import Role, role_of
+from .fx.cache_key import add_to_cache_key
 from .fx.dataflow import is_dropout, op_name
 from .fx.graph_copy import copy_node, module_like
 
@@ -46,7 +47,6 @@ assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
 POLICY, REGION = "recompute", "ac_graph_id"
 
-_CACHE_KEY = "_mhc_recompute"
 _REGION_ID = sys.maxsize
 _WRITES = {torch.ops.mhc.post.default, torch.ops.mhc.post_pre.default, inlined.post}
 _KEEPS_STATISTICS = {"batch_norm", "instance_norm"}
@@ -91,15 +91,15 @@ def annotate_recompute(graph_module: GraphModule, config: MHCConfig) -> GraphMod
             _annotate(values[node], policy)
             policies.append((values[node].name, policy.name))
     annotated = module_like(graph_module, graph)
-    # AOTAutogradCache hashes a graph's code and attributes, but neither its `meta` nor its nodes'. Without this another
-    # policy over the same graph would be served this one's saved tensors (torch 2.11 to 2.15).
-    setattr(annotated, _CACHE_KEY, tuple(policies))
+    # Without this another policy over the same graph would be served this one's saved tensors.
+    add_to_cache_key(annotated, "recompute", tuple(policies))
     return annotated
 
 
 def _policy(node: Node, stored: set[Node]) -> CheckpointPolicy | None:
     role = role_of(node)
-    if role is None or POLICY in node.meta or not _is_deterministic(node):
+    # Streams that come in from another graph are a placeholder: stored by whoever made them.
+    if role is None or node.op == "placeholder" or POLICY in node.meta or not _is_deterministic(node):
         return None
     # An inlined learned readout is many operators, and replayed for its own backward anyway.
     if node in stored or (role is Role.READOUT and node.target is not inlined.head):

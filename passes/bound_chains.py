@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
 from torch.fx import Node
 
-from .residual import ResidualAdd
+from .residual import Entry, ResidualAdd
 
 
 @dataclass(frozen=True)
@@ -16,14 +14,16 @@ class Parameters:
     """The parameters of one site, or of a learned readout, as they enter the graph.
 
     Attributes:
-        name: their common name.
-        examples: fake tensors of phi, scale and bias.
-        sources: what AOTAutograd wants as the placeholders' `_dynamo_source`.
+        name: their common dotted name.
+        phi: placeholder of phi.
+        scale: placeholder of scale.
+        bias: placeholder of bias.
     """
 
     name: str
-    examples: tuple[Tensor, Tensor, Tensor]
-    sources: tuple[Any, Any, Any]
+    phi: Node
+    scale: Node
+    bias: Node
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,19 @@ class BoundSite:
 
 @dataclass(frozen=True)
 class BoundChain:
-    """A chain to rewrite, with the parameters of its learned readout, if it has one."""
+    """A chain to rewrite.
+
+    Attributes:
+        sites: its residual adds with their parameters.
+        head: the value that is expanded, or that the streams come in beside.
+        entry: where the streams come in from another graph; None where they begin in this one.
+        leaves_at: positions of the graph's outputs beside which the streams go on to another graph; empty where they
+            end in this one.
+        readout: the parameters of the chain's learned readout, if it has one.
+    """
 
     sites: tuple[BoundSite, ...]
     head: Node
-    readout: Parameters | None
-
-
-def parameter_order(chains: tuple[BoundChain, ...]) -> list[Parameters]:
-    """Return the parameters in the order in which the rewritten graph takes them, behind its own inputs."""
-    order: list[Parameters] = []
-    for chain in chains:
-        order += [site.parameters for site in chain.sites if site.parameters is not None]
-        if chain.readout is not None:
-            order.append(chain.readout)
-    return order
+    entry: Entry | None = None
+    leaves_at: tuple[int, ...] = ()
+    readout: Parameters | None = None

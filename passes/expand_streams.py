@@ -26,16 +26,14 @@ from torch.fx.node import map_arg
 from ..config import MHCConfig
 from ..kernels import inlined, ops, reference
 from ..kernels.anchored import anchor, equal_streams, release
-from .bound_chains import BoundChain, BoundSite, parameter_order
+from .bound_chains import BoundChain, BoundSite, Parameters
 from .fx.added_nodes import Role, mark
 from .fx.carriers import is_linear, is_training_batch_norm, keeps_layout
-from .fx.dataflow import is_dropout, sizes_of, tensor_of
+from .fx.dataflow import is_dropout, output_values, sizes_of, tensor_of
 from .fx.grad_modes import grad_modes, set_grad_mode
 from .fx.graph_copy import copy_node, module_like
 from .fx.regions import Region, put_into, regions_of
 from .residual import Carrier, ResidualAdd
-
-PHI, SCALE, BIAS = "phi", "scale", "bias"
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class _Streams:
 def expand_streams(graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig) -> GraphModule:
     """Return a new graph in which the chains are streams; `graph_module` is left as it is.
 
-    The new graph takes phi, scale and bias of every entry of `parameter_order` as further inputs.
+    The new graph takes the streams of every chain with an `entry` as further inputs, in the order of `chains`, and
+    returns those of every position in `leaves_at` as further outputs: contiguous and anchored, [*, n, C].
     """
     return _Expander(graph_module, chains, config).run()
 
@@ -86,54 +85,66 @@ class _Expander:
         self.graph = Graph()
         self.plain: dict[Node, Node] = {}
         self.streams: dict[Node, _Streams] = {}
-        self.inputs: dict[str, tuple[Node, Node, Node]] = {}
         self.coefficients: dict[Node, tuple[Node, Node, Node]] = {}
         self.regions: tuple[Region, ...] = ()
         self.modes = grad_modes(graph_module)
         self.mode = True
         sites = [site for chain in chains for site in chain.sites]
-        self.site_at = {site.add.add: site for site in sites}
+        self.site_at = {site.add.node: site for site in sites}
         self.carrier_at: dict[Node, Carrier] = {}
         self.absorbed: set[Node] = set()
         self.reads: dict[tuple[Node, Node], BoundSite] = {}
+        entries = [chain.entry.carriers for chain in chains if chain.entry is not None]
+        for carrier in (step for steps in (*entries, *(site.add.carriers for site in sites)) for step in steps):
+            self.carrier_at[carrier.node] = carrier
+            self.absorbed |= carrier.absorbed
         for site in sites:
-            for carrier in site.add.carriers:
-                self.carrier_at[carrier.node] = carrier
-                self.absorbed |= carrier.absorbed
             for reader in site.add.readers:
                 # Of two sites that share a reader, the first in the graph feeds it.
                 if site.parameters is not None and site.add.fork is not None:
                     self.reads.setdefault((reader, site.add.fork), site)
-        self.readouts = {chain.sites[-1].add.add: chain.readout for chain in chains if chain.readout}
+        self.readouts = {chain.sites[-1].add.node: chain.readout for chain in chains if chain.readout}
 
     def run(self) -> GraphModule:
         pending = True
         for node in self.graph_module.graph.nodes:
             if pending and node.op != "placeholder":
-                self._add_inputs()
+                self._add_streams_inputs()
                 pending = False
             self.regions, self.mode = regions_of(node), self.modes[node]
             if node in self.site_at:
                 self._write(self.site_at[node])
             elif node in self.carrier_at:
                 self._lift(self.carrier_at[node])
+            elif node.op == "output":
+                self._return(node)
             elif node not in self.absorbed:
                 self.plain[node] = copy_node(self.graph, node, self._reader(node))
         return module_like(self.graph_module, self.graph)
 
-    def _add_inputs(self) -> None:
-        for parameters in parameter_order(self.chains):
-            made = []
-            for role, example, source in zip((PHI, SCALE, BIAS), parameters.examples, parameters.sources, strict=True):
-                node = self.graph.placeholder(f"mhc_{parameters.name}_{role}".replace(".", "_"))
-                # The type by which Dynamo marks parameters: their address does not change between calls.
-                node.meta = {
-                    "example_value": example,
-                    "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
-                }
-                node._dynamo_source = source
-                made.append(node)
-            self.inputs[parameters.name] = (made[0], made[1], made[2])
+    def _add_streams_inputs(self) -> None:
+        """Add an input for the streams that come in beside each entry."""
+        for index, entry in enumerate(chain.entry for chain in self.chains if chain.entry is not None):
+            example = entry.node.meta["example_value"]
+            with torch.no_grad():
+                streams = equal_streams(example.movedim(entry.feature_dim, -1), self.config.n_streams).contiguous()
+            node = self.graph.placeholder(f"mhc_streams_{index}")
+            node.meta = {"example_value": streams.detach().requires_grad_(example.requires_grad)}
+            # AOTAutograd asks for the attribute; None says that the value comes from nowhere in the user's code.
+            node._dynamo_source = None
+            self.streams[entry.node] = _Streams(entry.feature_dim, stacked=mark(node, Role.HEAD))
+
+    def _return(self, node: Node) -> None:
+        """Emit the graph's output, with the streams that go on to another graph behind it."""
+        returned = output_values(self.graph_module.graph)
+        streams = []
+        for value in (returned[position] for chain in self.chains for position in chain.leaves_at):
+            self._collapsed(value)
+            stacked = self._stacked(self.streams[value], self.streams[value].dim, value)
+            streams.append(self._emit(value, "contiguous", stacked))
+        copied = copy_node(self.graph, node, self._collapsed)
+        if streams:
+            copied.args = ((*copied.args[0], *streams),)
 
     def _reader(self, node: Node) -> Callable[[Node], Node]:
         """Return how `node` reads its operands: a branch reads its site's layer input."""
@@ -147,6 +158,9 @@ class _Expander:
 
         return read
 
+    def _inputs(self, parameters: Parameters) -> tuple[Node, Node, Node]:
+        return self.plain[parameters.phi], self.plain[parameters.scale], self.plain[parameters.bias]
+
     def _collapsed(self, value: Node) -> Node:
         """Return the plain form of a value; a stream value is read out, once."""
         if value not in self.plain:
@@ -154,7 +168,7 @@ class _Expander:
             stacked = self._stacked(streams, streams.dim, value)
             readout = self.readouts.get(value)
             if readout is not None:
-                arguments = (stacked, *self.inputs[readout.name], reference.NORM_EPS, 0.0, True)
+                arguments = (stacked, *self._inputs(readout), reference.NORM_EPS, 0.0, True)
                 out = self._emit(value, self.lowering.head, *arguments)
             else:
                 out = self._mean(stacked, value)
@@ -179,18 +193,18 @@ class _Expander:
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
         """Return (layer_input, post, res) of a site, computed where they are first needed."""
-        if site.add.add not in self.coefficients:
+        if site.add.node not in self.coefficients:
             base = site.add.fork if site.add.fork is not None else site.add.skip
             streams = self._stacked(self._streams_of(base, site.add.fork_dim), site.add.fork_dim, base)
-            self.coefficients[site.add.add] = self._pre(site, streams)
-        return self.coefficients[site.add.add]
+            self.coefficients[site.add.node] = self._pre(site, streams)
+        return self.coefficients[site.add.node]
 
     def _pre(self, site: BoundSite, streams: Node) -> tuple[Node, Node, Node]:
-        origin = site.add.add
+        origin = site.add.node
         config = self.config
         assert site.parameters is not None
         constants = (config.sinkhorn_iters, reference.NORM_EPS, 0.0, config.manifold, True)
-        result = self._emit(origin, self.lowering.pre, streams, *self.inputs[site.parameters.name], *constants)
+        result = self._emit(origin, self.lowering.pre, streams, *self._inputs(site.parameters), *constants)
         layer_input, post, res = (self._emit(origin, operator.getitem, result, index) for index in range(3))
         return layer_input, post, res
 
@@ -199,28 +213,28 @@ class _Expander:
         found = site.add
         dim = found.feature_dim
         streams = self._stacked(self._streams_of(found.skip, dim), dim, found.skip)
-        added, skipped = tensor_of(found.add), tensor_of(found.skip)
+        added, skipped = tensor_of(found.node), tensor_of(found.skip)
         assert added is not None
         assert skipped is not None
         if added.dtype != skipped.dtype:
-            streams = self._emit(found.add, "to", streams, added.dtype)
+            streams = self._emit(found.node, "to", streams, added.dtype)
         branch = self._moved(self._collapsed(found.branch), dim, -1, found.branch)
         if site.parameters is None:
-            wide = self._spelled(found.add, equal_streams, branch, self.config.n_streams)
-            added_to_each = self._emit(found.add, operator.add, streams, wide)
-            self.streams[found.add] = _Streams(dim, stacked=added_to_each)
+            wide = self._spelled(found.node, equal_streams, branch, self.config.n_streams)
+            added_to_each = self._emit(found.node, operator.add, streams, wide)
+            self.streams[found.node] = _Streams(dim, stacked=added_to_each)
             return
         _, post, res = self._coefficients(site)
         if not self._same_tokens(found):
             # The branch reads a view whose tokens are laid out otherwise: coefficients are per token.
             _, post, res = self._pre(site, streams)
-        written = self._emit(found.add, self.lowering.post, streams, branch, post, res)
-        self.streams[found.add] = _Streams(dim, stacked=written)
+        written = self._emit(found.node, self.lowering.post, streams, branch, post, res)
+        self.streams[found.node] = _Streams(dim, stacked=written)
 
     @staticmethod
     def _same_tokens(found: ResidualAdd) -> bool:
         fork = found.fork if found.fork is not None else found.skip
-        fork_tokens, tokens = list(_sizes(fork)), list(_sizes(found.add))
+        fork_tokens, tokens = list(_sizes(fork)), list(_sizes(found.node))
         del fork_tokens[found.fork_dim], tokens[found.feature_dim]
         return fork_tokens == tokens
 

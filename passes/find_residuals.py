@@ -19,13 +19,14 @@ from torch.fx import GraphModule, Node
 from .finding.lookalikes import veto, writes_streams
 from .finding.operand_kinds import operand_kinds
 from .finding.other_adds import Causes
-from .fx.carriers import carried_from, carrier_between
+from .fx.carriers import carried_from, carrier_between, outputs_over_carriers
 from .fx.dataflow import (
     Reach,
     bodies,
     data_inputs,
     dim_of_size,
     is_activation,
+    is_activation_input,
     is_add,
     is_float,
     is_higher_order,
@@ -40,8 +41,8 @@ from .fx.dataflow import (
     sliced_dims,
     tensor_of,
 )
-from .fx.node_info import branch_children, feature_dim_of, location_of, module_path_of
-from .residual import Carrier, Findings, Reason, Rejection, ResidualAdd, ResidualChain
+from .fx.node_info import branch_children, feature_dim_of, form_of, location_of, module_path_of
+from .residual import Carrier, Entry, Findings, Reason, Rejection, ResidualAdd, ResidualChain
 
 # Sums of two values that may each be a stream.
 _COUPLED = {Reason.INDEPENDENT, Reason.PARALLEL, Reason.REVERSIBLE}
@@ -108,7 +109,7 @@ class _Finder:
             inner = find_residuals(body)
             for chain in inner.chains:
                 for add in chain.adds:
-                    self.rejected[add.add] = Rejection(add.add.name, add.location, Reason.INSIDE_REGION, node.name)
+                    self.rejected[add.node] = Rejection(add.node.name, add.location, Reason.INSIDE_REGION, node.name)
 
     def _consider(self, node: Node, left: Node, right: Node) -> tuple[Node, Node] | None:
         """Record a residual add, or reject it; return (skip, branch) of what may be a projection shortcut."""
@@ -191,7 +192,9 @@ class _Finder:
                 fork, readers, fork_dim = None, frozenset(), feature_dim
         path = module_path_of(node)
         self.found[node] = ResidualAdd(
-            add=node,
+            node=node,
+            position=self.order[node],
+            form=form_of(node, feature_dim),
             skip=skip,
             branch=branch,
             fork=fork,
@@ -203,6 +206,7 @@ class _Finder:
             module_path=path,
             children=branch_children(branch, path, self.mixing),
             location=location_of(node),
+            outputs=outputs_over_carriers(node),
         )
 
     def _trunk(self, skip: Node) -> Iterator[Node]:
@@ -304,10 +308,10 @@ class _Finder:
             for inner in sharers:
                 outer = next((site for site in sharers if site is not inner and self._feeds_only(inner, site)), None)
                 if outer is not None and outer.skip is inner.skip:
-                    del self.found[inner.add]
-                    self._reject(inner.add, Reason.BRANCH_LOCAL)
+                    del self.found[inner.node]
+                    self._reject(inner.node, Reason.BRANCH_LOCAL)
                 elif outer is not None:
-                    self.nested.add(inner.add)
+                    self.nested.add(inner.node)
 
     def _drop_native(self) -> None:
         """Reject the sites on a stream that is one of several the model carries itself."""
@@ -327,7 +331,7 @@ class _Finder:
 
     def _feeds_only(self, inner: ResidualAdd, outer: ResidualAdd) -> bool:
         """Tell whether every way onward from one add ends in another's branch."""
-        add, branch = inner.add, outer.branch
+        add, branch = inner.node, outer.branch
         limit = self.order[branch]
         if self.order[add] > limit:
             return False
@@ -366,7 +370,22 @@ class _Finder:
         for head, sites in members.items():
             if len(sites) > 1 and sites[1].norm == "post":
                 sites[0] = replace(sites[0], norm="post")
-            yield ResidualChain(adds=tuple(sites), head=head, head_location=location_of(head))
+            yield ResidualChain(tuple(sites), head, location_of(head), self._entry(head, sites[0]))
+
+    def _entry(self, head: Node, first: ResidualAdd) -> Entry | None:
+        """Return the input that a chain's head is, over carriers; None where the head is computed in this graph."""
+        origin, carriers = self._previous(head)
+        if not is_activation_input(origin):
+            return None
+        steps = tuple(self._carrier(carrier) for carrier in reversed(carriers))
+        dim = first.feature_dim if shape_of(origin) == shape_of(first.node) else feature_dim_of(origin, origin)
+        width = shape_of(origin)[dim] if shape_of(origin) else None
+        if width != first.form.width:
+            dim = dim_of_size(first.form.width, shape_of(origin))
+        if dim < 0:
+            return None
+        inputs = [node for node in self.order if node.op == "placeholder"]
+        return Entry(origin, inputs.index(origin), steps, form_of(origin, dim), dim)
 
     def _carrier(self, node: Node) -> Carrier:
         source = self._carried_from(node)

@@ -14,8 +14,7 @@ import inspect
 from torch.fx import GraphModule, Node
 
 from ..kernels import anchored, inlined, manifolds, reference
-
-_CACHE_KEY = "_mhc_inlined_source"
+from .fx.cache_key import add_to_cache_key
 
 
 def mark_cacheable(graph_module: GraphModule) -> GraphModule:
@@ -34,8 +33,7 @@ def mark_cacheable(graph_module: GraphModule) -> GraphModule:
     if calls and all(_is_ours(node) for node in calls):
         for node in calls:
             node.meta |= {"is_wrapped": True, "user_cache_hash": _source()}
-        # Attributes are hashed; `meta` is not.
-        setattr(graph_module, _CACHE_KEY, _source())
+        add_to_cache_key(graph_module, "inlined", _source())
     return graph_module
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .fx.dataflow import is_float, is_in_place_add, op_name, tensor_of
+from .fx.dataflow import is_float, is_in_place_add, is_sentinel, op_name, tensor_of
 from .fx.graph_copy import copy_node, module_like
 
 _OUT_OF_PLACE_ADDS = {torch.add, "add"}
@@ -32,7 +32,7 @@ _ALIASING_NAMES = {
 def normalize(graph_module: GraphModule) -> GraphModule:
     """Return a copy of the graph in which each add that can be has the one spelling.
 
-    Tracing sentinels (`mhc.sentinel`) are dropped: the caller has read them by now.
+    Sentinels (`mhc::sentinel`) are dropped: `read_sentinels` has read them by now.
     """
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     graph = Graph()
@@ -47,11 +47,6 @@ def normalize(graph_module: GraphModule) -> GraphModule:
             values[node.args[0]] = replacement
         values[node] = replacement or copy_node(graph, node, values.__getitem__)
     return module_like(graph_module, graph)
-
-
-def is_sentinel(node: Node) -> bool:
-    """Tell whether a node is the tracing sentinel that guards a module with mHC parameters."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == "mhc::sentinel"
 
 
 def _respelled(graph: Graph, node: Node, values: dict[Node, Node]) -> Node | None:

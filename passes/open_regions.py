@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from .fx.dataflow import output_of
 from .fx.graph_copy import attribute_of, copy_node, module_like
 from .fx.regions import Region, RegionCall, put_into, region_call
+from .fx.sources import source_name
 
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
@@ -112,12 +113,8 @@ def _renamed_modules(first: tuple[Any, ...], operands: tuple[Any, ...]) -> dict[
 
 def _path_of(value: Any) -> tuple[str, ...]:
     """Return where an operand is read from, as parts: L['self']._modules['stem']… is ("L['self']", "stem", …)."""
-    source = getattr(value, "_dynamo_source", None)
-    if source is None:
-        return ()
-    # A method in some versions of torch, a property in others.
-    name = str(source.name() if callable(source.name) else source.name)
-    return tuple(_ATTRIBUTE.sub(r".\1", name).split("."))
+    name = source_name(value)
+    return () if name is None else tuple(_ATTRIBUTE.sub(r".\1", name).split("."))
 
 
 def _renamed_stack(stack: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch.fx import Node
 
 
@@ -117,11 +118,32 @@ class Carrier:
 
 
 @dataclass(frozen=True)
+class StreamForm:
+    """The form of a stream value, as the traced call had it.
+
+    Attributes:
+        sizes: its shape; a symbolic size as its name.
+        tokens: product of all sizes but the width; a symbolic size counts as it was in the traced call.
+        width: number of features C.
+        dtype: its dtype.
+        device: its device.
+    """
+
+    sizes: tuple[int | str, ...]
+    tokens: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class ResidualAdd:
     """A residual add as `find_residuals` sees it in the graph.
 
     Attributes:
-        add: the add.
+        node: the add.
+        position: of the node in the graph.
+        form: of the add's result.
         skip: the operand that carries the stream.
         branch: the other operand.
         fork: the stream value that the branch reads, an ancestor of `skip` over carriers; None where the branch
@@ -134,9 +156,12 @@ class ResidualAdd:
         module_path: paths of the modules around the add, outermost first, each with its `nn_module_stack` key.
         children: the same, for the children of the innermost module whose output the add writes into the stream.
         location: "file:line  source text".
+        outputs: positions of the graph's outputs at which the stream behind the add leaves, over carriers alone.
     """
 
-    add: Node
+    node: Node
+    position: int
+    form: StreamForm
     skip: Node
     branch: Node
     fork: Node | None
@@ -148,15 +173,43 @@ class ResidualAdd:
     module_path: tuple[tuple[str, str], ...]
     children: tuple[tuple[str, str], ...]
     location: str
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a stream comes into a graph: a chain's head that is, over carriers, an input of the graph.
+
+    Attributes:
+        node: the input's placeholder.
+        position: among the graph's inputs.
+        carriers: the steps from the input to the chain's head, in graph order.
+        form: of the input.
+        feature_dim: the dimension of the input that holds features.
+    """
+
+    node: Node
+    position: int
+    carriers: tuple[Carrier, ...]
+    form: StreamForm
+    feature_dim: int
 
 
 @dataclass(frozen=True)
 class ResidualChain:
-    """Residual adds joined by carriers, in graph order."""
+    """Residual adds joined by carriers, in graph order.
+
+    Attributes:
+        adds: its adds.
+        head: the value that is expanded.
+        head_location: "file:line  source text" of the head.
+        entry: the input that the stream comes in by, if the head is one over carriers.
+    """
 
     adds: tuple[ResidualAdd, ...]
     head: Node
     head_location: str
+    entry: Entry | None = None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ _POST_PRE = torch.ops.mhc.post_pre.default
 _POSTS = {torch.ops.mhc.post.default, inlined.post}
 
 
-def verify(before: GraphModule, after: GraphModule, n_streams: int) -> None:
+def verify(before: GraphModule, after: GraphModule, n_streams: int, leaving: int = 0) -> None:
     """Check a rewritten graph against the one it came from.
 
-    - The outputs have the shapes and dtypes of the plain graph's: no n-stream value leaves the graph.
+    - The outputs have the shapes and dtypes of the plain graph's; behind them stand `leaving` values of n streams, and
+      no others leave the graph.
     - Every streams value has rank, shape and dtype as `post` declares.
     - Every placeholder has a source, if Dynamo gave sources, and every other node an example value where the plain
       graph had them.
@@ -27,7 +28,7 @@ def verify(before: GraphModule, after: GraphModule, n_streams: int) -> None:
         GraphInvariantError: an invariant is broken; the message names the node.
     """
     after.graph.lint()
-    _check_outputs(before, after)
+    _check_outputs(before, after, n_streams, leaving)
     inputs = [node for node in before.graph.nodes if node.op == "placeholder"]
     had_sources = any(hasattr(node, "_dynamo_source") for node in inputs)
     # What one bucket of DDPOptimizer hands to the next has none.
@@ -42,11 +43,16 @@ def verify(before: GraphModule, after: GraphModule, n_streams: int) -> None:
             _check_post(node, n_streams, node.meta["example_value"][0])
 
 
-def _check_outputs(before: GraphModule, after: GraphModule) -> None:
+def _check_outputs(before: GraphModule, after: GraphModule, n_streams: int, leaving: int) -> None:
     plain, rewritten = _outputs(before), _outputs(after)
-    if len(plain) != len(rewritten):
-        raise GraphInvariantError(f"the rewritten graph returns {len(rewritten)} values instead of {len(plain)}")
-    for old, new in zip(plain, rewritten, strict=True):
+    if len(plain) + leaving != len(rewritten):
+        wanted = f"{len(plain)} and {leaving} of streams" if leaving else str(len(plain))
+        raise GraphInvariantError(f"the rewritten graph returns {len(rewritten)} values instead of {wanted}")
+    for streams in rewritten[len(plain) :]:
+        held = tensor_of(streams)
+        if held is None or sizes_of(held)[-2] != n_streams or not held.is_contiguous():
+            _fail(streams, f"leaves the graph for another, but not as {n_streams} contiguous streams")
+    for old, new in zip(plain, rewritten, strict=False):
         wanted, got = tensor_of(old), tensor_of(new)
         if wanted is None or got is None:
             continue
@@ -80,6 +86,6 @@ def _form(tensor: torch.Tensor) -> str:
 
 def _fail(node: Node, what: str) -> NoReturn:
     raise GraphInvariantError(
-        f"{node.format_node() or node.name}: {what}. This is a bug in mhc-compile; TORCH_LOGS=mhc_graph shows the "
+        f"{node.format_node() or node.name}: {what}. This is a bug in mhc-compile; TORCH_LOGS=mhc_passes shows the "
         "graph, and the option sites= can leave the block out meanwhile."
     )

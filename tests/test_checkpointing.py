@@ -211,7 +211,7 @@ def test_a_dropped_mask_is_drawn_again_alike():
     _assert_same_step(model, *steps)
 
 
-@pytest.mark.parametrize("options", [{}, {"strict": False}, {"on_boundary": "collapse"}])
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"on_graph_break": "collapse"}])
 def test_t5_cuts_its_own_stream_under_checkpointing(options):
     """Its first block sets `requires_grad` on a tensor inside a branch, where Dynamo breaks."""
     case = CASES["t5"]()
@@ -227,6 +227,6 @@ def test_t5_cuts_its_own_stream_under_checkpointing(options):
         report = mhc_compile.attach(model, config=config, **inputs)
     assert 0 < len(report.sites) < sum(case.chains)
     assert any(entry.reason is Reason.CUT for entry in report.rejected) == ("strict" in options)
-    assert any("requires_grad" in reason for reason in report.cuts) == ("on_boundary" in options)
+    assert any("requires_grad" in reason for reason in report.cuts) == ("on_graph_break" in options)
     compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", **options})
     _assert_same_step(model, plain, _step(model, lambda: compiled(**inputs)))

@@ -1,4 +1,4 @@
-"""`on_boundary="collapse"`: a cut stream is averaged and expanded again, at first the same function, and reported."""
+"""`on_graph_break="collapse"`: a cut stream is averaged and expanded again, at first the same function, and reported."""
 
 import inspect
 import re
@@ -14,7 +14,7 @@ from mhc_compile import MHCConfig, MHCWarning, StreamCutError, UnrewrittenCallEr
 
 from .models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, assert_same_function, features
 
-COLLAPSE = {**QUICK, "on_boundary": "collapse"}
+COLLAPSE = {**QUICK, "on_graph_break": "collapse"}
 
 
 class DataDependent(Stack):
@@ -67,7 +67,7 @@ ALL = [f"blocks.{block}.mhc.{branch}" for block in (0, 1) for branch in ("mixer"
 def test_preserved_and_reported(broken, names, cause, readout):
     model = broken()
     plain = _step(model, model)
-    report = mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse", readout=readout))
+    report = mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse", readout=readout))
     assert [site.name for site in report.sites] == names
     if cause is None:
         # The last block is cut in half: its add can no longer be told from any other sum, and stays plain.
@@ -91,11 +91,11 @@ def test_preserved_and_reported(broken, names, cause, readout):
 def test_a_cut_stream_is_not_the_uncut_one():
     """Trained, the two are different models; that is what the report warns of."""
     results = []
-    for on_boundary in ("error", "collapse"):
+    for on_graph_break in ("error", "collapse"):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = Stack() if on_boundary == "error" else BreaksBetween()
-        mhc_compile.attach(model, features(), config=MHCConfig(on_boundary=on_boundary))
+        model = Stack() if on_graph_break == "error" else BreaksBetween()
+        mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break=on_graph_break))
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in mhc_compile.parameters(model).values():
@@ -121,7 +121,7 @@ def test_the_first_call_attaches_every_piece():
 def test_the_default_names_the_break_and_the_way_out(broken):
     model = broken()
     file = re.escape(Path(inspect.getfile(broken)).name)
-    with pytest.raises(StreamCutError, match=rf"{file}:\d+.*on_boundary='collapse'"):
+    with pytest.raises(StreamCutError, match=rf"{file}:\d+.*on_graph_break='collapse'"):
         mhc_compile.attach(model, features())
     assert not mhc_compile.parameters(model)
 
@@ -142,10 +142,10 @@ def test_pieces_of_one_site():
     model = OneEach()
     plain = _step(model, model)
     with pytest.raises(mhc_compile.NoResidualError, match="min_sites=1"):
-        mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse"))
+        mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse"))
     torch._dynamo.reset()
     model.breaks = False
-    mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse"))
+    mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse"))
     model.breaks = True
     _assert_preserved(model, plain)
     assert [len(chain.sites) for chain in mhc_compile.report(model).chains] == [1, 1]
@@ -160,7 +160,7 @@ def test_a_shared_block_counts_on_behind_the_cut():
 
     model = Shared()
     plain = _step(model, model)
-    report = mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse"))
+    report = mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse"))
     wanted = [f"blocks.0.mhc.{branch}{call}" for call in ("", "_1", "_2") for branch in ("mixer", "mlp")]
     assert [site.name for site in report.sites] == wanted
     _assert_preserved(model, plain)
@@ -183,8 +183,8 @@ def test_not_strict_leaves_what_is_behind_the_cut_plain():
 
 def test_a_cut_through_attached_sites_is_an_error_even_if_not_strict():
     model = BreaksBetween()
-    mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse"))
-    compiled = torch.compile(model, backend="mhc", options={**QUICK, "strict": False, "on_boundary": "error"})
+    mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse"))
+    compiled = torch.compile(model, backend="mhc", options={**QUICK, "strict": False, "on_graph_break": "error"})
     with pytest.raises(StreamCutError, match="collapse"):
         compiled(features())
 
@@ -192,7 +192,7 @@ def test_a_cut_through_attached_sites_is_an_error_even_if_not_strict():
 @pytest.mark.parametrize("broken", [DataDependent, BreaksInLoop])
 def test_the_promise_holds_for_every_piece(broken):
     model = broken()
-    mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse"))
+    mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse"))
     with pytest.raises(UnrewrittenCallError):
         model(features())
     with torch.compiler.set_stance("force_eager"), pytest.raises(UnrewrittenCallError):
@@ -216,7 +216,7 @@ class TestBuckets:
     def _wrapped(bucket_bytes):
         model = Stack(depth=3)
         plain = _step(model, model)
-        mhc_compile.attach(model, features(), config=MHCConfig(on_boundary="collapse"))
+        mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse"))
         return model, plain, nn.parallel.DistributedDataParallel(model, bucket_cap_mb=bucket_bytes / 2**20)
 
     @pytest.mark.parametrize(("blocks", "pieces"), [(0.5, [1] * 6), (1, [2, 2, 2])])

@@ -28,7 +28,7 @@ from .models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, features
         ({"recompute": 0}, "at least 1"),
         ({"recompute": 2.0}, "integer"),
         ({"recompute": True}, "integer"),
-        ({"on_boundary": "ignore"}, "must be one of"),
+        ({"on_graph_break": "ignore"}, "must be one of"),
         ({"sites": 3}, "glob"),
         ({"min_sites": 0}, "at least 1"),
         ({"strict": 1}, "True or False"),

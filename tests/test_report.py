@@ -112,7 +112,7 @@ def test_torch_logs_print_the_report_and_the_graph(tmp_path):
         "import torch; from tests.models import QUICK, Stack, features;"
         "torch.compile(Stack(), backend='mhc', options=QUICK)(features())"
     )
-    environment = {**os.environ, "TORCH_LOGS": "mhc_report,mhc_graph"}
+    environment = {**os.environ, "TORCH_LOGS": "mhc_report,mhc_passes"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "4 sites in 1 chain" in done.stderr

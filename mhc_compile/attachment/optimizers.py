@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import MHCWarning, NotAttachedError, OptimizerError
+from ..memory import MEMORY
 from .site_parameters import owners_in
-
-_CHECKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def watch_optimizers(root: nn.Module) -> None:
     """Report, once an optimizer steps the parameters of `root`, if it does not own its mHC parameters."""
     _hook_optimizers()
-    _WATCHED.add(root)
-    _CHECKED.clear()
+    MEMORY.watched.add(root)
+    MEMORY.checked.clear()
 
 
 @functools.cache
@@ -32,10 +29,10 @@ def _hook_optimizers() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _CHECKED:
+    if optimizer in MEMORY.checked:
         return
-    _CHECKED.add(optimizer)
-    for root in list(_WATCHED):
+    MEMORY.checked.add(optimizer)
+    for root in list(MEMORY.watched):
         missing = _unowned(root, optimizer)
         if missing:
             warnings.warn(_unowned_message(missing), MHCWarning, stacklevel=3)

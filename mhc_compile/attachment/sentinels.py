@@ -1,9 +1,11 @@
 """The promise: once a model carries mHC parameters, its plain forward never runs silently.
 
-A forward pre-hook on every module that owns mHC parameters, and on the children whose output its adds write, calls
-the operator `mhc::sentinel`. The operator raises. Inside a graph that backend="mhc" compiles, the rewrite takes the
-sentinel out together with the add it guards; on any other way to run the module, eagerly, behind a recompile limit or
-a graph break, under `suppress_errors`, on another backend, in an exported program, the operator is still there.
+Every child whose output a site writes into the stream has a forward pre-hook, which hands the site's parameters to the
+operator `mhc::sentinel`. That is how they enter a graph: Dynamo lifts them as inputs like any other parameter, so equal
+blocks share one graph, and FSDP or a loaded checkpoint may replace them. The operator raises. Inside a graph that
+backend="mhc" compiles, the rewrite takes the sentinel out together with the add it stands for; on any other way to run
+the child, eagerly, behind a recompile limit or a graph break, under `suppress_errors`, on another backend, in an exported
+program, the operator is still there.
 
 A check that asks "am I being compiled?" would not do: Dynamo traces it into a frame that later falls back.
 """
@@ -11,111 +13,155 @@ A check that asks "am I being compiled?" would not do: Dynamo traces it into a f
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnrewrittenCallError
-from .site_parameters import parameters_of
+from .site_parameters import OwnedParameters, SiteParameters, parameters_of
 
 _LIBRARY = torch.library.Library("mhc", "FRAGMENT")
-_LIBRARY.define("sentinel(str owner, str[] labels, bool only_inside_owner) -> ()")
+_LIBRARY.define("sentinel(Tensor[] parameters, str[] labels, str[] roles) -> ()")
 
 
-@dataclass(frozen=True)
+_PLAIN_ALLOWED: ContextVar[bool] = ContextVar("mhc_plain_allowed", default=False)
+
+
+@contextmanager
+def plain_calls_allowed() -> Iterator[None]:
+    """Inside, sentinels are silent: a look runs the model on stand-ins, and nobody takes their results for real ones."""
+    token = _PLAIN_ALLOWED.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN_ALLOWED.reset(token)
+
+
 class Sentinel:
-    """The hook: calls the operator, so that every tracer sees it.
+    """The hook of a child: calls the operator with the parameters of the sites that the child's output is written at.
 
     Attributes:
-        owner: path of the module that owns the sites.
-        labels: the sites' labels below that owner.
-        only_inside_owner: sits on a child, which may well be called alone: raises only while the owner's own
-            forward is running.
+        owned: the `mhc` child of the sites' owner.
+        labels: the sites' labels there.
     """
 
-    owner: str
-    labels: tuple[str, ...]
-    only_inside_owner: bool
+    def __init__(self, owned: OwnedParameters, labels: tuple[str, ...]) -> None:
+        """Hold on to the sites of one owner."""
+        self.owned = owned
+        self.labels = labels
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Run before the module's forward."""
-        torch.ops.mhc.sentinel.default(self.owner, list(self.labels), self.only_inside_owner)
+        """Run before the child's forward."""
+        parameters: list[Tensor] = []
+        roles: list[str] = []
+        for label in self.labels:
+            site = self.owned._modules[label]
+            parameters += [site.phi, site.scale, site.bias]  # type: ignore[union-attr,list-item]
+            roles.append(site.role)  # type: ignore[union-attr,arg-type]
+        torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles)
 
 
-def raise_if_plain(owner: str, labels: list[str], only_inside_owner: bool) -> None:
+class RootSentinel:
+    """The hook of the model itself, which no higher-order region hides from other compilers.
+
+    In the body of an activation checkpoint they may drop a sentinel as dead code. Run as plain Python the model says
+    nothing: the blocks that it calls may well be compiled, each alone, and their own sentinels know.
+    """
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Run before the model's forward."""
+        if torch.compiler.is_compiling():
+            torch.ops.mhc.sentinel.default([], [], [])
+
+
+def raise_if_plain(parameters: Sequence[Tensor], labels: Sequence[str], roles: Sequence[str]) -> None:
     """Refuse to run the plain forward of a module that carries mHC parameters.
 
+    A child that is called by itself, outside its owner's forward, writes into no stream and runs.
+
     Raises:
-        UnrewrittenCallError: always, or for a child's sentinel while its owner's forward is on the stack.
+        UnrewrittenCallError: a site of these labels is about to be a plain residual add.
     """
-    if only_inside_owner and not _owner_is_running(labels):
+    sites = running_sites(labels) if labels else ["the model"]
+    if not sites or _PLAIN_ALLOWED.get():
         return
-    name = owner or "the model"
-    which = f" ({', '.join(labels)})" if labels else ""
     raise UnrewrittenCallError(
-        f"the plain forward of {name} was about to run, although it carries mHC parameters{which}: the "
-        "result would not be the rewritten model's. Call the compiled model "
-        "(torch.compile(model, backend='mhc'), or model.compile(backend='mhc') so that generate() and Trainer use it "
-        "too). If it was called compiled, Dynamo fell back: look for a graph break or a recompile limit with "
-        "TORCH_LOGS=graph_breaks,recompiles. mhc_compile.detach(model) gives back the plain model."
+        f"{sites[0]} was about to run as a plain residual add, although it carries mHC parameters: the result would not "
+        "be the rewritten model's. Call the compiled model (torch.compile(model, backend='mhc'), or "
+        "model.compile(backend='mhc') so that generate() and Trainer use it too). If it was called compiled, Dynamo fell "
+        "back: look for a graph break inside the block or a recompile limit with TORCH_LOGS=graph_breaks,recompiles. "
+        "mhc_compile.detach(model) gives back the plain model."
     )
 
 
-def _owner_is_running(labels: list[str]) -> bool:
+def running_sites(labels: Sequence[str]) -> list[str]:
+    """Return the names of the sites of these labels whose owner's forward is on the Python stack."""
     frame = sys._getframe(1)
     while frame is not None:
         arguments = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
         candidate = frame.f_locals.get(arguments[0]) if arguments else None
-        if isinstance(candidate, nn.Module):
-            parameters = parameters_of(candidate)
-            if parameters is not None and any(label in parameters._modules for label in labels):
-                return True
+        owned = parameters_of(candidate) if isinstance(candidate, nn.Module) else None
+        if owned is not None:
+            sites = [owned._modules[label] for label in labels if label in owned._modules]
+            if sites:
+                return [site.name for site in sites if isinstance(site, SiteParameters)]
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return []
 
 
 _LIBRARY.impl("sentinel", raise_if_plain, "CompositeExplicitAutograd")
-torch.library.register_fake("mhc::sentinel", lambda owner, labels, only_inside_owner: None, lib=_LIBRARY)
-# Without tensors in or out, every dead-code elimination would drop it.
+torch.library.register_fake("mhc::sentinel", lambda parameters, labels, roles: None, lib=_LIBRARY)
+# Without tensors out, every dead-code elimination would drop it.
 torch.fx.node.has_side_effect(torch.ops.mhc.sentinel.default)
 
 
-def arm(owner_path: str, owner: nn.Module, children: dict[str, list[nn.Module]]) -> None:
-    """Put sentinels on an owner and on the children that its sites' labels come from.
+def arm(owner: nn.Module, children: dict[str, Sequence[nn.Module]]) -> bool:
+    """Put sentinels on the children that an owner's sites write the output of.
 
-    A child's sentinel catches what the owner's cannot: the owner's forward resuming behind a graph break, plain,
-    when its pre-hook has long been traced.
+    Args:
+        owner: a module with mHC parameters.
+        children: the children of each label. A site whose branch calls no child is watched at the owner itself.
+
+    Returns:
+        Whether a sentinel was missing.
     """
-    parameters = parameters_of(owner)
-    assert parameters is not None
-    _disarm(owner)
-    labels = tuple(label for label in parameters._modules)
-    owner.register_forward_pre_hook(Sentinel(owner_path, labels, only_inside_owner=False))
+    owned = parameters_of(owner)
+    assert owned is not None
+    labels: dict[int, tuple[nn.Module, list[str]]] = {}
     for label, modules in children.items():
-        for child in modules:
-            if not any(isinstance(hook, Sentinel) for hook in child._forward_pre_hooks.values()):
-                child.register_forward_pre_hook(Sentinel(owner_path, (label,), only_inside_owner=True))
+        for module in modules or (owner,):
+            labels.setdefault(id(module), (module, []))[1].append(label)
+    changed = False
+    for module, wanted in labels.values():
+        known = _sentinel_of(module, owned)
+        if known is None:
+            module.register_forward_pre_hook(Sentinel(owned, tuple(wanted)))
+        else:
+            known.labels = tuple(dict.fromkeys((*known.labels, *wanted)))
+        changed |= known is None
+    return changed
+
+
+def _sentinel_of(module: nn.Module, owned: OwnedParameters) -> Sentinel | None:
+    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Sentinel))
+    return next((hook for hook in hooks if hook.owned is owned), None)
 
 
 def arm_root(root: nn.Module) -> None:
-    """Put a sentinel on the model itself, which no higher-order region hides from other compilers.
-
-    In the body of an activation checkpoint a sentinel may be dropped as dead code.
-    """
-    if not any(isinstance(hook, Sentinel) for hook in root._forward_pre_hooks.values()):
-        root.register_forward_pre_hook(Sentinel("", (), only_inside_owner=False))
+    """Put a sentinel on the model itself."""
+    if not any(isinstance(hook, RootSentinel) for hook in root._forward_pre_hooks.values()):
+        root.register_forward_pre_hook(RootSentinel())
 
 
-def disarm(root: nn.Module) -> None:
-    """Take every sentinel below `root` away."""
+def disarm(root: nn.Module, owned: OwnedParameters | None = None) -> None:
+    """Take every sentinel below `root` away, or those of one owner."""
     for module in root.modules():
-        _disarm(module)
-
-
-def _disarm(module: nn.Module) -> None:
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, Sentinel):
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            ours = isinstance(hook, Sentinel) and (owned is None or hook.owned is owned)
+            if ours or (owned is None and isinstance(hook, RootSentinel)):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)

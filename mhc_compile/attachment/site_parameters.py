@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -26,6 +27,26 @@ READOUT_SUFFIX = "_readout"
 _INITIAL_SCALE = 0.01
 
 
+class Role(Enum):
+    """Where a site lies on its chain; graphs that differ in nothing else are shared by the sites of one role."""
+
+    HEAD = "head"
+    CARRIED = "carried"
+    TAIL = "tail"
+    ONLY = "only"
+    READOUT = "readout"
+
+    @property
+    def begins(self) -> bool:
+        """Whether the stream is expanded before the site."""
+        return self in (Role.HEAD, Role.ONLY)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the stream is read out behind the site."""
+        return self in (Role.TAIL, Role.ONLY)
+
+
 class SiteParameters(nn.Module):
     """The parameters of one site, or of one chain's learned readout.
 
@@ -33,11 +54,15 @@ class SiteParameters(nn.Module):
         phi: [rows, n·C] projection of a token's streams.
         scale: one factor per group of rows.
         bias: [rows].
+        name: the site's dotted name in the model that it was attached to; wrappers around that model do not change it.
+        role: where the site lies on its chain, as the whole model showed it: a value of `Role`.
     """
 
-    def __init__(self, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
+    def __init__(self, phi: Tensor, scale: Tensor, bias: Tensor, name: str) -> None:
         """Wrap the initial values as parameters."""
         super().__init__()
+        self.name = name
+        self.role = Role.ONLY.value
         self.phi = nn.Parameter(phi)
         self.scale = nn.Parameter(scale)
         self.bias = nn.Parameter(bias)
@@ -63,12 +88,18 @@ class SiteParameters(nn.Module):
 
 
 class OwnedParameters(nn.Module):
-    """The child `mhc` of an owner: its sites' parameters by label, and the config that made them."""
+    """The child `mhc` of an owner: its sites' parameters by label.
+
+    Attributes:
+        config: the options that made them.
+        on_first_call: a first call made them, which saw no more of the model than it compiled.
+    """
 
     def __init__(self, config: MHCConfig) -> None:
         """Start empty."""
         super().__init__()
         self.config = config
+        self.on_first_call = False
 
     def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the input: an owner that runs all its children in turn must not notice this one."""
@@ -150,7 +181,8 @@ def _made(name: str, bias: Tensor, scales: int, shape: SiteShape, config: MHCCon
         generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
         phi = torch.randn(phi.shape, generator=generator) / math.sqrt(columns)
     options: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
-    return SiteParameters(phi.to(**options), torch.full((scales,), _INITIAL_SCALE, **options), bias.to(**options))
+    scale = torch.full((scales,), _INITIAL_SCALE, **options)
+    return SiteParameters(phi.to(**options), scale, bias.to(**options), name)
 
 
 def parameters_of(owner: nn.Module) -> OwnedParameters | None:
@@ -159,10 +191,11 @@ def parameters_of(owner: nn.Module) -> OwnedParameters | None:
     return child if isinstance(child, OwnedParameters) else None
 
 
-def has_parameters(owner: nn.Module, label: str) -> bool:
-    """Tell whether an owner has parameters of this label."""
-    found = parameters_of(owner)
-    return found is not None and label in found._modules
+def site_parameters(owner: nn.Module, label: str) -> SiteParameters | None:
+    """Return the parameters of one label of an owner, if it has them."""
+    child = parameters_of(owner)
+    found = child._modules.get(label) if child is not None else None
+    return found if isinstance(found, SiteParameters) else None
 
 
 def add_parameters(

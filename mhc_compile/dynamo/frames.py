@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..errors import OwnerError
+from ..passes.fx.sources import input_sources, name_of_source
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_(?P<line>\d+)")
 _ROOT_END = re.compile(r"\._(modules|parameters|buffers)\[")
@@ -35,11 +36,11 @@ class Frame:
         resumed: the frame resumes behind a graph break.
         model: the outermost module whose forward is running, compiled or not; the first root, if that is the one. None
             if the frame shows no module.
+        outer: the outermost module whose forward is running and that holds the root, called by compiled code or not; None
+            if there is none. Wrappers such as DDP do not count.
         caller: a module around the root whose forward runs as plain Python, although compiled code called it: Dynamo
             gave up on that one. None if there is none.
         break_reason: why the graph ends before its function does, with the source line; None if it does not.
-        resumed_line: line of the graph break behind which the frame resumes.
-        break_line: line of the graph break that ends the graph, in the frame's own function.
     """
 
     roots: tuple[nn.Module, ...]
@@ -49,10 +50,9 @@ class Frame:
     function: str
     resumed: bool
     model: nn.Module | None
+    outer: nn.Module | None
     caller: str | None
     break_reason: str | None
-    resumed_line: int | None = None
-    break_line: int | None = None
 
     @property
     def root(self) -> nn.Module:
@@ -91,7 +91,8 @@ def current_frame(graph_module: GraphModule) -> Frame:
     translator = InstructionTranslator.current_tx()
     output = translator.output
     roots = _roots(graph_module, output.local_scope, output.global_scope)
-    callers = _plain_callers(roots)
+    callers, beyond = _plain_callers(roots)
+    outermost = [module for module, _ in (*callers, *beyond) if not _is_wrapper(module)]
     around = next((module for module, _ in reversed(callers) if not _is_wrapper(module)), None)
     paths: dict[int, tuple[str, nn.Module]] = {}
     for top in roots if around is None else (around, *roots):
@@ -107,10 +108,9 @@ def current_frame(graph_module: GraphModule) -> Frame:
         function=resumed["function"] if resumed else name,
         resumed=resumed is not None,
         model=around or next(iter(roots), None),
+        outer=outermost[-1] if outermost else None,
         caller=callers[-1][1] if callers else None,
         break_reason=_break_reason(output.compile_subgraph_reason),
-        resumed_line=int(resumed["line"]) if resumed else None,
-        break_line=_break_line(output.compile_subgraph_reason),
     )
 
 
@@ -122,9 +122,9 @@ def _roots(
         value = local_scope.get(name)
         if isinstance(value, nn.Module):
             found.setdefault(id(value), value)
-    for node in graph_module.graph.nodes:
-        read_from = source_name(node)
-        if read_from is None or not (match := _ROOT_END.search(read_from)):
+    for read_from in map(name_of_source, input_sources(graph_module)):
+        match = _ROOT_END.search(read_from)
+        if match is None:
             continue
         try:
             value = eval(read_from[: match.start()], {"L": local_scope, "G": global_scope})
@@ -140,24 +140,20 @@ def _roots(
 def _root_sources(graph_module: GraphModule) -> list[Any]:
     """Return the sources of the modules that the graph's parameters hang from: L['self'], G['model']."""
     found: dict[str, Any] = {}
-    for node in graph_module.graph.nodes:
-        name = source_name(node)
-        match = _ROOT_END.search(name) if name is not None else None
-        if name is None or match is None:
-            continue
-        source = node._dynamo_source
-        while source is not None and _name_of(source) != name[: match.start()]:
+    for source in input_sources(graph_module):
+        match = _ROOT_END.search(name_of_source(source))
+        root = match.string[: match.start()] if match is not None else None
+        while root is not None and source is not None and name_of_source(source) != root:
             source = getattr(source, "base", None)
-        if source is not None:
-            found.setdefault(_name_of(source), source)
+        if root is not None and source is not None:
+            found.setdefault(root, source)
     return list(found.values())
 
 
 def pin_to_modules(frame: Frame) -> None:
     """Make Dynamo compile again for another module of the same class.
 
-    Parameters are inputs of a Dynamo graph, so a graph compiled for one model (or block) would be reused for the next,
-    and compute with the first one's mHC parameters.
+    A look at a model has to see each of its blocks; while none has mHC parameters, Dynamo would show the first for all.
     """
     from torch._dynamo.guards import GuardBuilder, install_guard
 
@@ -165,25 +161,29 @@ def pin_to_modules(frame: Frame) -> None:
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
-def _plain_callers(roots: tuple[nn.Module, ...]) -> list[tuple[nn.Module, str]]:
-    """Look up the Python stack, as far as the call that compilation began with, for modules around the roots.
+_Caller = tuple[nn.Module, str]
+
+
+def _plain_callers(roots: tuple[nn.Module, ...]) -> tuple[list[_Caller], list[_Caller]]:
+    """Look up the Python stack for modules around the roots.
 
     While a frame is traced it is not on the stack, so a module that is, runs as plain Python.
 
     Returns:
-        Each module with its place in the source, innermost first.
+        Each module with its place in the source, innermost first: those up to the call that compilation began with, and
+        those beyond it.
     """
     frame: FrameType | None = sys._getframe(1)
-    found: list[tuple[nn.Module, str]] = []
+    found: tuple[list[_Caller], list[_Caller]] = ([], [])
+    beyond = False
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "compile_wrapper":
-            return found
+        beyond |= code.co_name == "compile_wrapper"
         module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
         if isinstance(module, nn.Module) and roots and _holds(module, roots[0]):
-            found.append((module, f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"))
+            found[beyond].append((module, f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"))
         frame = frame.f_back
-    return []
+    return found if beyond else ([], [])
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -193,19 +193,6 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 def _holds(module: nn.Module, inner: nn.Module) -> bool:
     return any(candidate is inner for candidate in module.modules() if candidate is not module)
-
-
-def source_name(node: Any) -> str | None:
-    """Return where Dynamo read a placeholder from, such as "L['self']._modules['lm_head']._parameters['weight']"."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return None
-    return _name_of(source)
-
-
-def _name_of(source: Any) -> str:
-    # A method in some versions of torch, a property in others.
-    return str(source.name() if callable(source.name) else source.name)
 
 
 def _break_reason(reason: Any) -> str | None:
@@ -218,17 +205,16 @@ def _break_reason(reason: Any) -> str | None:
     return text
 
 
-def _break_line(reason: Any) -> int | None:
-    if reason is None or not reason.graph_break or not reason.user_stack:
-        return None
-    line = reason.user_stack[0].lineno
-    return int(line) if line is not None else None
-
-
 def is_split_by_ddp(graph_module: GraphModule) -> bool:
     """Tell whether DDPOptimizer has cut this graph out of a larger one; it leaves a note on each piece."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     return reason is not None and "DDPOptimizer" in str(reason)
+
+
+def is_sharded(root: nn.Module) -> bool:
+    """Return whether FSDP2 has sharded a module or one below it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in root.modules())
 
 
 def inside_ddp() -> bool:

@@ -15,19 +15,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph
 
 from ..attachment.site_parameters import attached_config
 from ..config import MHCConfig
 from ..errors import MHCWarning, StreamCutError
-from ..passes.find_residuals import find_residuals
-from ..passes.fx.dataflow import is_float
+from ..passes.analyze import holds_residual_adds
 from ..planning.graph_breaks import cut_message, remember_given_up
 
 BACKEND_NAME = "mhc"
 
 
-def watch_fallbacks() -> None:
+def watch_skipped_frames() -> None:
     """Register the callback; `torch._dynamo.reset()` clears it, so every compilation registers it anew."""
     try:
         from torch._dynamo.callback import callback_handler
@@ -53,10 +52,11 @@ def _after_compilation(arguments: Any) -> None:
     reason = _reason(error)
     remember_given_up(root, reason)
     function = compilation["code"].co_name
-    if attached_config(root) is not None:
+    config = _looked_at_with(compilation["compiler_fn"])
+    if attached_config(root) is not None or (config is not None and config.on_graph_break == "carry"):
         return
     config = _config_of(compilation["compiler_fn"])
-    if _holds_residual_adds(error) and config.strict and config.on_boundary == "error":
+    if config.strict and config.on_graph_break != "collapse" and _shows_residual_adds(error):
         _refuse_children(
             root,
             StreamCutError(cut_message(f"{reason}, and Dynamo gave up on the whole of {function}")),
@@ -83,10 +83,13 @@ def _compilation_frame() -> dict[str, Any] | None:
 
 def _config_of(compiler: Any) -> MHCConfig:
     """Return the options of a compilation: those of `torch.compile`, or those that `attach` looks with."""
-    looking = getattr(getattr(compiler, "compiler_fn", None), "mhc_config", None)
-    if isinstance(looking, MHCConfig):
-        return looking
-    return MHCConfig(**(getattr(compiler, "kwargs", {}).get("options") or {}))
+    return _looked_at_with(compiler) or MHCConfig(**(getattr(compiler, "kwargs", {}).get("options") or {}))
+
+
+def _looked_at_with(compiler: Any) -> MHCConfig | None:
+    """Return the options that `attach` or `explain` looks at a model with; None for a compilation."""
+    looking = getattr(getattr(compiler, "compiler_fn", None), "mhc_look", None)
+    return looking if isinstance(looking, MHCConfig) else None
 
 
 def _reason(error: BaseException) -> str:
@@ -96,15 +99,10 @@ def _reason(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__) + where
 
 
-def _holds_residual_adds(error: BaseException) -> bool:
-    """Tell whether the part that was traced before the break already shows a residual add."""
+def _shows_residual_adds(error: BaseException) -> bool:
+    """Return whether the part that was traced before the break already shows a residual add."""
     graph = _traced_so_far(error)
-    if graph is None or not any(is_float(node) for node in graph.nodes):
-        return False
-    try:
-        return bool(find_residuals(GraphModule(nn.Module(), graph)).chains)
-    except (AttributeError, KeyError, RuntimeError):  # a half-built graph: nothing can be said about it
-        return False
+    return graph is not None and holds_residual_adds(graph)
 
 
 def _traced_so_far(error: BaseException) -> Graph | None:

@@ -1,4 +1,4 @@
-"""Tie a plan to parameters: make those that are missing, and hand them to the graph as inputs."""
+"""Tie a plan to parameters: make those that are missing, and find the graph's inputs that they are."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..attachment import sentinels
 from ..attachment.optimizers import watch_optimizers
+from ..attachment.sentinels import arm, arm_root, disarm
 from ..attachment.site_parameters import (
     CHILD,
     READOUT_SUFFIX,
+    Role,
     SiteParameters,
     SiteShape,
     add_parameters,
@@ -24,74 +25,97 @@ from ..attachment.site_parameters import (
     make_readout_parameters,
     make_site_parameters,
     parameters_of,
+    site_parameters,
 )
 from ..config import MHCConfig
-from ..dynamo.frames import Frame, inside_ddp
-from ..errors import ConfigMismatchError, MHCWarning, NotAttachedError
-from ..passes.bound_chains import BoundChain, BoundSite, Parameters, parameter_order
-from .graph_breaks import undo_with_break
+from ..dynamo.frames import Frame, inside_ddp, is_sharded
+from ..errors import ConfigMismatchError, MHCWarning, NotAttachedError, UnrewrittenCallError
+from ..memory import MEMORY
+from ..passes.bound_chains import BoundChain, BoundSite, Parameters
+from ..passes.read_sentinels import SentinelCall
 from .sites import Plan, PlannedChain, PlannedSite
 
 
 @dataclass(frozen=True)
-class Binding:
-    """A plan with its parameters.
+class _Wanted:
+    """One set of parameters that a plan needs."""
 
-    Attributes:
-        chains: what `expand_streams` takes.
-        live: returns the model's current parameters, in the order in which the rewritten graph takes them.
-    """
-
-    chains: tuple[BoundChain, ...]
-    live: Callable[[], list[Tensor]]
-
-
-def missing_sites(plan: Plan, config: MHCConfig) -> list[str]:
-    """Return the names of the parameters that a plan needs and its owners lack."""
-    return [name for name, owner, label, _ in _wanted(plan, config) if _parameters(owner, label) is None]
+    name: str
+    owner: nn.Module
+    label: str
+    site: PlannedSite
+    role: Role
+    make: Callable[[str, SiteShape, MHCConfig], SiteParameters]
 
 
-def attach_plan(plan: Plan, frame: Frame, config: MHCConfig) -> list[tuple[nn.Module, str]]:
-    """Create what is missing, put sentinels on every owner, and return what was created."""
+def _wanted(plan: Plan, config: MHCConfig) -> list[_Wanted]:
+    wanted = []
+    for chain in plan.chains:
+        for site in chain.selected:
+            wanted.append(_Wanted(site.site.name, site.owner, site.label, site, site.role, make_site_parameters))
+        if _learns_readout(chain, config):
+            name, owner, label = _readout_of(chain)
+            wanted.append(_Wanted(name, owner, label, chain.sites[-1], Role.READOUT, make_readout_parameters))
+    return wanted
+
+
+def attach_plan(
+    plan: Plan, frame: Frame, config: MHCConfig, on_first_call: bool = False
+) -> list[tuple[nn.Module, str]]:
+    """Create what is missing, note each site's role, put sentinels where the sites are, and return what was created."""
     created = []
-    for name, owner, label, make in _wanted(plan, config):
-        if _parameters(owner, label) is None:
-            created.append((owner, label))
-            path = name.rsplit(f"mhc.{label}", 1)[0].rstrip(".")
-            add_parameters(owner, path, label, make(), config)
-    children: dict[int, dict[str, list[nn.Module]]] = {}
-    owners: dict[int, tuple[str, nn.Module]] = {}
-    for site in plan.sites:
-        owners[id(site.owner)] = (site.site.owner, site.owner)
-        children.setdefault(id(site.owner), {})[site.label] = list(site.children)
-    for key, (path, owner) in owners.items():
-        sentinels.arm(path, owner, children[key])
+    for entry in _wanted(plan, config):
+        known = site_parameters(entry.owner, entry.label)
+        if known is None:
+            created.append((entry.owner, entry.label))
+            path = entry.name.rsplit(f"{CHILD}.{entry.label}", 1)[0].rstrip(".")
+            index = 0 if entry.role is Role.READOUT else entry.site.index
+            known = entry.make(entry.name, _shape(entry.site, index), config)
+            add_parameters(entry.owner, path, entry.label, known, config)
+        known.role = entry.role.value
+        owned = parameters_of(entry.owner)
+        assert owned is not None
+        owned.on_first_call = on_first_call
+    _arm(plan, frame, config)
     if frame.roots:
-        sentinels.arm_root(frame.root)
         watch_optimizers(frame.root)
     return created
 
 
-def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callable[[], None]:
+def _arm(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
+    """Put sentinels where a plan's sites are; return whether one was missing."""
+    children: dict[int, tuple[nn.Module, dict[str, tuple[nn.Module, ...]]]] = {}
+    for entry in _wanted(plan, config):
+        children.setdefault(id(entry.owner), (entry.owner, {}))[1][entry.label] = entry.site.children
+    missing = [arm(owner, labels) for owner, labels in children.values()]
+    if frame.roots:
+        arm_root(frame.root)
+    return any(missing)
+
+
+def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
     """Attach during compilation, and warn: an optimizer that exists by now does not own the new parameters.
 
     Returns:
-        What takes the new parameters off again, should the compilation fail.
+        Whether anything was created; the frame then has to be traced anew, so that the parameters enter its graph. What
+        takes them off again, should the compilation fail, is left in `MEMORY`.
 
     Raises:
-        NotAttachedError: the model is already wrapped in DDP, which would not synchronize them.
+        NotAttachedError: the model is already wrapped in DDP, or sharded by FSDP, which would not synchronize them.
     """
-    missing = missing_sites(plan, config)
+    missing = [entry for entry in _wanted(plan, config) if site_parameters(entry.owner, entry.label) is None]
     if not missing:
-        return lambda: None
-    if inside_ddp():
+        return False
+    wrapper = "wrapped in DistributedDataParallel" if inside_ddp() else "sharded by fully_shard"
+    if inside_ddp() or any(is_sharded(root) for root in (*frame.roots, frame.outer) if root is not None):
         raise NotAttachedError(
-            f"{len(missing)} mHC parameters are missing and the model is already wrapped in DistributedDataParallel, "
-            "which would never synchronize their gradients. Call mhc_compile.attach(model, example_input) before "
-            "wrapping it."
+            f"{len(missing)} mHC parameters are missing and the model is already {wrapper}, which would never synchronize "
+            "their gradients. Call mhc_compile.attach(model, example_input) before."
         )
-    created = attach_plan(plan, frame, config)
-    undo_with_break(frame, lambda: _take_back(created, frame.root))
+    # Weakly: what is to be undone must not keep the model alive.
+    created = [(weakref.ref(owner), label) for owner, label in attach_plan(plan, frame, config, on_first_call=True)]
+    root = weakref.ref(frame.root)
+    MEMORY.undo.setdefault(frame.root, []).append(lambda: _take_back(created, root))
     warnings.warn(
         f"backend='mhc' created the mHC parameters of {len(missing)} sites at the first call. An optimizer built "
         "before does not own them: call mhc_compile.attach(model, example_input) first, or add "
@@ -99,127 +123,95 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> Callabl
         MHCWarning,
         stacklevel=2,
     )
-    return lambda: _take_back(created, frame.root)
+    return True
 
 
-def _take_back(created: list[tuple[nn.Module, str]], root: nn.Module) -> None:
-    for owner, label in created:
-        parameters = parameters_of(owner)
-        if parameters is None or label not in parameters._modules:
+def _take_back(created: list[tuple[weakref.ref[nn.Module], str]], model: weakref.ref[nn.Module]) -> None:
+    root = model()
+    for reference, label in created:
+        owner = reference()
+        owned = parameters_of(owner) if owner is not None else None
+        if root is None or owner is None or owned is None or label not in owned._modules:
             continue
-        del parameters._modules[label]
-        if not parameters._modules:
-            sentinels.disarm(owner)
+        del owned._modules[label]
+        if not owned._modules:
+            disarm(root, owned)
             delattr(owner, CHILD)
-    if attached_config(root) is None:
-        sentinels.disarm(root)
+    if root is not None and attached_config(root) is None:
+        disarm(root)
 
 
-def bind(plan: Plan, config: MHCConfig, fake_mode: Any) -> Binding:
-    """Look the parameters up and describe them to the graph.
+def bind(plan: Plan, calls: tuple[SentinelCall, ...], frame: Frame, config: MHCConfig) -> tuple[BoundChain, ...] | None:
+    """Find the inputs of the graph that are the parameters of a plan's sites.
+
+    Returns:
+        What `expand_streams` takes; None where a sentinel was missing and has been put back, so that the frame has to
+        be traced anew: a child may have been replaced since its site was attached.
 
     Raises:
         ConfigMismatchError: a parameter's shape does not fit the options, for instance after a width change.
+        UnrewrittenCallError: a site's parameters do not enter the graph, although its sentinel is in place.
     """
-    holders: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
+    inputs = {
+        id(tensor): node
+        for call in calls
+        for tensor, node in zip(call.tensors, call.inputs, strict=True)
+        if tensor is not None
+    }
+    lost: list[str] = []
+
+    def parameters(name: str, owner: nn.Module, label: str, width: int | None) -> Parameters | None:
+        site = site_parameters(owner, label)
+        assert site is not None, f"{name} was attached before"
+        if width is not None and site.phi.shape[-1] != config.n_streams * width:
+            raise ConfigMismatchError(
+                f"{name}.phi has {site.phi.shape[-1]} columns, but {config.n_streams} streams of width {width} need "
+                f"{config.n_streams * width}. Call mhc_compile.detach(model) and attach again."
+            )
+        found = [inputs.get(id(tensor)) for tensor in (site.phi, site.scale, site.bias)]
+        if None in found:
+            lost.append(name)
+            return None
+        phi, scale, bias = (node for node in found if node is not None)
+        return Parameters(name, phi, scale, bias)
+
     chains = []
     for chain in plan.chains:
-        sites = []
-        for planned in chain.sites:
-            parameters = None
-            if planned.selected:
-                parameters = _describe(planned.site.name, planned.owner, planned.label, planned, config, fake_mode)
-                holders[planned.site.name] = (weakref.ref(planned.owner), planned.label)
-            sites.append(BoundSite(planned.add, parameters))
-        readout = None
-        if _learns_readout(chain, config):
-            name, owner, label = _readout_of(chain)
-            readout = _describe(name, owner, label, None, config, fake_mode)
-            holders[name] = (weakref.ref(owner), label)
-        chains.append(BoundChain(tuple(sites), chain.head, readout))
-    bound = tuple(chains)
-    order = [holders[parameters.name] for parameters in parameter_order(bound)]
-    return Binding(bound, lambda: _live(order))
-
-
-def _live(order: list[tuple[weakref.ref[nn.Module], str]]) -> list[Tensor]:
-    """Look the parameters up on the model: a loaded checkpoint or FSDP may have replaced them."""
-    found: list[Tensor] = []
-    for reference, label in order:
-        owner = reference()
-        parameters = _parameters(owner, label) if owner is not None else None
-        if parameters is None:
-            raise NotAttachedError(
-                f"the mHC parameters {label!r} are gone from the model (mhc_compile.detach?), but the compiled model "
-                "still needs them. Call torch._dynamo.reset(), or compile the plain model with another backend."
+        sites = tuple(
+            BoundSite(
+                site.add,
+                parameters(site.site.name, site.owner, site.label, site.site.width) if site.selected else None,
             )
-        found += [parameters.phi, parameters.scale, parameters.bias]
-    return found
-
-
-def _wanted(plan: Plan, config: MHCConfig) -> list[tuple[str, nn.Module, str, Callable[[], SiteParameters]]]:
-    """List every parameters of a plan: its name, owner, label, and how to make it."""
-    wanted: list[tuple[str, nn.Module, str, Callable[[], SiteParameters]]] = []
-    for chain in plan.chains:
-        for index, planned in enumerate(site for site in chain.sites if site.selected):
-            shape = _shape(planned, index)
-            name = planned.site.name
-            wanted.append((name, planned.owner, planned.label, _maker(make_site_parameters, name, shape, config)))
-        if _learns_readout(chain, config):
-            name, owner, label = _readout_of(chain)
-            shape = _shape(chain.sites[-1], 0)
-            wanted.append((name, owner, label, _maker(make_readout_parameters, name, shape, config)))
-    return wanted
-
-
-def _maker(
-    make: Callable[..., SiteParameters], name: str, shape: SiteShape, config: MHCConfig
-) -> Callable[[], SiteParameters]:
-    return lambda: make(name, shape, config)
+            for site in chain.sites
+        )
+        readout = parameters(*_readout_of(chain), None) if _learns_readout(chain, config) else None
+        head = chain.entry.node if chain.entry is not None else chain.head
+        chains.append(BoundChain(sites, head, chain.entry, chain.leaves_at, readout))
+    if not lost:
+        return tuple(chains)
+    if _arm(plan, frame, config):
+        return None
+    raise UnrewrittenCallError(
+        f"the mHC parameters of {', '.join(lost[:4])} do not enter the graph: the forward of the child whose output they "
+        "write is not called there as a module, so its hooks do not run. Call the child (child(x), not "
+        "child.forward(x)), or leave the block out with the option sites=."
+    )
 
 
 def _learns_readout(chain: PlannedChain, config: MHCConfig) -> bool:
-    return config.readout == "learned" and not chain.averaged
+    return config.readout == "learned" and not chain.averaged and chain.selected[-1].role.ends
 
 
 def _readout_of(chain: PlannedChain) -> tuple[str, nn.Module, str]:
     last = chain.sites[-1]
     label = last.label + READOUT_SUFFIX
-    return joined(last.site.owner, label), last.owner, label
+    known = site_parameters(last.owner, label)
+    return (known.name if known else joined(last.site.owner, label)), last.owner, label
 
 
 def _shape(planned: PlannedSite, index: int) -> SiteShape:
-    example = planned.add.add.meta["example_value"]
-    dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
-    parameter = next(planned.owner.parameters(), None)
-    device = parameter.device if parameter is not None else example.device
+    form = planned.add.form
+    dtype = torch.float64 if form.dtype == torch.float64 else torch.float32
+    parameter: Any = next(planned.owner.parameters(), None)
+    device = parameter.device if parameter is not None else form.device
     return SiteShape(planned.site.width, index, device, dtype)
-
-
-def _parameters(owner: nn.Module, label: str) -> SiteParameters | None:
-    parameters = parameters_of(owner)
-    found = parameters._modules.get(label) if parameters is not None else None
-    return found if isinstance(found, SiteParameters) else None
-
-
-def _describe(
-    name: str, owner: nn.Module, label: str, planned: PlannedSite | None, config: MHCConfig, fake_mode: Any
-) -> Parameters:
-    from torch._dynamo.source import ConstantSource
-
-    parameters = _parameters(owner, label)
-    assert parameters is not None, f"{name} was attached before"
-    if planned is not None and parameters.phi.shape[-1] != config.n_streams * planned.site.width:
-        raise ConfigMismatchError(
-            f"{name}.phi has {parameters.phi.shape[-1]} columns, but {config.n_streams} streams of width "
-            f"{planned.site.width} need {config.n_streams * planned.site.width}. Call mhc_compile.detach(model) and "
-            "attach again."
-        )
-    tensors = (parameters.phi, parameters.scale, parameters.bias)
-    if fake_mode is not None:
-        examples = tuple(fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors)
-    else:
-        examples = tensors
-    roles = ("phi", "scale", "bias")
-    sources = tuple(ConstantSource(source_name=f"{name}.{role}") for role in roles)
-    return Parameters(name, examples, sources)  # type: ignore[arg-type]

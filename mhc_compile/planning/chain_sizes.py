@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from ..config import MHCConfig
 from ..kernels.fusion_choice import FusionChoice, FusionReason, choose_fusion
-from ..passes.fx.dataflow import size_hint, tensor_of
 from .sites import Plan, PlannedChain
 
 
@@ -54,10 +52,5 @@ def fusion_for(plan: Plan, config: MHCConfig) -> FusionChoice:
 
 
 def _size(chain: PlannedChain) -> ChainSize:
-    last = chain.sites[-1].add
-    tensor = tensor_of(last.add)
-    assert tensor is not None
-    sizes = [size_hint(size) for size in tensor.shape]
-    width = sizes.pop(last.feature_dim)
-    sites = sum(site.selected for site in chain.sites)
-    return ChainSize(sites, math.prod(sizes), width, tensor.dtype, tensor.device)
+    form = chain.sites[-1].add.form
+    return ChainSize(len(chain.selected), form.tokens, form.width, form.dtype, form.device)

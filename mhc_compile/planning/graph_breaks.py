@@ -1,33 +1,34 @@
-"""What becomes of a stream that a graph break or a DDP bucket cuts.
+"""What becomes of a stream that reaches over several graphs.
 
-Each piece is a correct graph of its own, but the streams are averaged at every cut and expanded again behind it:
-another model, and one that changes whenever the break moves. So a cut is an error, unless `on_boundary="collapse"` asks
-for that model; the report then says where. With `strict=False` what lies behind the cut stays plain instead.
+With `on_graph_break="carry"` the streams go on beside the visible value: the roles that `attach` gave the sites tell
+where a stream comes in and where it goes on. A model that was never attached has no roles, and one graph does not show
+what the next one holds: there a cut is an error. "error" makes every cut one. "collapse" averages the streams at a cut
+and expands them again behind it, which is another model, and one that changes whenever the cut moves; the report then
+says where. With `strict=False` what lies behind a cut stays plain, with a warning, where nothing is attached.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from ..attachment.site_parameters import READOUT_SUFFIX, has_parameters
+from ..attachment.site_parameters import READOUT_SUFFIX, site_parameters
 from ..config import MHCConfig
-from ..dynamo.frames import Frame, is_split_by_ddp
+from ..dynamo.frames import Frame, is_sharded, is_split_by_ddp
 from ..errors import MHCWarning, StreamCutError
-from ..passes.fx.carriers import carried_from
-from ..passes.fx.dataflow import data_inputs, is_add, is_float, is_norm, mixes, operands, output_of
+from ..memory import MEMORY
+from ..passes.analyze import Analysis
 from ..passes.residual import Reason, Rejection
-from .sites import Plan, PlannedChain
+from .sites import Plan, PlannedChain, refuse_split_calls
 
 
-@dataclass
-class _Break:
+@dataclass(frozen=True)
+class Break:
     """A graph that ended early, or a frame that Dynamo gave up on.
 
     Attributes:
@@ -35,89 +36,129 @@ class _Break:
         reason: why, with the source line.
         stream_left: a stream value left the graph.
         branch_left: a value left the graph together with something mixed from it: half a residual block.
-        undo: takes away the parameters that this call created before.
     """
 
     root: weakref.ref[nn.Module]
     reason: str
     stream_left: bool
     branch_left: bool = False
-    undo: list[Callable[[], None]] = field(default_factory=list)
-
-
-_OPEN: list[_Break] = []
 
 
 def forget_breaks(root: nn.Module) -> None:
     """Forget the breaks of a model: a new call begins."""
-    _OPEN[:] = [entry for entry in _OPEN if entry.root() is not None and entry.root() is not root]
+    MEMORY.breaks[:] = [entry for entry in MEMORY.breaks if entry.root() is not None and entry.root() is not root]
 
 
 def given_up(root: nn.Module) -> str | None:
     """Return why Dynamo gave up on a frame of `root`, if it did and no new call has begun since."""
-    return next((entry.reason for entry in reversed(_OPEN) if entry.root() is root), None)
+    return next((entry.reason for entry in reversed(MEMORY.breaks) if entry.root() is root), None)
 
 
 def remember_given_up(root: nn.Module, reason: str) -> None:
     """Remember that Dynamo gave up on a frame of `root`: whatever is compiled inside it, is a piece."""
     forget_breaks(root)
-    _OPEN.append(_Break(weakref.ref(root), reason, stream_left=True))
+    MEMORY.breaks.append(Break(weakref.ref(root), reason, stream_left=True))
 
 
 def has_open_breaks(frame: Frame) -> bool:
-    """Tell whether a graph break in a caller is open; a frame of a plain function shows no module, any will do."""
-    return any(entry.root() is not None for entry in _OPEN if not frame.roots) or any(
-        _below(root, entry.root()) for entry in _OPEN for root in frame.roots
+    """Return whether a graph break in a caller is open; a frame of a plain function shows no module, any will do."""
+    return any(entry.root() is not None for entry in MEMORY.breaks if not frame.roots) or any(
+        _below(root, entry.root()) for entry in MEMORY.breaks for root in frame.roots
     )
 
 
-def undo_with_break(frame: Frame, undo: Callable[[], None]) -> None:
-    """Have `undo` run, should the graph break that ends this frame's graph turn out to cut the stream."""
-    if frame.break_reason is not None and _OPEN:
-        _OPEN[-1].undo.append(undo)
-
-
-def check_graph_breaks(captured: GraphModule, plain: GraphModule, plan: Plan, frame: Frame, config: MHCConfig) -> Plan:
-    """Check a graph against the graph breaks before it, and remember the one that ends it.
+def check_graph_breaks(
+    captured: GraphModule, analysis: Analysis, plan: Plan, frame: Frame, config: MHCConfig, looking: bool = False
+) -> Plan:
+    """Check a graph against the graph breaks around it, and remember the one that ends it.
 
     Args:
         captured: the graph as the backend was given it.
-        plain: the same, normalized.
-        plan: what was found in it.
+        analysis: what is known of it.
+        plan: what was planned for it.
         frame: the frame behind it.
-        config: `on_boundary` and `strict` decide.
+        config: `on_graph_break` and `strict` decide.
+        looking: `attach` or `explain` looks at the whole model; where the streams go is then found out afterwards.
 
     Returns:
-        The plan, with the cuts that its streams cross, or without the chains behind a cut.
+        The plan, with the streams that its chains get from other graphs and hand on to them, or with the cuts that its
+        streams cross, or without the chains behind a cut.
 
     Raises:
-        StreamCutError: the stream enters this graph from before a graph break. What this call has attached so far is
-            taken off again.
+        StreamCutError: the stream enters this graph, or leaves it, and is not carried. What this call has attached so far
+            is taken off again.
     """
+    piece = frame.resumed or frame.break_reason is not None or frame.outer is not None or is_split_by_ddp(captured)
+    if piece:
+        refuse_split_calls(plan, frame)
+    carries = config.on_graph_break == "carry" and (looking or _is_attached(plan))
+    if carries and not looking:
+        return _carried(plan, frame, piece)
     if is_split_by_ddp(captured):
-        return _in_bucket(plain, plan, config)
+        return _in_bucket(analysis, plan, config)
     if not frame.roots:
         return plan
     root = frame.root
-    nested = any(entry.root() is not root and _below(root, entry.root()) for entry in _OPEN)
+    nested = any(entry.root() is not root and _below(root, entry.root()) for entry in MEMORY.breaks)
     if not frame.resumed and not nested:
         forget_breaks(root)
-    entering = [chain for chain in plan.chains if _is_input(chain.head)]
-    around = [entry for entry in _OPEN if _below(root, entry.root())]
+    entering = [chain for chain in plan.chains if chain.start is not None]
+    leaving = [chain for chain in plan.chains if chain.sites[-1].add.outputs]
+    around = [entry for entry in MEMORY.breaks if _below(root, entry.root())]
     reasons = [entry.reason for entry in around if entry.stream_left and entering]
-    leaving = any(_leaves(site.add.add) for site in plan.sites)
-    if not reasons and entering and leaving and not frame.resumed and frame.caller is not None:
-        reasons = [f"Dynamo compiles {type(root).__name__} alone, because {frame.caller} runs as plain Python"]
+    if not reasons and not looking and (reason := _why_alone(frame, bool(entering), bool(leaving), config)):
+        reasons = [reason]
     halves = [entry.reason for entry in around if entry.branch_left]
-    halved = _joins(plain, plan) if halves else []
-    if reasons or halved:
-        plan = _settled(plan, entering, reasons, halved, halves, config)
+    if carries:
+        halved = [*analysis.ends.halves] if halves else []
+        if halved:
+            _refuse(frame, halves[-1], "inside a residual block")
+    else:
+        halved = [*analysis.ends.halves] if halves else []
+        if reasons or halved:
+            plan = _settled(plan, entering, reasons, halved, halves, frame, config)
     if frame.break_reason is not None:
-        left = any(_leaves(site.add.add) for site in plan.sites)
-        _OPEN.append(_Break(weakref.ref(root), frame.break_reason, left, _branch_leaves(plain)))
+        left = any(site.add.outputs for site in plan.sites)
+        MEMORY.breaks.append(Break(weakref.ref(root), frame.break_reason, left, analysis.ends.branch_leaves))
     # A graph that ends early, or that of a module inside a forward that runs as plain Python.
     goes_on = frame.break_reason is not None or frame.caller is not None
-    return _read_out_by_mean(plan, config) if goes_on else plan
+    return _read_out_by_mean(plan, config) if goes_on and not carries else plan
+
+
+def _is_attached(plan: Plan) -> bool:
+    return any(site_parameters(site.owner, site.label) is not None for site in plan.sites)
+
+
+def _carried(plan: Plan, frame: Frame, piece: bool) -> Plan:
+    """Say where the streams of a piece of an attached model come in, and where they go on."""
+    chains = []
+    for chain in plan.chains:
+        first, last = chain.selected[0], chain.selected[-1]
+        entry = None if first.role.begins else chain.start
+        if entry is None and piece and not first.role.begins:
+            raise StreamCutError(
+                f"{first.site.name} lies in the middle of its stream, but in this graph the stream is computed anew at "
+                f"{chain.chain.head}, and what the sites before have made of it would be lost. The model was attached "
+                "with another forward: call mhc_compile.attach(model, example_input) again, with the input that it is "
+                "called with now."
+            )
+        leaves_at = () if last.role.ends else chain.sites[-1].add.outputs
+        chains.append(replace(chain, entry=entry, leaves_at=leaves_at))
+    return replace(plan, chains=tuple(chains))
+
+
+def _why_alone(frame: Frame, entering: bool, leaving: bool, config: MHCConfig) -> str | None:
+    """Say why a graph whose stream comes in or leaves is a piece of a model; None where it is a whole one."""
+    root = frame.root
+    if frame.resumed or not (entering or leaving):
+        return None
+    if frame.caller is not None and entering and leaving:
+        return f"Dynamo compiles {type(root).__name__} alone, because {frame.caller} runs as plain Python"
+    if frame.outer is not None and (entering or leaving) and frame.break_reason is None:
+        return f"{type(root).__name__} is compiled alone, inside a {type(frame.outer).__name__}"
+    if is_sharded(root) and (entering or leaving):
+        return f"fully_shard has Dynamo compile {type(root).__name__} piece by piece"
+    return None
 
 
 def _settled(
@@ -126,49 +167,51 @@ def _settled(
     reasons: list[str],
     halved: list[Rejection],
     halves: list[str],
+    frame: Frame,
     config: MHCConfig,
 ) -> Plan:
     """Refuse, collapse, or leave plain what graph breaks cut."""
-    collapses = config.on_boundary == "collapse"
-    lost = [] if collapses else [site for chain in entering if reasons for site in chain.sites if site.selected]
-    if not collapses and (config.strict or any(has_parameters(site.owner, site.label) for site in lost)):
-        _refuse((reasons or halves)[-1])
+    collapses = config.on_graph_break == "collapse"
+    cut = entering if entering else [*plan.chains]
+    lost = [] if collapses else [site for chain in cut if reasons for site in chain.selected]
+    if not collapses and (config.strict or any(site_parameters(site.owner, site.label) for site in lost)):
+        _refuse(frame, (reasons or halves)[-1], "inside a residual block" if halved else "")
     # An add whose two operands both come from before the break can no longer be told from any other sum.
     why = {entry: replace(entry, reason=Reason.CUT, detail=halves[-1]) for entry in halved}
     rejections = [why.get(entry, entry) for entry in plan.rejections]
     if collapses:
         return replace(plan, cuts=tuple(dict.fromkeys(reasons)), rejections=tuple(rejections))
-    rejections += [Rejection(site.add.add.name, site.site.location, Reason.CUT, detail=reasons[-1]) for site in lost]
+    rejections += [Rejection(site.add.node.name, site.site.location, Reason.CUT, detail=reasons[-1]) for site in lost]
     if lost:
         warnings.warn(
-            f"{len(lost)} residual adds stay plain, because a graph break cuts their stream: {reasons[-1]}. Take the "
-            "break away, or use on_boundary='collapse'.",
+            f"{len(lost)} residual adds stay plain, because a graph break cuts their stream: {reasons[-1]}. Call "
+            "mhc_compile.attach(model, example_input) before the first call, and the streams are carried across it.",
             MHCWarning,
             stacklevel=2,
         )
-    kept = tuple(chain for chain in plan.chains if not reasons or chain not in entering)
+    kept = tuple(chain for chain in plan.chains if not reasons or chain not in cut)
     return replace(plan, chains=kept, rejections=tuple(rejections))
 
 
-def _in_bucket(plain: GraphModule, plan: Plan, config: MHCConfig) -> Plan:
+def _in_bucket(analysis: Analysis, plan: Plan, config: MHCConfig) -> Plan:
     """Settle one of the graphs that DDPOptimizer has cut a graph into.
 
     Raises:
-        StreamCutError: `on_boundary="error"`, or the cut lies inside a residual block, which no readout can mend.
+        StreamCutError: the streams are not carried, or the cut lies inside a residual block, which no readout can mend.
     """
     way_out = "Set torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call"
-    if config.on_boundary != "collapse":
+    if config.on_graph_break != "collapse":
         raise StreamCutError(
             "DistributedDataParallel is splitting the graph into buckets, which would cut the residual stream. "
-            f"{way_out}, or use on_boundary='collapse' to average the streams between buckets, which is another model."
+            f"{way_out}, or use on_graph_break='collapse' to average the streams between buckets, which is another model."
         )
-    if _joins(plain, plan) or _branch_leaves(plain, {site.add.add for site in plan.sites}):
+    if analysis.ends.halves or analysis.ends.block_leaves:
         raise StreamCutError(
             "DistributedDataParallel is splitting the graph into buckets inside a residual block: its branch is in one "
-            f"bucket and its add in another, which on_boundary='collapse' cannot mend. {way_out}, or choose another "
+            f"bucket and its add in another, which on_graph_break='collapse' cannot mend. {way_out}, or choose another "
             "bucket_cap_mb."
         )
-    if any(_is_input(chain.head) for chain in plan.chains):
+    if any(chain.start is not None for chain in plan.chains):
         plan = replace(plan, cuts=("DistributedDataParallel splits the graph into buckets",))
     return _read_out_by_mean(plan, config)
 
@@ -178,12 +221,12 @@ def _read_out_by_mean(plan: Plan, config: MHCConfig) -> Plan:
 
     Whether something behind does, is not known yet. A chain that `attach` has given a readout ends here.
     """
-    if config.on_boundary != "collapse":
+    if config.on_graph_break != "collapse":
         return plan
 
     def averaged(chain: PlannedChain) -> bool:
         last = chain.sites[-1]
-        return _leaves(last.add.add) and not has_parameters(last.owner, last.label + READOUT_SUFFIX)
+        return bool(last.add.outputs) and site_parameters(last.owner, last.label + READOUT_SUFFIX) is None
 
     return replace(plan, chains=tuple(replace(chain, averaged=averaged(chain)) for chain in plan.chains))
 
@@ -199,105 +242,31 @@ def ends_are_ends(plans: list[Plan]) -> list[Plan]:
     ]
 
 
-def cut_message(reason: str) -> str:
+def cut_message(reason: str, where: str = "") -> str:
     """Say that a graph break cuts the stream, what that would mean, and every way out."""
+    if where:
+        return (
+            f"a graph break cuts a residual branch: {reason}. It lies {where}, where streams cannot be carried from one "
+            "graph to the next. Take the break away (TORCH_LOGS=graph_breaks shows why Dynamo breaks; printing, .item() "
+            "and data-dependent branches are the usual causes), or move it between two residual blocks."
+        )
     return (
-        f"a graph break cuts the residual stream: {reason}. The streams would be averaged there. Take the break away "
-        "(TORCH_LOGS=graph_breaks shows why Dynamo breaks; printing, .item() and data-dependent branches are the usual "
-        "causes), or move it outside the residual blocks, or use on_boundary='collapse' to average the streams at the "
-        "break and expand them again behind it, which is another model."
+        f"a graph break cuts the residual stream: {reason}. Call mhc_compile.attach(model, example_input) on the whole "
+        "model first: it sees what lies behind the break, and the streams are then carried across it "
+        "(on_graph_break='carry', the default). Or take the break away (TORCH_LOGS=graph_breaks shows why Dynamo breaks; "
+        "printing, .item() and data-dependent branches are the usual causes), or use on_graph_break='collapse' to average "
+        "the streams at the break and expand them again behind it, which is another model."
     )
 
 
-def _refuse(reason: str) -> NoReturn:
-    for entry in _OPEN:
-        for undo in entry.undo:
-            undo()
-    _OPEN.clear()
-    raise StreamCutError(cut_message(reason))
+def _refuse(frame: Frame, reason: str, where: str = "") -> NoReturn:
+    for entry in MEMORY.breaks:
+        if (root := entry.root()) is not None:
+            MEMORY.take_back(root)
+    MEMORY.take_back(frame.root)
+    MEMORY.breaks.clear()
+    raise StreamCutError(cut_message(reason, where))
 
 
 def _below(module: nn.Module, root: nn.Module | None) -> bool:
     return root is not None and any(candidate is module for candidate in root.modules())
-
-
-def _is_input(node: Node) -> bool:
-    """Tell whether a value enters the graph as an activation: a placeholder that is no parameter or buffer."""
-    return (
-        node.op == "placeholder"
-        and is_float(node)
-        and "_dynamo_static_input_type" not in (node.meta.get("tensor_dict") or {})
-    )
-
-
-def _leaves(add: Node) -> bool:
-    """Tell whether a stream value leaves the graph, over carriers."""
-    stack, seen = [add], {add}
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen and carried_from(user) is not None:
-                seen.add(user)
-                stack.append(user)
-    return False
-
-
-def _branch_leaves(graph_module: GraphModule, behind: Set[Node] | None = None) -> bool:
-    """Tell whether a value leaves the graph together with something that was mixed from it: half a residual block.
-
-    Args:
-        graph_module: the normalized graph.
-        behind: given the residual adds, a branch counts from its norm on, and ends at an add: between two whole blocks
-            nothing leaves but the stream.
-    """
-    output = output_of(graph_module)
-    leaving = {node for node in output.all_input_nodes if is_float(node)}
-    for start in leaving:
-        stack: list[tuple[Node, bool]] = [(start, False)]
-        seen: set[tuple[Node, bool]] = set()
-        while stack:
-            node, mixed = stack.pop()
-            for user in node.users:
-                if user.op == "output" or (behind is not None and user in behind):
-                    continue
-                begun = mixes(user, graph_module) or (behind is not None and is_norm(user))
-                step = (user, mixed or begun)
-                if step not in seen:
-                    if step[1] and user in leaving:
-                        return True
-                    seen.add(step)
-                    stack.append(step)
-    return False
-
-
-def _joins(graph_module: GraphModule, plan: Plan) -> list[Rejection]:
-    """Return the adds that join an input with something computed from other inputs alone: halves of a block."""
-    independent = {entry.add: entry for entry in plan.rejections if entry.reason is Reason.INDEPENDENT}
-    found = []
-    for node in graph_module.graph.nodes:
-        if node.name in independent and is_add(node):
-            left, right = operands(node)
-            if any(
-                _is_input(_origin(skip)) and _depends_on_inputs(other) for skip, other in ((left, right), (right, left))
-            ):
-                found.append(independent[node.name])
-    return found
-
-
-def _origin(node: Node) -> Node:
-    while (source := carried_from(node)) is not None:
-        node = source
-    return node
-
-
-def _depends_on_inputs(node: Node) -> bool:
-    stack, seen = [node], {node}
-    while stack:
-        for source in data_inputs(current := stack.pop()):
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-        if _is_input(current):
-            return True
-    return False

@@ -24,7 +24,7 @@ def require_sites(plan: Plan, frame: Frame, config: MHCConfig) -> None:
     if not frame.roots and has_open_breaks(frame):
         # A loss function behind a graph break: no module, so no residual block.
         return
-    if frame.roots and attached_config(frame.root) is not None:
+    if any(attached_config(module) is not None for module in (frame.outer, *frame.roots) if module is not None):
         return
     if frame.break_reason is not None or frame.resumed or has_open_breaks(frame):
         warnings.warn(

@@ -1,32 +1,23 @@
-"""Read the sentinels of a captured graph: which modules with mHC parameters ran, and were their adds rewritten?"""
+"""Compare the sentinels of a captured graph with its plan: was every site that ran rewritten?"""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from torch.fx import GraphModule
+from torch import nn
 
 from ..attachment.sentinels import raise_if_plain
-from ..attachment.site_parameters import READOUT_SUFFIX, joined
+from ..attachment.site_parameters import READOUT_SUFFIX, owners_in
+from ..dynamo.frames import Frame
 from ..errors import UnrewrittenCallError
-from ..passes.normalize import is_sentinel
+from ..passes.read_sentinels import SentinelCall
 from .sites import Plan
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """One call of a sentinel in a graph."""
-
-    owner: str
-    labels: tuple[str, ...]
-    only_inside_owner: bool
-
-
-def refuse_plain_sites(graph_module: GraphModule, plan: Plan) -> None:
-    """Check that every owner whose forward is in the graph had its sites rewritten there.
+def refuse_plain_sites(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame) -> None:
+    """Check that every site whose owner's forward is in the graph was rewritten there.
 
     A site whose branch did not run (a cross-attention without encoder states) may be missing; one whose branch ran may
     not.
@@ -34,55 +25,87 @@ def refuse_plain_sites(graph_module: GraphModule, plan: Plan) -> None:
     Raises:
         UnrewrittenCallError: a site with parameters would run as a plain add.
     """
+    owners = _owners(frame)
     rewritten = _rewritten(plan)
-    traces = list(_traces(graph_module))
-    ran = {(trace.owner, label) for trace in traces if trace.only_inside_owner for label in trace.labels}
-    guarded = {trace.owner for trace in traces if not trace.only_inside_owner}
     plain = sorted(
-        joined(owner, label) for owner, label in ran if owner in guarded and not _answered(owner, label, rewritten)
+        {
+            name
+            for call in calls
+            for label, owner in _sites_of(call, owners)
+            if _runs_inside(call, owner, frame) and not _answered(owner, label, rewritten)
+            for name in [owner_name(owner, label)]
+        }
     )
     if plain:
+        broken = f" A graph break lies here: {frame.break_reason}." if frame.break_reason else ""
         raise UnrewrittenCallError(
             f"{len(plain)} sites that carry mHC parameters would run as plain residual adds in this graph: "
-            f"{', '.join(plain[:4])}{', …' if len(plain) > 4 else ''}. The usual causes are a path that leaves the "
-            "adds out of the graph (a fused layer in eval mode, activation checkpointing) or a filter that differs "
+            f"{', '.join(plain[:4])}{', …' if len(plain) > 4 else ''}.{broken} The usual causes are a graph break inside a "
+            "branch, a path that leaves the adds out of the graph (a fused layer in eval mode) or a filter that differs "
             "from the one they were attached with. mhc_compile.explain(model, …) shows what is found; "
             "mhc_compile.detach(model) gives back the plain model."
         )
 
 
-def remaining_checks(graph_module: GraphModule, plan: Plan) -> list[Callable[[], None]]:
+def remaining_checks(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame) -> list[Callable[[], None]]:
     """Return the sentinels that the rewrite does not answer for; they are to run before the compiled graph does.
 
     A child that is compiled alone is one: whether it runs inside its owner's plain forward shows only at the call.
     """
+    owners = _owners(frame)
     rewritten = _rewritten(plan)
-    guarded = {trace.owner for trace in _traces(graph_module) if not trace.only_inside_owner}
-    return [
-        functools.partial(raise_if_plain, trace.owner, list(trace.labels), True)
-        for trace in _traces(graph_module)
-        if trace.only_inside_owner
-        and trace.owner not in guarded
-        and not all(_answered(trace.owner, label, rewritten) for label in trace.labels)
-    ]
+    checks: list[Callable[[], None]] = []
+    for call in calls:
+        known = _sites_of(call, owners)
+        inside = any(_runs_inside(call, owner, frame) for _, owner in known)
+        answered = known and all(_answered(owner, label, rewritten) for label, owner in known)
+        if call.labels and not inside and not answered:
+            checks.append(functools.partial(raise_if_plain, (), list(call.labels), ()))
+    return checks
 
 
-def _rewritten(plan: Plan) -> set[tuple[str, str]]:
-    return {(site.site.owner, label) for site in plan.sites for label in (site.label, site.branch_label)}
+def owner_name(owner: nn.Module, label: str) -> str:
+    """Return the name that a site was attached by."""
+    site = owner.mhc._modules[label]
+    return str(site.name)  # type: ignore[union-attr]
 
 
-def _answered(owner: str, label: str, rewritten: set[tuple[str, str]]) -> bool:
-    """Tell whether a sentinel is answered for: its label names one call of several, the graph may hold another."""
-    return (owner, label) in rewritten or (owner, re.sub(r"_\d+$", "", label)) in rewritten
+_Owners = dict[int, tuple[nn.Module, str]]
 
 
-def _traces(graph_module: GraphModule) -> Iterator[_Trace]:
-    """Yield the sentinels of a graph and of the bodies inside it, such as those of activation checkpointing."""
-    for body in graph_module.children():
-        if isinstance(body, GraphModule):
-            yield from _traces(body)
-    for node in graph_module.graph.nodes:
-        if is_sentinel(node):
-            owner, labels, only_inside_owner = node.args
-            names = tuple(label for label in labels if not label.endswith(READOUT_SUFFIX))
-            yield _Trace(str(owner), names, bool(only_inside_owner))
+def _owners(frame: Frame) -> _Owners:
+    """Map the id of every phi that the frame can see to its owner and label."""
+    tops = [module for module in (frame.outer, frame.model, *frame.roots) if module is not None]
+    return {
+        id(site.phi): (owner, label)
+        for top in tops
+        for _, owner, owned in owners_in(top)
+        for label, site in owned._modules.items()
+    }
+
+
+def _sites_of(call: SentinelCall, owners: _Owners) -> list[tuple[str, nn.Module]]:
+    """Return label and owner of each site of a sentinel, found by the parameters themselves."""
+    found = []
+    for label, phi in zip(call.labels, call.tensors[::3], strict=True):
+        known = owners.get(id(phi))
+        if known is not None and not label.endswith(READOUT_SUFFIX):
+            found.append((label, known[0]))
+    return found
+
+
+def _runs_inside(call: SentinelCall, owner: nn.Module, frame: Frame) -> bool:
+    """Return whether the owner's own forward is around a sentinel in the graph."""
+    around = (frame.module_at(key, path) for key, path in call.module_path)
+    return any(found is not None and found[1] is owner for found in around) or any(
+        root is owner for root in frame.roots
+    )
+
+
+def _rewritten(plan: Plan) -> set[tuple[int, str]]:
+    return {(id(site.owner), label) for site in plan.sites for label in (site.label, site.branch_label)}
+
+
+def _answered(owner: nn.Module, label: str, rewritten: set[tuple[int, str]]) -> bool:
+    """Return whether a sentinel is answered for: its label names one call of several, the graph may hold another."""
+    return any((id(owner), name) in rewritten for name in (label, re.sub(r"_\d+$", "", label)))

@@ -1,25 +1,19 @@
-"""From findings to a plan: which sites to rewrite, who owns them, what they are called."""
+"""From findings to a plan: which sites to rewrite, who owns them, what they are called, where on their chain they lie."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from ..attachment.site_parameters import has_parameters, joined
+from ..attachment.site_parameters import Role, joined, parameters_of, site_parameters
 from ..config import MHCConfig
 from ..dynamo.frames import Frame
-from ..errors import OwnerError
-from ..passes.find_residuals import find_residuals
-from ..passes.fx.dataflow import sizes_of, tensor_of
-from ..passes.fx.regions import regions_of
-from ..passes.normalize import is_sentinel, normalize
-from ..passes.open_regions import open_regions
-from ..passes.residual import Chain, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
-from .call_counts import Calls, calls_before, remember_calls
+from ..errors import OwnerError, StreamCutError
+from ..passes.residual import Chain, Entry, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -37,6 +31,8 @@ class PlannedSite:
         children: the owner's children whose output the add writes into the stream.
         selected: False for an add that the option `sites` leaves out, yet that lies between selected ones: it adds
             its branch to every stream alike.
+        role: where on its chain it lies; the chain may reach over several graphs.
+        index: its place among the selected sites of the whole chain.
     """
 
     add: ResidualAdd
@@ -46,6 +42,8 @@ class PlannedSite:
     branch_label: str
     children: tuple[nn.Module, ...]
     selected: bool
+    role: Role = Role.ONLY
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,24 @@ class PlannedChain:
         sites: its sites, in order.
         head: the value that is expanded.
         chain: what the report shows.
+        start: the input that the stream may come in by, if the head is one over carriers.
+        entry: the same, where streams do come in from another graph.
+        leaves_at: positions of the graph's outputs beside which the streams go on to another graph.
         averaged: read out by the mean, whichever the readout: the stream goes on behind a cut.
     """
 
     sites: tuple[PlannedSite, ...]
     head: Node
     chain: Chain
+    start: Entry | None = None
+    entry: Entry | None = None
+    leaves_at: tuple[int, ...] = ()
     averaged: bool = False
+
+    @property
+    def selected(self) -> list[PlannedSite]:
+        """The sites that are rewritten with parameters of their own."""
+        return [site for site in self.sites if site.selected]
 
 
 @dataclass(frozen=True)
@@ -85,110 +94,130 @@ class Plan:
         return [site for chain in self.chains for site in chain.sites if site.selected]
 
 
-def plan_graph(graph_module: GraphModule, frame: Frame, config: MHCConfig) -> tuple[GraphModule, Plan]:
-    """Open the regions of a captured graph, spell its adds one way, find and plan its sites.
-
-    A region that no chain passes, and in which no module with mHC parameters runs, stays as it is: opening a subgraph
-    that is compiled once and called often costs compile time.
-
-    Returns:
-        The opened, normalized graph and its plan.
-    """
-    everything_open = open_regions(graph_module)
-    plain = normalize(everything_open)
-    findings = find_residuals(plain)
-    opened = {region.path for node in plain.graph.nodes for region in regions_of(node)}
-    if opened:
-        needed = _regions_passed(findings) | _regions_with_sentinels(everything_open)
-        if opened - needed:
-            plain = normalize(open_regions(graph_module, closed=opened - needed))
-            findings = find_residuals(plain)
-    return plain, plan_sites(findings, frame, config)
-
-
-def _regions_passed(findings: Findings) -> set[tuple[str, ...]]:
-    """Return the paths of the regions that hold a residual add or a carrier of one."""
-    adds = [add for chain in findings.chains for add in chain.adds]
-    on_stream = [*(add.add for add in adds), *(carrier.node for add in adds for carrier in add.carriers)]
-    return {region.path for node in on_stream for region in regions_of(node)}
-
-
-def _regions_with_sentinels(opened: GraphModule) -> set[tuple[str, ...]]:
-    """Return the paths of the regions in which a sentinel was traced: it has to be taken out."""
-    return {region.path for node in opened.graph.nodes if is_sentinel(node) for region in regions_of(node)}
-
-
 def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
     """Name every residual add, keep the chains that the options ask for, reject the rest with a reason."""
     rejections = list(findings.rejections)
-    calls = calls_before(frame)
-    named: dict[Node, PlannedSite] = {}
-    adds = [add for chain in findings.chains for add in chain.adds]
+    calls: Counter[tuple[int, str]] = Counter()
+    named: dict[int, PlannedSite] = {}
     # Names count the calls of a shared module in graph order, whichever chain they are on.
-    for add in sorted(adds, key=_graph_order(adds)):
-        named[add.add] = _named(add, frame, config, calls)
-    remember_calls(frame, calls)
+    for add in sorted((add for chain in findings.chains for add in chain.adds), key=lambda add: add.position):
+        named[add.position] = _named(add, frame, config, calls)
     chains: list[PlannedChain] = []
     for chain in findings.chains:
-        sites = [named[add.add] for add in chain.adds]
+        sites = [named[add.position] for add in chain.adds]
         selected = [site for site in sites if site.selected]
         dropped = [site for site in sites if not site.selected]
         rejections += [_rejection(site, Reason.NOT_SELECTED) for site in dropped]
         # A chain that has its parameters is no shorter for being cut in pieces.
-        known = any(has_parameters(site.owner, site.label) for site in selected)
+        known = any(site_parameters(site.owner, site.label) for site in selected)
         if not selected or (len(selected) < config.min_sites and not known):
             reason = Reason.SHORT_CHAIN
             rejections += [_rejection(site, reason, f"{len(selected)}") for site in selected]
             continue
-        chains.append(_trimmed(chain, sites))
+        chains.append(_with_roles(_trimmed(chain, sites)))
     return Plan(tuple(chains), tuple(rejections))
 
 
-def _graph_order(adds: Sequence[ResidualAdd]) -> Callable[[ResidualAdd], int]:
-    order = {node: index for index, node in enumerate(adds[0].add.graph.nodes)} if adds else {}
-    return lambda add: order[add.add]
+def _with_roles(chain: PlannedChain) -> PlannedChain:
+    """Give each selected site its role: the one that it was attached with, else the one that this graph shows."""
+    return placed(chain, begins=True, ends=True, before=0, attached=True)
+
+
+def placed(chain: PlannedChain, begins: bool, ends: bool, before: int, attached: bool = False) -> PlannedChain:
+    """Return a chain whose sites know their place on the whole stream.
+
+    Args:
+        chain: a piece of the stream, or all of it.
+        begins: the stream begins with this piece.
+        ends: the stream ends with this piece.
+        before: number of selected sites before this piece.
+        attached: sites that have parameters keep the role that these bear.
+    """
+    roles = {
+        (True, True): Role.ONLY, (True, False): Role.HEAD, (False, True): Role.TAIL, (False, False): Role.CARRIED
+    }  # fmt: skip
+    selected = [index for index, site in enumerate(chain.sites) if site.selected]
+    sites = list(chain.sites)
+    for count, index in enumerate(selected):
+        role = roles[begins and count == 0, ends and count == len(selected) - 1]
+        known = site_parameters(sites[index].owner, sites[index].label) if attached else None
+        sites[index] = replace(sites[index], role=Role(known.role) if known else role, index=before + count)
+    return replace(chain, sites=tuple(sites))
+
+
+def refuse_split_calls(plan: Plan, frame: Frame) -> None:
+    """Check that a module that is called several times in a forward is called as often in this piece of it.
+
+    Its sites are told apart by counting calls, which no graph can do for another one.
+
+    Raises:
+        StreamCutError: some of the calls lie in another graph.
+    """
+    counted = Counter((id(site.owner), site.branch_label) for site in plan.sites)
+    for site in plan.sites:
+        owned = parameters_of(site.owner)
+        calls = sum(_without_call(label) == site.branch_label for label in owned._modules) if owned else 0
+        if calls > max(1, counted[id(site.owner), site.branch_label]):
+            reason = frame.break_reason or (
+                f"{frame.caller} runs as plain Python" if frame.caller else "it is compiled alone"
+            )
+            raise StreamCutError(
+                f"{site.site.name} is called {calls} times in a forward, each time with mHC parameters of its own, but "
+                f"this graph holds only {counted[id(site.owner), site.branch_label]} of the calls: {reason}. Which call "
+                "it is, cannot be told there. Compile the model as a whole, or take the graph break away "
+                "(TORCH_LOGS=graph_breaks)."
+            )
+
+
+def _without_call(label: str) -> str:
+    """Return a label without the number of the call."""
+    return re.sub(r"_\d+$", "", label)
 
 
 def _trimmed(chain: ResidualChain, sites: list[PlannedSite]) -> PlannedChain:
-    """Cut unselected sites off both ends; the chain then begins at its first selected site."""
-    first = next(index for index, site in enumerate(sites) if site.selected)
-    last = max(index for index, site in enumerate(sites) if site.selected)
+    """Cut unselected sites off both ends, unless the stream goes on there in another graph."""
+    selected = [index for index, site in enumerate(sites) if site.selected]
+    first = 0 if chain.entry is not None and not _role(sites[selected[0]]).begins else selected[0]
+    last = len(sites) - 1 if not _role(sites[selected[-1]]).ends else selected[-1]
     kept = sites[first : last + 1]
-    head = chain.head
+    head, start = chain.head, chain.entry
     if first > 0:
         # The plain model carries the stream this far: nothing before the new head is lifted.
         kept[0] = replace(kept[0], add=replace(kept[0].add, carriers=()))
-        head = kept[0].add.skip
+        head, start = kept[0].add.skip, None
     public = Chain(
         sites=tuple(site.site for site in kept if site.selected),
         head=chain.head_location if first == 0 else sites[first - 1].site.location,
         tail=kept[-1].site.location,
     )
-    return PlannedChain(tuple(kept), head, public)
+    return PlannedChain(tuple(kept), head, public, start)
+
+
+def _role(site: PlannedSite) -> Role:
+    known = site_parameters(site.owner, site.label)
+    return Role(known.role) if known is not None else Role.ONLY
 
 
 def _rejection(site: PlannedSite, reason: Reason, detail: str = "") -> Rejection:
-    return Rejection(site.add.add.name, site.site.location, reason, detail)
+    return Rejection(site.add.node.name, site.site.location, reason, detail)
 
 
-def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Calls) -> PlannedSite:
+def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Counter[tuple[int, str]]) -> PlannedSite:
     owner_path, owner = _owner(add, frame)
     branch_label = "_".join(_relative(path, add) for _, path in add.children) or "add"
     calls[id(owner), branch_label] += 1
     call = calls[id(owner), branch_label] - 1
     label = f"{branch_label}_{call}" if call else branch_label
-    name = joined(owner_path, label)
-    tensor = tensor_of(add.add)
-    assert tensor is not None
-    sizes = sizes_of(tensor)
+    known = site_parameters(owner, label)
+    name = known.name if known is not None else joined(owner_path, label)
     site = Site(
         name=name,
         owner=owner_path,
         location=add.location,
         norm=add.norm,
-        shape=tuple(size if isinstance(size, int) else str(size) for size in sizes),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        width=int(sizes[add.feature_dim]),
+        shape=add.form.sizes,
+        dtype=str(add.form.dtype).removeprefix("torch."),
+        width=add.form.width,
     )
     children = tuple(found[1] for key, path in add.children if (found := frame.module_at(key, path)) is not None)
     return PlannedSite(add, site, owner, label, branch_label, children, selected=config.wants(name))

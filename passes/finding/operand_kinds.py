@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from torch.fx import Graph, Node
 
-from ..fx.dataflow import is_float, op_name, tensor_of
+from ..fx.dataflow import is_activation_input, is_float, op_name, tensor_of
 
 _LOOKUPS = {"embedding", "embedding_bag"}
 
@@ -29,9 +29,7 @@ def operand_kinds(graph: Graph, mixing: set[Node]) -> dict[Node, Kind]:
     kinds: dict[Node, Kind] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            owned = "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
-            plain = tensor_of(node) is None or not is_float(node)
-            kinds[node] = Kind.FIXED if owned or plain else Kind.ACTIVATION
+            kinds[node] = Kind.ACTIVATION if is_activation_input(node) else Kind.FIXED
             continue
         # Integers carry no features: positions counted from a mask are as fixed as those of an arange.
         sources = [kinds[source] for source in node.all_input_nodes if _carries_floats(source)]

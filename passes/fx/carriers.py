@@ -26,6 +26,7 @@ from .dataflow import (
     norm_input,
     op_name,
     operands,
+    output_values,
     sizes_of,
     tensor_of,
 )
@@ -200,3 +201,21 @@ def _over_last_dim(node: Node) -> bool:
 def _normalises_last_dim(node: Node) -> bool:
     shape: Any = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else None)
     return isinstance(shape, list | tuple) and len(shape) == 1
+
+
+def outputs_over_carriers(node: Node) -> tuple[int, ...]:
+    """Return the positions of the graph's outputs at which a stream value leaves, over carriers alone."""
+    values, seen = [node], {node}
+    leaving: set[Node] = set()
+    while values:
+        value = values.pop()
+        for user in value.users:
+            if user.op == "output":
+                leaving.add(value)
+            elif user not in seen and carried_from(user) is value:
+                seen.add(user)
+                values.append(user)
+    if not leaving:
+        return ()
+    returned = output_values(node.graph)
+    return tuple(position for position, value in enumerate(returned) if value in leaving)

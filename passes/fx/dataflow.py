@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 IN_PLACE_ADDS = {operator.iadd, "add_"}
 PRODUCT_NAMES = {"mul", "imul", "mul_", "multiply", "div", "truediv", "itruediv", "div_", "true_divide"}
@@ -143,6 +143,11 @@ def is_in_place_add(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in IN_PLACE_ADDS
 
 
+def is_sentinel(node: Node) -> bool:
+    """Return whether a node is the sentinel that hands a site's parameters to the graph."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == "mhc::sentinel"
+
+
 def is_higher_order(node: Node) -> bool:
     """Tell whether a node runs a body graph of its own."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
@@ -151,6 +156,23 @@ def is_higher_order(node: Node) -> bool:
 def output_of(graph_module: GraphModule) -> Node:
     """Return a graph's output node."""
     return next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+
+
+def output_values(graph: Graph) -> list[Any]:
+    """Return what a graph returns, in order: nodes and constants."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    returned: Any = output.args[0]
+    return list(returned) if isinstance(returned, tuple | list) else [returned]
+
+
+def is_static_input(node: Node) -> bool:
+    """Return whether a placeholder is a tensor that belongs to a module; Dynamo marks these and no others."""
+    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+
+
+def is_activation_input(node: Node) -> bool:
+    """Return whether a value comes into the graph as an activation: a placeholder that is no parameter or buffer."""
+    return node.op == "placeholder" and is_float(node) and not is_static_input(node)
 
 
 def data_inputs(node: Node) -> list[Node]:
@@ -272,7 +294,7 @@ def is_parameter_expression(node: Any, limit: int = 8) -> bool:
     if node.op == "get_attr":
         return True
     if node.op == "placeholder":
-        return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+        return is_static_input(node)
     if limit == 0 or node.op not in ("call_function", "call_method") or not node.all_input_nodes:
         return False
     return all(is_parameter_expression(source, limit - 1) for source in node.all_input_nodes)

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-_PARAMETER_SOURCES = "_param_name_to_source"
+from .cache_key import ATTRIBUTE
+
+_KEPT_ATTRIBUTES = ("_param_name_to_source", ATTRIBUTE)
 
 
 def copy_node(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
@@ -34,8 +36,9 @@ def module_like(graph_module: GraphModule, graph: Graph, attributes: dict[str, A
     result = GraphModule(root, graph, class_name=type(graph_module).__name__)
     result.training = graph_module.training
     result.meta = dict(graph_module.meta)
-    if hasattr(graph_module, _PARAMETER_SOURCES):
-        setattr(result, _PARAMETER_SOURCES, getattr(graph_module, _PARAMETER_SOURCES))
+    for name in _KEPT_ATTRIBUTES:
+        if hasattr(graph_module, name):
+            setattr(result, name, getattr(graph_module, name))
     return result
 
 

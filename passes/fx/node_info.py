@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import linecache
+import math
 import re
 
 from torch.fx import Node
 
-from .dataflow import holds_data, op_name, tensor_of
+from ..residual import StreamForm
+from .dataflow import holds_data, op_name, size_hint, sizes_of, tensor_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
@@ -66,6 +68,16 @@ def branch_children(branch: Node, owner: tuple[tuple[str, str], ...], mixing: se
                 seen.add(source)
                 stack.append(source)
     return tuple(children.items())
+
+
+def form_of(node: Node, feature_dim: int) -> StreamForm:
+    """Return the form of a value whose features lie in a dimension, without a guard on any of its symbols."""
+    tensor = tensor_of(node)
+    assert tensor is not None
+    sizes = tuple(size if isinstance(size, int) else str(size) for size in sizes_of(tensor))
+    hints = [size_hint(size) for size in tensor.shape]
+    width = hints.pop(feature_dim)
+    return StreamForm(sizes, math.prod(hints), width, tensor.dtype, tensor.device)
 
 
 def feature_dim_of(add: Node, branch: Node) -> int:

@@ -1,0 +1,79 @@
+"""Run a compiled graph whose streams come from another graph, or go on to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .attachment.site_parameters import parameters_of
+from .carried_streams import STREAMS
+from .config import MHCConfig
+from .dynamo.frames import Frame
+from .errors import StreamCutError
+from .planning.sites import Plan, PlannedChain
+
+Compiled = Callable[..., Any]
+
+
+def carry_streams(compiled: Compiled, plan: Plan, frame: Frame, config: MHCConfig) -> Compiled:
+    """Hand a compiled graph the streams that it takes, and keep those that it returns.
+
+    The graph takes streams behind Dynamo's inputs, and returns streams behind Dynamo's outputs, chain by chain.
+    """
+    entries = [
+        (chain.entry.position, f"{chain.sites[0].site.name} ({chain.sites[0].site.location})")
+        for chain in plan.chains
+        if chain.entry is not None
+    ]
+    leaves = [
+        (position, f"{chain.sites[-1].site.name} ({chain.sites[-1].site.location})")
+        for chain in plan.chains
+        for position in chain.leaves_at
+    ]
+    compiled = _watched(compiled, plan, frame) if not (entries or leaves) else compiled
+    if not entries and not leaves:
+        return compiled
+
+    def run(*inputs: Any) -> Any:
+        taken = [STREAMS.take(inputs[position], site, config.check_carried) for position, site in entries]
+        outputs = compiled(*inputs, *taken)
+        visible = outputs[: len(outputs) - len(leaves)]
+        for (position, origin), streams in zip(leaves, outputs[len(visible) :], strict=True):
+            STREAMS.put(visible[position], streams, origin)
+        return visible
+
+    return run
+
+
+def _watched(compiled: Compiled, plan: Plan, frame: Frame) -> Compiled:
+    """Notice that what was compiled as a model of its own is a piece of one.
+
+    A model that its first call has attached was seen alone. If its stream comes in with what another such model has
+    returned, the two are blocks of one model, and the streams were averaged between them.
+    """
+    alone = [chain for chain in plan.chains if _attached_on_first_call(chain)]
+    starts = [(chain.start.position, chain.sites[0].site) for chain in alone if chain.start is not None]
+    ends = [(position, chain.sites[-1].site) for chain in alone for position in chain.sites[-1].add.outputs]
+    if not starts and not ends:
+        return compiled
+
+    def run(*inputs: Any) -> Any:
+        for position, site in starts:
+            origin = STREAMS.ended_at(inputs[position])
+            if origin is not None:
+                raise StreamCutError(
+                    f"{site.name} ({site.location}) is given what {origin} has returned: blocks of one model are compiled "
+                    "one by one, each as a model of its own, and the streams would be averaged between them. Call "
+                    "mhc_compile.attach(model, example_input) on the whole model before the first call."
+                )
+        outputs = compiled(*inputs)
+        for position, site in ends:
+            STREAMS.put(outputs[position], None, f"{site.name} ({site.location})")
+        return outputs
+
+    return run
+
+
+def _attached_on_first_call(chain: PlannedChain) -> bool:
+    owned = parameters_of(chain.sites[0].owner)
+    return owned is not None and owned.on_first_call

@@ -1,0 +1,114 @@
+"""Which chain of one graph goes on in which chain of another: found while a look runs the model on stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dynamo.frames import Frame
+from ..errors import StreamCutError
+from .graph_breaks import cut_message
+from .sites import Plan, PlannedChain, placed
+
+# A chain, by the number of its graph and its place there.
+_ChainKey = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A stream value that left a graph, with its version then."""
+
+    value: Tensor
+    version: int
+    chain: _ChainKey
+
+
+@dataclass
+class StreamLinks:
+    """Follows the values that leave one graph into the next.
+
+    Attributes:
+        plans: the graphs in the order in which they were captured, each with its frame.
+    """
+
+    plans: list[tuple[Plan, Frame]] = field(default_factory=list)
+    _left: list[_Left] = field(default_factory=list)
+    _before: dict[_ChainKey, _ChainKey] = field(default_factory=dict)
+
+    def add(self, plan: Plan, frame: Frame) -> int:
+        """Add a captured graph and return its number."""
+        self.plans.append((plan, frame))
+        return len(self.plans) - 1
+
+    def enter(self, number: int, inputs: Sequence[Any]) -> None:
+        """Note what a graph is given.
+
+        Raises:
+            StreamCutError: Python code has computed a stream value anew on the way.
+        """
+        plan, frame = self.plans[number]
+        for index, chain in enumerate(plan.chains):
+            if chain.start is None:
+                continue
+            value = inputs[chain.start.position]
+            same = [left for left in self._left if left.value is value and left.version == value._version]
+            if same:
+                self._before[number, index] = same[-1].chain
+            elif (left := self._source_of(value)) is not None:
+                _, from_frame = self.plans[left.chain[0]]
+                raise StreamCutError(
+                    cut_message(
+                        f"Python code computes the hidden state anew between {from_frame.function} and {frame.function}, "
+                        f"before {chain.sites[0].site.location}",
+                        "between two graphs",
+                    )
+                )
+
+    def leave(self, number: int, outputs: Sequence[Any]) -> None:
+        """Note what a graph returns."""
+        plan, _ = self.plans[number]
+        for index, chain in enumerate(plan.chains):
+            for position in chain.sites[-1].add.outputs:
+                value = outputs[position]
+                self._left.append(_Left(value, value._version, (number, index)))
+
+    def _source_of(self, value: Tensor) -> _Left | None:
+        """Return the stream value that Python code has computed another one from.
+
+        Told by autograd; where the model switches it off, by form: a value of the same form that no graph has taken up.
+        """
+        if value.grad_fn is None and not torch.is_grad_enabled():
+            taken = set(self._before.values())
+            form = (value.shape, value.dtype)
+            open_ends = [left for left in self._left if (left.value.shape, left.value.dtype) == form]
+            return next((left for left in reversed(open_ends) if left.chain not in taken), None)
+        producers = {left.value.grad_fn: left for left in self._left if left.value.grad_fn is not None}
+        stack, seen = [value.grad_fn], {value.grad_fn}
+        while stack:
+            node = stack.pop()
+            if node in producers:
+                return producers[node]
+            for source, _ in node.next_functions if node is not None else ():
+                if source is not None and source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return None
+
+    def placed_plans(self) -> list[Plan]:
+        """Return the plans, their sites with the roles that the whole model shows."""
+        behind = set(self._before.values())
+        counts: dict[_ChainKey, int] = {}
+        plans = []
+        for number, (plan, _) in enumerate(self.plans):
+            chains: list[PlannedChain] = []
+            for index, chain in enumerate(plan.chains):
+                key = (number, index)
+                before = counts[self._before[key]] if key in self._before else 0
+                counts[key] = before + len(chain.selected)
+                chains.append(placed(chain, key not in self._before, key not in behind, before))
+            plans.append(replace(plan, chains=tuple(chains)))
+        return plans

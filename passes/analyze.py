@@ -1,0 +1,87 @@
+"""What a captured graph holds: open its regions, spell its adds one way, find the residual ones. Reads only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from .find_residuals import find_residuals
+from .fx.dataflow import is_float, is_sentinel
+from .fx.regions import regions_of
+from .normalize import normalize
+from .open_regions import open_regions
+from .read_sentinels import SentinelCall, read_sentinels
+from .residual import Findings
+from .stream_ends import StreamEnds, find_stream_ends
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known of one captured graph.
+
+    Attributes:
+        plain: the graph, its regions open, its adds spelled one way, without sentinels.
+        findings: its residual adds, and the adds that are none.
+        sentinels: the sentinels that were traced in it.
+        ends: what is cut at its ends.
+        nodes: number of nodes that Dynamo captured.
+    """
+
+    plain: GraphModule
+    findings: Findings
+    sentinels: tuple[SentinelCall, ...]
+    ends: StreamEnds
+    nodes: int
+
+
+def analyze(graph_module: GraphModule) -> Analysis:
+    """Analyze a captured graph.
+
+    A region that no chain passes, and in which no module with mHC parameters runs, stays as it is: opening a subgraph
+    that is compiled once and called often costs compile time.
+
+    Args:
+        graph_module: torch IR as Dynamo hands it to a backend.
+    """
+    opened = open_regions(graph_module)
+    plain = normalize(opened)
+    findings = find_residuals(plain)
+    regions = {region.path for node in plain.graph.nodes for region in regions_of(node)}
+    needed = _regions_passed(findings) | _regions_with_sentinels(opened)
+    if regions - needed:
+        plain = normalize(open_regions(graph_module, closed=regions - needed))
+        findings = find_residuals(plain)
+    ends = find_stream_ends(plain, findings)
+    # Placeholders of `plain` are the ones that the rewrite will know.
+    own = {node.target: node for node in plain.graph.nodes if node.op == "placeholder"}
+    sentinels = tuple(_over(call, own) for call in read_sentinels(opened))
+    return Analysis(plain, findings, sentinels, ends, len(graph_module.graph.nodes))
+
+
+def _over(call: SentinelCall, placeholders: dict[object, Node]) -> SentinelCall:
+    """Return a sentinel whose inputs are placeholders of another copy of its graph."""
+    return replace(call, inputs=tuple(placeholders[value.target] for value in call.inputs))
+
+
+def _regions_passed(findings: Findings) -> set[tuple[str, ...]]:
+    """Return the paths of the regions that hold a residual add or a carrier of one."""
+    adds = [add for chain in findings.chains for add in chain.adds]
+    on_stream = [*(add.node for add in adds), *(carrier.node for add in adds for carrier in add.carriers)]
+    return {region.path for node in on_stream for region in regions_of(node)}
+
+
+def _regions_with_sentinels(opened: GraphModule) -> set[tuple[str, ...]]:
+    """Return the paths of the regions in which a sentinel was traced: it has to be taken out."""
+    return {region.path for node in opened.graph.nodes if is_sentinel(node) for region in regions_of(node)}
+
+
+def holds_residual_adds(graph: Graph) -> bool:
+    """Return whether a graph that Dynamo did not finish shows a residual add."""
+    if not any(is_float(node) for node in graph.nodes):
+        return False
+    try:
+        return bool(find_residuals(GraphModule(nn.Module(), graph)).chains)
+    except (AttributeError, KeyError, RuntimeError):  # a half-built graph: nothing can be said about it
+        return False
