@@ -14,7 +14,7 @@ from .errors import ConfigMismatchError, NoResidualError, NotAttachedError
 from .look import look
 from .planning.binding import attach_plan
 from .planning.chain_sizes import chain_sizes
-from .planning.graph_breaks import ends_are_ends, forget_breaks
+from .planning.graph_breaks import forget_breaks
 from .planning.nothing_found import nothing_found
 from .prediction import Workload, predict
 from .reporting import Report, forget_report, keep_report, report_of
@@ -38,8 +38,8 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     Raises:
         ConfigMismatchError: other options are attached.
         NoResidualError: nothing was found, and `config.strict`.
-        StreamCutError: a graph break lies inside a residual block, or Python code computes the hidden state anew between
-            two graphs; with `on_graph_break="error"`, any graph break cuts the residual stream.
+        StreamCutError: a graph break lies inside a residual block, or Python code computes the hidden state anew
+            between two graphs; with `on_graph_break="error"`, any graph break cuts the residual stream.
     """
     root = unwrap(model)
     attached = attached_config(root)
@@ -50,9 +50,7 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     if config.strict and not found.report.sites:
         raise NoResidualError(nothing_found(found.merged(), config))
     frames = [frame for _, frame in found.links.plans]
-    carries = config.on_graph_break == "carry"
-    plans = found.links.placed_plans() if carries else ends_are_ends([plan for plan, _ in found.links.plans])
-    for plan, frame in zip(plans, frames, strict=True):
+    for plan, frame in zip(found.plans, frames, strict=True):
         attach_plan(plan, frame, config)
     found.forget()
     keep_report(root, found.report)

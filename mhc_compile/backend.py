@@ -12,7 +12,7 @@ from .attachment.site_parameters import attached_config
 from .carrying import carry_streams
 from .config import MHCConfig
 from .dynamo.error_passing import TraceAnew, errors_reach_the_user, trace_anew
-from .dynamo.frames import Frame, current_frame
+from .dynamo.frames import Frame, current_frame, is_split_by_ddp
 from .dynamo.inner import compile_inner
 from .dynamo.skipped_frames import watch_skipped_frames
 from .kernels.fusion_choice import FusionChoice
@@ -79,7 +79,7 @@ def _compiled(
     analysis = passes.read("analyze", analyze, graph_module)
     plan = passes.read("plan", plan_sites, analysis.findings, frame, config)
     plan = passes.read("check_graph_breaks", check_graph_breaks, graph_module, analysis, plan, frame, config)
-    refuse_plain_sites(analysis.sentinels, plan, frame)
+    refuse_plain_sites(analysis.sentinels, plan, frame, is_split_by_ddp(graph_module))
     require_sites(plan, frame, config)
 
     graph, fusion = analysis.plain, None
@@ -90,7 +90,7 @@ def _compiled(
         if chains is None:
             trace_anew("mHC sentinels were put back")
         fusion = fusion_for(plan, config)
-        leaving = sum(len(chain.leaves_at) for chain in chains)
+        leaving = sum(len(chain.exits) for chain in chains)
         graph = passes.rewrite("expand_streams", expand_streams, graph, chains, config)
         verify(analysis.plain, graph, config.n_streams, leaving)
         if fusion.fusion == "boundary":
@@ -103,7 +103,7 @@ def _compiled(
 
     inputs = [*example_inputs, *streams_examples(graph)]
     compiled = passes.read("compile", compile_inner, graph, inputs, config, mode)
-    compiled = carry_streams(compiled, plan, frame, config)
+    compiled = carry_streams(compiled, plan, config)
     if frame.roots and frame.break_reason is None:
         MEMORY.undo.pop(frame.root, None)
     _publish(analysis, plan, frame, config, fusion)

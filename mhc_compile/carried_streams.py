@@ -1,19 +1,20 @@
 """Streams between the graphs of one process: they travel beside the visible value.
 
-A graph that ends in the middle of a stream returns its readout, an ordinary tensor that Python code and the user see, and
-the streams. `CarriedStreams` keeps these until the next graph asks for them with the visible value that it was given.
+A graph that ends in the middle of a stream returns its readout, an ordinary tensor that Python code and the user see,
+and the streams. `CarriedStreams` keeps these until the next graph asks for them with the visible value that it was
+given.
 
-- Found by the memory of the visible value, its geometry, dtype and version: Python code that computes the value anew, or
-  changes it in place, loses the streams, and the next graph raises. So does an autograd node between two graphs that may
-  edit the gradient: the streams' own gradient would bypass it.
-- The streams pass a `_Tie`, which hands the visible value a gradient of zeros: hooks that wait for its gradient, such as
-  those that FSDP2 reduces gradients by, then run in their order.
-- Dynamo guards on the visible value, not on the streams: their layout and dtype are fixed, and whether they need a gradient
-  follows the visible value.
+- Found by the memory of the visible value, its geometry, dtype and version: Python code that computes the value anew,
+  or changes it in place, loses the streams, and the next graph raises. So does an autograd node between two graphs that
+  may edit the gradient: the streams' own gradient would bypass it.
+- The streams pass a `_Tie`, which hands the visible value a gradient of zeros: hooks that wait for its gradient, such
+  as those that FSDP2 reduces gradients by, then run in their order.
+- Dynamo guards on the visible value, not on the streams: their layout and dtype are fixed, and whether they need a
+  gradient follows the visible value.
 - The visible value shares no memory with the streams, or neither would ever be freed.
 
-What this cannot see: `value.data.mul_(2)`, an in-place collective, a hook on the value that edits its gradient. The option
-`check_carried` finds the first two.
+What this cannot see: `value.data.mul_(2)`, an in-place collective, a hook on the value that edits its gradient. The
+option `check_carried` finds the first two.
 """
 
 from __future__ import annotations
@@ -185,9 +186,9 @@ def _compare(visible: Tensor, streams: Tensor, site: str, held: _Held) -> None:
 def _refuse(site: str, why: str, held: _Held | None = None) -> NoReturn:
     origin = f" The streams were last seen at {held.origin}." if held is not None else ""
     raise StreamCutError(
-        f"the streams are lost before {site}: {why}.{origin} Python code between two residual blocks may look at the hidden "
-        "state, but not compute it anew: move such code into a block, compile it together with the blocks, or use "
-        "on_graph_break='collapse', which averages the streams there and is another model."
+        f"the streams are lost before {site}: {why}.{origin} Python code between two residual blocks may look at the "
+        "hidden state, but not compute it anew: move such code into a block, compile it together with the blocks, or "
+        "use on_graph_break='collapse', which averages the streams there and is another model."
     )
 
 

@@ -8,14 +8,13 @@ from typing import Any
 from .attachment.site_parameters import parameters_of
 from .carried_streams import STREAMS
 from .config import MHCConfig
-from .dynamo.frames import Frame
 from .errors import StreamCutError
 from .planning.sites import Plan, PlannedChain
 
 Compiled = Callable[..., Any]
 
 
-def carry_streams(compiled: Compiled, plan: Plan, frame: Frame, config: MHCConfig) -> Compiled:
+def carry_streams(compiled: Compiled, plan: Plan, config: MHCConfig) -> Compiled:
     """Hand a compiled graph the streams that it takes, and keep those that it returns.
 
     The graph takes streams behind Dynamo's inputs, and returns streams behind Dynamo's outputs, chain by chain.
@@ -26,13 +25,12 @@ def carry_streams(compiled: Compiled, plan: Plan, frame: Frame, config: MHCConfi
         if chain.entry is not None
     ]
     leaves = [
-        (position, f"{chain.sites[-1].site.name} ({chain.sites[-1].site.location})")
+        (leaving.position, f"{chain.sites[-1].site.name} ({chain.sites[-1].site.location})")
         for chain in plan.chains
-        for position in chain.leaves_at
+        for leaving in chain.exits
     ]
-    compiled = _watched(compiled, plan, frame) if not (entries or leaves) else compiled
     if not entries and not leaves:
-        return compiled
+        return compiled if config.on_graph_break == "collapse" else _watched(compiled, plan)
 
     def run(*inputs: Any) -> Any:
         taken = [STREAMS.take(inputs[position], site, config.check_carried) for position, site in entries]
@@ -45,7 +43,7 @@ def carry_streams(compiled: Compiled, plan: Plan, frame: Frame, config: MHCConfi
     return run
 
 
-def _watched(compiled: Compiled, plan: Plan, frame: Frame) -> Compiled:
+def _watched(compiled: Compiled, plan: Plan) -> Compiled:
     """Notice that what was compiled as a model of its own is a piece of one.
 
     A model that its first call has attached was seen alone. If its stream comes in with what another such model has
@@ -53,7 +51,7 @@ def _watched(compiled: Compiled, plan: Plan, frame: Frame) -> Compiled:
     """
     alone = [chain for chain in plan.chains if _attached_on_first_call(chain)]
     starts = [(chain.start.position, chain.sites[0].site) for chain in alone if chain.start is not None]
-    ends = [(position, chain.sites[-1].site) for chain in alone for position in chain.sites[-1].add.outputs]
+    ends = [(leaving.position, chain.sites[-1].site) for chain in alone for leaving in chain.sites[-1].add.exits]
     if not starts and not ends:
         return compiled
 
@@ -62,9 +60,9 @@ def _watched(compiled: Compiled, plan: Plan, frame: Frame) -> Compiled:
             origin = STREAMS.ended_at(inputs[position])
             if origin is not None:
                 raise StreamCutError(
-                    f"{site.name} ({site.location}) is given what {origin} has returned: blocks of one model are compiled "
-                    "one by one, each as a model of its own, and the streams would be averaged between them. Call "
-                    "mhc_compile.attach(model, example_input) on the whole model before the first call."
+                    f"{site.name} ({site.location}) is given what {origin} has returned: blocks of one model are "
+                    "compiled one by one, each as a model of its own, and the streams would be averaged between them. "
+                    "Call mhc_compile.attach(model, example_input) on the whole model before the first call."
                 )
         outputs = compiled(*inputs)
         for position, site in ends:

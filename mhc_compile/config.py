@@ -52,9 +52,9 @@ class MHCConfig:
         sites: a glob or a predicate over site names that picks the residual adds to rewrite; None is all.
         min_sites: a chain with fewer sites stays as it is; where a cut makes pieces of it, each piece counts alone.
         inner: the Dynamo backend that compiles the rewritten graph.
-        on_graph_break: what becomes of a stream that reaches over several graphs: "carry" hands the streams on from graph
-            to graph, which is the model of one graph, and needs `attach`; "error" raises; "collapse" averages the streams
-            at each cut and expands them again behind it, which is another model.
+        on_graph_break: what becomes of a stream that reaches over several graphs: "carry" hands the streams on from
+            graph to graph, which is the model of one graph, and needs `attach`; "error" raises; "collapse" averages the
+            streams at each cut and expands them again behind it, which is another model.
         check_carried: compare the visible value with the streams' readout wherever streams are carried into a graph:
             finds Python code that changes the value where autograd cannot see it. Reads the streams once more.
         disable_passes: names of optional rewriting passes to leave out, to find the one that a fault comes from.

@@ -18,13 +18,13 @@ from torch.fx import GraphModule
 from .attachment.sentinels import plain_calls_allowed
 from .config import MHCConfig
 from .dynamo.error_passing import errors_reach_the_user
-from .dynamo.frames import current_frame, pin_to_modules
+from .dynamo.frames import Frame, current_frame, pin_to_modules
 from .dynamo.skipped_frames import BACKEND_NAME, watch_skipped_frames
 from .errors import MHCError, StreamCutError
 from .passes.analyze import analyze
 from .passes.count_branch_work import BranchWork, count_branch_work
 from .passes.shapes_only import shapes_only
-from .planning.graph_breaks import check_graph_breaks, cut_message, forget_breaks, given_up
+from .planning.graph_breaks import check_graph_breaks, cut_message, ends_are_ends, forget_breaks, given_up
 from .planning.sites import Plan, plan_sites
 from .planning.stream_links import StreamLinks
 from .reporting import Report, graph_report, new_report
@@ -40,24 +40,27 @@ class _Seen(ShortenTraceback):
 class Look:
     """What a look at a model found, graph by graph, and the work counted in them, if it was asked for.
 
-    Dynamo keeps every backend it was ever given, and with it this: `forget` has to be called, or the model would never be
-    freed.
+    Dynamo keeps every backend it was ever given, and with it this: `forget` has to be called, or the model would never
+    be freed.
     """
 
     report: Report
     links: StreamLinks = field(default_factory=StreamLinks)
+    plans: list[Plan] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
     work: BranchWork = field(default_factory=lambda: BranchWork(0, 0))
 
     def merged(self) -> Plan:
         """Return one plan over all graphs."""
         return Plan(
-            chains=tuple(chain for plan, _ in self.links.plans for chain in plan.chains),
-            rejections=tuple(entry for plan, _ in self.links.plans for entry in plan.rejections),
+            chains=tuple(chain for plan in self.plans for chain in plan.chains),
+            rejections=tuple(entry for plan in self.plans for entry in plan.rejections),
         )
 
     def forget(self) -> None:
         """Let go of the model."""
         self.links = StreamLinks()
+        self.plans.clear()
 
 
 def look(
@@ -85,19 +88,18 @@ def look(
     def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
         frame = current_frame(graph_module)
         analysis = analyze(graph_module)
-        plan = plan_sites(analysis.findings, frame, config)
+        plan = plan_sites(analysis.findings, frame, config, in_pieces=not _is_whole(frame))
         plan = check_graph_breaks(graph_module, analysis, plan, frame, config, looking=True)
         number = seen.links.add(plan, frame)
         if count_work:
             seen.work += count_branch_work(graph_module)
-        seen.report.graphs.append(graph_report(frame.function, analysis.nodes, plan, frame.break_reason))
-        whole = frame.break_reason is None and not frame.resumed and frame.caller is None
-        if whole and number == 0:
+        seen.nodes.append(analysis.nodes)
+        if _is_whole(frame) and number == 0:
             raise _Seen("seen", first_useful_frame=None)
         codes.append(frame.code)
         # Where Dynamo compiles block after block alone, the first block's graph would serve for all, unseen.
         pin_to_modules(frame)
-        return _followed(shapes_only(graph_module), seen.links, number, config)
+        return _followed(shapes_only(graph_module), seen.links, number, analysis.ends.passing, config)
 
     # Dynamo's name for a backend that is a function, by which the watch for frames that it gives up on knows its own.
     backend.__name__ = BACKEND_NAME
@@ -123,6 +125,10 @@ def look(
         for code in [*codes, *_codes_of(root.forward)]:
             if cut or _holds_dead_entries(code):
                 reset_code(code)
+    captured = [plan for plan, _ in seen.links.plans]
+    seen.plans = seen.links.placed_plans(config) if config.on_graph_break == "carry" else ends_are_ends(captured)
+    for plan, (_, frame), nodes in zip(seen.plans, seen.links.plans, seen.nodes, strict=True):
+        seen.report.graphs.append(graph_report(frame.function, nodes, plan, frame.break_reason))
     if reason is not None and not seen.report.sites and config.strict and config.on_graph_break != "collapse":
         raise StreamCutError(cut_message(f"{reason}, and Dynamo gave up on the model's forward"))
     if not seen.links.plans:
@@ -176,7 +182,14 @@ def _dummy_inputs(root: nn.Module) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in example.items()}
 
 
-def _followed(stand_in: Any, links: StreamLinks, number: int, config: MHCConfig) -> Any:
+def _is_whole(frame: Frame) -> bool:
+    """Return whether a frame's graph is all of a forward."""
+    return frame.break_reason is None and not frame.resumed and frame.caller is None
+
+
+def _followed(
+    stand_in: Any, links: StreamLinks, number: int, passing: tuple[tuple[int, int], ...], config: MHCConfig
+) -> Any:
     """Note which streams a graph is given and which it returns."""
     if config.on_graph_break != "carry":
         return stand_in
@@ -184,7 +197,7 @@ def _followed(stand_in: Any, links: StreamLinks, number: int, config: MHCConfig)
     def run(*inputs: Any) -> Any:
         links.enter(number, inputs)
         outputs = stand_in(*inputs)
-        links.leave(number, outputs)
+        links.leave(number, inputs, outputs, passing)
         return outputs
 
     return run

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from .planning.call_counts import Calls
     from .planning.graph_breaks import Break
     from .reporting import Report
 
@@ -23,6 +24,7 @@ class Memory:
         breaks: graph breaks of forwards that are still running, oldest first; a new call of a model forgets its own.
         undo: for a model that a first call has given parameters, what takes them off again; dropped once the call has
             compiled.
+        calls: for a model, how often its shared modules were called before a graph break, by the break's line.
         reports: what was last reported on a model.
         watched: models whose optimizers are checked at their next step.
         checked: optimizers that have been checked since a model was last watched.
@@ -32,6 +34,7 @@ class Memory:
     undo: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    calls: weakref.WeakKeyDictionary[nn.Module, dict[int, Calls]] = field(default_factory=weakref.WeakKeyDictionary)
     reports: weakref.WeakKeyDictionary[nn.Module, Report] = field(default_factory=weakref.WeakKeyDictionary)
     watched: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     checked: weakref.WeakSet[torch.optim.Optimizer] = field(default_factory=weakref.WeakSet)

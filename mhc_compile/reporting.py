@@ -88,7 +88,7 @@ class Report:
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """Where the stream is averaged and expanded again (`on_graph_break="collapse"`): reason and source line, once."""
+        """Where the stream is averaged and expanded again (`on_graph_break="collapse"`): reason and line, once."""
         return tuple(dict.fromkeys(reason for graph in self.graphs for reason in graph.cuts))
 
     @property

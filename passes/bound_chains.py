@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .residual import Entry, ResidualAdd
+from .residual import Entry, Exit, ResidualAdd
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,12 @@ class BoundChain:
         sites: its residual adds with their parameters.
         head: the value that is expanded, or that the streams come in beside.
         entry: where the streams come in from another graph; None where they begin in this one.
-        leaves_at: positions of the graph's outputs beside which the streams go on to another graph; empty where they
-            end in this one.
+        exits: outputs of the graph beside which the streams go on to another graph; empty where they end in this one.
         readout: the parameters of the chain's learned readout, if it has one.
     """
 
     sites: tuple[BoundSite, ...]
     head: Node
     entry: Entry | None = None
-    leaves_at: tuple[int, ...] = ()
+    exits: tuple[Exit, ...] = ()
     readout: Parameters | None = None

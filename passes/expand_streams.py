@@ -69,7 +69,7 @@ def expand_streams(graph_module: GraphModule, chains: tuple[BoundChain, ...], co
     """Return a new graph in which the chains are streams; `graph_module` is left as it is.
 
     The new graph takes the streams of every chain with an `entry` as further inputs, in the order of `chains`, and
-    returns those of every position in `leaves_at` as further outputs: contiguous and anchored, [*, n, C].
+    returns those of every one of `exits` as further outputs: contiguous and anchored, [*, n, C].
     """
     return _Expander(graph_module, chains, config).run()
 
@@ -94,8 +94,10 @@ class _Expander:
         self.carrier_at: dict[Node, Carrier] = {}
         self.absorbed: set[Node] = set()
         self.reads: dict[tuple[Node, Node], BoundSite] = {}
-        entries = [chain.entry.carriers for chain in chains if chain.entry is not None]
-        for carrier in (step for steps in (*entries, *(site.add.carriers for site in sites)) for step in steps):
+        steps = [chain.entry.carriers for chain in chains if chain.entry is not None]
+        steps += [site.add.carriers for site in sites]
+        steps += [leaving.carriers for chain in chains for leaving in chain.exits]
+        for carrier in (carrier for carriers in steps for carrier in carriers):
             self.carrier_at[carrier.node] = carrier
             self.absorbed |= carrier.absorbed
         for site in sites:
@@ -138,13 +140,13 @@ class _Expander:
         """Emit the graph's output, with the streams that go on to another graph behind it."""
         returned = output_values(self.graph_module.graph)
         streams = []
-        for value in (returned[position] for chain in self.chains for position in chain.leaves_at):
+        for value in (returned[leaving.position] for chain in self.chains for leaving in chain.exits):
             self._collapsed(value)
             stacked = self._stacked(self.streams[value], self.streams[value].dim, value)
             streams.append(self._emit(value, "contiguous", stacked))
-        copied = copy_node(self.graph, node, self._collapsed)
+        visible: Any = copy_node(self.graph, node, self._collapsed)
         if streams:
-            copied.args = ((*copied.args[0], *streams),)
+            visible.args = ((*visible.args[0], *streams),)
 
     def _reader(self, node: Node) -> Callable[[Node], Node]:
         """Return how `node` reads its operands: a branch reads its site's layer input."""

@@ -41,8 +41,8 @@ from .fx.dataflow import (
     sliced_dims,
     tensor_of,
 )
-from .fx.node_info import branch_children, feature_dim_of, form_of, location_of, module_path_of
-from .residual import Carrier, Entry, Findings, Reason, Rejection, ResidualAdd, ResidualChain
+from .fx.node_info import branch_children, called_children, feature_dim_of, form_of, location_of, module_path_of
+from .residual import Carrier, Entry, Exit, Findings, Reason, Rejection, ResidualAdd, ResidualChain
 
 # Sums of two values that may each be a stream.
 _COUPLED = {Reason.INDEPENDENT, Reason.PARALLEL, Reason.REVERSIBLE}
@@ -191,6 +191,7 @@ class _Finder:
                 # A view that splits the features: the branch then reads the collapsed stream.
                 fork, readers, fork_dim = None, frozenset(), feature_dim
         path = module_path_of(node)
+        children = branch_children(branch, path, self.mixing)
         self.found[node] = ResidualAdd(
             node=node,
             position=self.order[node],
@@ -204,9 +205,9 @@ class _Finder:
             carriers=(),
             norm="none",
             module_path=path,
-            children=branch_children(branch, path, self.mixing),
+            children=children,
+            hosts=children or called_children(self.graph_module.graph, path),
             location=location_of(node),
-            outputs=outputs_over_carriers(node),
         )
 
     def _trunk(self, skip: Node) -> Iterator[Node]:
@@ -365,6 +366,10 @@ class _Finder:
                 self.found[add],
                 norm=self._norm_of(add, any(is_norm(carrier) for carrier in carriers)),
                 carriers=tuple(self._carrier(carrier) for carrier in reversed(carriers)),
+                exits=tuple(
+                    Exit(position, tuple(self._carrier(value) for value in values))
+                    for position, values in outputs_over_carriers(add)
+                ),
             )
             members.setdefault(root, []).append(site)
         for head, sites in members.items():

@@ -137,6 +137,19 @@ class StreamForm:
 
 
 @dataclass(frozen=True)
+class Exit:
+    """Where the stream behind an add leaves the graph.
+
+    Attributes:
+        position: among the graph's outputs.
+        carriers: the steps from the add to the output, in graph order.
+    """
+
+    position: int
+    carriers: tuple[Carrier, ...]
+
+
+@dataclass(frozen=True)
 class ResidualAdd:
     """A residual add as `find_residuals` sees it in the graph.
 
@@ -155,8 +168,10 @@ class ResidualAdd:
         norm: "pre", "post" or "none".
         module_path: paths of the modules around the add, outermost first, each with its `nn_module_stack` key.
         children: the same, for the children of the innermost module whose output the add writes into the stream.
+        hosts: the same, for whose forward can hand the site's parameters to the graph: `children`, or where the branch
+            calls none, every child of that module that runs in the graph.
         location: "file:line  source text".
-        outputs: positions of the graph's outputs at which the stream behind the add leaves, over carriers alone.
+        exits: where the stream behind the add leaves the graph, over carriers alone.
     """
 
     node: Node
@@ -172,8 +187,9 @@ class ResidualAdd:
     norm: str
     module_path: tuple[tuple[str, str], ...]
     children: tuple[tuple[str, str], ...]
+    hosts: tuple[tuple[str, str], ...]
     location: str
-    outputs: tuple[int, ...] = ()
+    exits: tuple[Exit, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from .fx.carriers import carried_from
+from .fx.carriers import carried_from, inputs_over_carriers
 from .fx.dataflow import (
     data_inputs,
     is_activation_input,
@@ -23,18 +23,20 @@ from .residual import Findings, Reason, Rejection
 
 @dataclass(frozen=True)
 class StreamEnds:
-    """Half residual blocks at a graph's ends, which no readout of streams can mend.
+    """What lies at a graph's ends. Half residual blocks are what no readout of streams can mend.
 
     Attributes:
         branch_leaves: a value leaves the graph together with something that was mixed from it.
         block_leaves: the same, counted from a branch's norm on, and up to its add: between two whole blocks nothing
             leaves but the stream.
         halves: adds that join an input with something computed from other inputs alone.
+        passing: outputs that are, over carriers alone, an input: positions of both.
     """
 
     branch_leaves: bool
     block_leaves: bool
     halves: tuple[Rejection, ...]
+    passing: tuple[tuple[int, int], ...]
 
 
 def find_stream_ends(graph_module: GraphModule, findings: Findings) -> StreamEnds:
@@ -44,6 +46,7 @@ def find_stream_ends(graph_module: GraphModule, findings: Findings) -> StreamEnd
         branch_leaves=_branch_leaves(graph_module),
         block_leaves=_branch_leaves(graph_module, adds),
         halves=_halves(graph_module, findings),
+        passing=inputs_over_carriers(graph_module.graph),
     )
 
 

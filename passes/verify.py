@@ -46,8 +46,8 @@ def verify(before: GraphModule, after: GraphModule, n_streams: int, leaving: int
 def _check_outputs(before: GraphModule, after: GraphModule, n_streams: int, leaving: int) -> None:
     plain, rewritten = _outputs(before), _outputs(after)
     if len(plain) + leaving != len(rewritten):
-        wanted = f"{len(plain)} and {leaving} of streams" if leaving else str(len(plain))
-        raise GraphInvariantError(f"the rewritten graph returns {len(rewritten)} values instead of {wanted}")
+        expected = f"{len(plain)} and {leaving} of streams" if leaving else str(len(plain))
+        raise GraphInvariantError(f"the rewritten graph returns {len(rewritten)} values instead of {expected}")
     for streams in rewritten[len(plain) :]:
         held = tensor_of(streams)
         if held is None or sizes_of(held)[-2] != n_streams or not held.is_contiguous():

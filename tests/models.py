@@ -23,7 +23,8 @@ class Case:
     norm: str
 
 
-def _decoder(config: str, chains: tuple[int, ...] = (4,), **changes: Any) -> Case:
+def decoder(config: str, chains: tuple[int, ...] = (4,), **changes: Any) -> Case:
+    """Return a decoder of transformers, two layers small."""
     import transformers
 
     sizes = {
@@ -136,16 +137,16 @@ def _clip() -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "llama": lambda: _decoder("LlamaConfig", num_key_value_heads=2),
+    "llama": lambda: decoder("LlamaConfig", num_key_value_heads=2),
     "gpt2": lambda: _gpt2("GPT2Config", (4,)),
-    "mistral": lambda: _decoder("MistralConfig", num_key_value_heads=2),
-    "qwen3": lambda: _decoder("Qwen3Config", num_key_value_heads=2, head_dim=8),
-    "gemma2": lambda: _decoder("Gemma2Config", num_key_value_heads=2, head_dim=8),
-    "gpt_neox": lambda: _decoder("GPTNeoXConfig", (2,)),
+    "mistral": lambda: decoder("MistralConfig", num_key_value_heads=2),
+    "qwen3": lambda: decoder("Qwen3Config", num_key_value_heads=2, head_dim=8),
+    "gemma2": lambda: decoder("Gemma2Config", num_key_value_heads=2, head_dim=8),
+    "gpt_neox": lambda: decoder("GPTNeoXConfig", (2,)),
     "gptj": lambda: _gpt2("GPTJConfig", (2,), rotary_dim=4),
-    "falcon": lambda: _decoder("FalconConfig", (2,)),
-    "mixtral": lambda: _decoder("MixtralConfig", num_key_value_heads=2, num_local_experts=4),
-    "exaone4": lambda: _decoder("Exaone4Config", num_key_value_heads=2),
+    "falcon": lambda: decoder("FalconConfig", (2,)),
+    "mixtral": lambda: decoder("MixtralConfig", num_key_value_heads=2, num_local_experts=4),
+    "exaone4": lambda: decoder("Exaone4Config", num_key_value_heads=2),
     "bert": lambda: _encoder("BertForMaskedLM", "BertConfig"),
     "roberta": lambda: _encoder("RobertaForMaskedLM", "RobertaConfig"),
     "electra": lambda: _encoder("ElectraForMaskedLM", "ElectraConfig", embedding_size=16),
@@ -160,7 +161,7 @@ CASES: dict[str, Callable[[], Case]] = {
 def llama(**changes: Any) -> nn.Module:
     """Build a small Llama in eval mode."""
     torch.manual_seed(0)
-    return _decoder("LlamaConfig", num_key_value_heads=2, **changes).build().eval()
+    return decoder("LlamaConfig", num_key_value_heads=2, **changes).build().eval()
 
 
 def token_ids(batch: int = 2, length: int = 8) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`on_graph_break="collapse"`: a cut stream is averaged and expanded again, at first the same function, and reported."""
+"""`on_graph_break="collapse"`: a cut stream is averaged and expanded again: the same function at first, reported."""
 
 import inspect
 import re
@@ -118,11 +118,11 @@ def test_the_first_call_attaches_every_piece():
 
 
 @pytest.mark.parametrize("broken", [DataDependent, BreaksBetween, BreaksInLoop])
-def test_the_default_names_the_break_and_the_way_out(broken):
+def test_an_error_names_the_break_and_the_way_out(broken):
     model = broken()
     file = re.escape(Path(inspect.getfile(broken)).name)
     with pytest.raises(StreamCutError, match=rf"{file}:\d+.*on_graph_break='collapse'"):
-        mhc_compile.attach(model, features())
+        mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="error"))
     assert not mhc_compile.parameters(model)
 
 
@@ -172,7 +172,7 @@ def test_a_shared_block_counts_on_behind_the_cut():
 def test_not_strict_leaves_what_is_behind_the_cut_plain():
     model = BreaksBetween()
     plain = _step(model, model)
-    config = MHCConfig(strict=False)
+    config = MHCConfig(strict=False, on_graph_break="error")
     with pytest.warns(MHCWarning, match=r"2 residual adds stay plain.*models\.py"):
         report = mhc_compile.attach(model, features(), config=config)
     assert [site.name for site in report.sites] == ALL[:2]

@@ -4,8 +4,8 @@ Every child whose output a site writes into the stream has a forward pre-hook, w
 operator `mhc::sentinel`. That is how they enter a graph: Dynamo lifts them as inputs like any other parameter, so equal
 blocks share one graph, and FSDP or a loaded checkpoint may replace them. The operator raises. Inside a graph that
 backend="mhc" compiles, the rewrite takes the sentinel out together with the add it stands for; on any other way to run
-the child, eagerly, behind a recompile limit or a graph break, under `suppress_errors`, on another backend, in an exported
-program, the operator is still there.
+the child, eagerly, behind a recompile limit or a graph break, under `suppress_errors`, on another backend, in an
+exported program, the operator is still there.
 
 A check that asks "am I being compiled?" would not do: Dynamo traces it into a frame that later falls back.
 """
@@ -13,7 +13,7 @@ A check that asks "am I being compiled?" would not do: Dynamo traces it into a f
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -33,7 +33,7 @@ _PLAIN_ALLOWED: ContextVar[bool] = ContextVar("mhc_plain_allowed", default=False
 
 @contextmanager
 def plain_calls_allowed() -> Iterator[None]:
-    """Inside, sentinels are silent: a look runs the model on stand-ins, and nobody takes their results for real ones."""
+    """Inside, sentinels are silent: a look runs the model on stand-ins, whose results nobody takes for real ones."""
     token = _PLAIN_ALLOWED.set(True)
     try:
         yield
@@ -86,15 +86,15 @@ def raise_if_plain(parameters: Sequence[Tensor], labels: Sequence[str], roles: S
     Raises:
         UnrewrittenCallError: a site of these labels is about to be a plain residual add.
     """
-    sites = running_sites(labels) if labels else ["the model"]
+    sites = running_sites(labels) if labels else ["other compilers' graphs"]
     if not sites or _PLAIN_ALLOWED.get():
         return
     raise UnrewrittenCallError(
-        f"{sites[0]} was about to run as a plain residual add, although it carries mHC parameters: the result would not "
-        "be the rewritten model's. Call the compiled model (torch.compile(model, backend='mhc'), or "
-        "model.compile(backend='mhc') so that generate() and Trainer use it too). If it was called compiled, Dynamo fell "
-        "back: look for a graph break inside the block or a recompile limit with TORCH_LOGS=graph_breaks,recompiles. "
-        "mhc_compile.detach(model) gives back the plain model."
+        f"the plain forward of the model was about to run (at {sites[0]}), although it carries mHC parameters: the "
+        "result would not be the rewritten model's. Call the compiled model (torch.compile(model, backend='mhc'), or "
+        "model.compile(backend='mhc') so that generate() and Trainer use it too). If it was called compiled, Dynamo "
+        "fell back: look for a graph break inside the block or a recompile limit with "
+        "TORCH_LOGS=graph_breaks,recompiles. mhc_compile.detach(model) gives back the plain model."
     )
 
 
@@ -119,7 +119,7 @@ torch.library.register_fake("mhc::sentinel", lambda parameters, labels, roles: N
 torch.fx.node.has_side_effect(torch.ops.mhc.sentinel.default)
 
 
-def arm(owner: nn.Module, children: dict[str, Sequence[nn.Module]]) -> bool:
+def arm(owner: nn.Module, children: Mapping[str, Sequence[nn.Module]]) -> bool:
     """Put sentinels on the children that an owner's sites write the output of.
 
     Args:

@@ -36,11 +36,13 @@ class Frame:
         resumed: the frame resumes behind a graph break.
         model: the outermost module whose forward is running, compiled or not; the first root, if that is the one. None
             if the frame shows no module.
-        outer: the outermost module whose forward is running and that holds the root, called by compiled code or not; None
-            if there is none. Wrappers such as DDP do not count.
+        outer: the outermost module whose forward is running and that holds the root, called by compiled code or not;
+            None if there is none. Wrappers such as DDP do not count.
         caller: a module around the root whose forward runs as plain Python, although compiled code called it: Dynamo
             gave up on that one. None if there is none.
         break_reason: why the graph ends before its function does, with the source line; None if it does not.
+        resumed_line: line of the graph break behind which the frame resumes.
+        break_line: line of the graph break that ends the graph, in the frame's own function.
     """
 
     roots: tuple[nn.Module, ...]
@@ -53,6 +55,8 @@ class Frame:
     outer: nn.Module | None
     caller: str | None
     break_reason: str | None
+    resumed_line: int | None = None
+    break_line: int | None = None
 
     @property
     def root(self) -> nn.Module:
@@ -111,6 +115,8 @@ def current_frame(graph_module: GraphModule) -> Frame:
         outer=outermost[-1] if outermost else None,
         caller=callers[-1][1] if callers else None,
         break_reason=_break_reason(output.compile_subgraph_reason),
+        resumed_line=int(resumed["line"]) if resumed else None,
+        break_line=_break_line(output.compile_subgraph_reason),
     )
 
 
@@ -203,6 +209,13 @@ def _break_reason(reason: Any) -> str | None:
         frame = reason.user_stack[-1]
         text += f" ({frame.filename}:{frame.lineno}  {frame.line or ''})".replace("  )", ")")
     return text
+
+
+def _break_line(reason: Any) -> int | None:
+    if reason is None or not reason.graph_break or not reason.user_stack:
+        return None
+    line = reason.user_stack[0].lineno
+    return int(line) if line is not None else None
 
 
 def is_split_by_ddp(graph_module: GraphModule) -> bool:

@@ -86,7 +86,7 @@ def _arm(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
     """Put sentinels where a plan's sites are; return whether one was missing."""
     children: dict[int, tuple[nn.Module, dict[str, tuple[nn.Module, ...]]]] = {}
     for entry in _wanted(plan, config):
-        children.setdefault(id(entry.owner), (entry.owner, {}))[1][entry.label] = entry.site.children
+        children.setdefault(id(entry.owner), (entry.owner, {}))[1][entry.label] = entry.site.hosts
     missing = [arm(owner, labels) for owner, labels in children.values()]
     if frame.roots:
         arm_root(frame.root)
@@ -106,11 +106,13 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
     missing = [entry for entry in _wanted(plan, config) if site_parameters(entry.owner, entry.label) is None]
     if not missing:
         return False
-    wrapper = "wrapped in DistributedDataParallel" if inside_ddp() else "sharded by fully_shard"
+    wrapper, before = (
+        ("wrapped in DistributedDataParallel", "wrapping it") if inside_ddp() else ("sharded", "fully_shard")
+    )
     if inside_ddp() or any(is_sharded(root) for root in (*frame.roots, frame.outer) if root is not None):
         raise NotAttachedError(
-            f"{len(missing)} mHC parameters are missing and the model is already {wrapper}, which would never synchronize "
-            "their gradients. Call mhc_compile.attach(model, example_input) before."
+            f"{len(missing)} mHC parameters are missing and the model is already {wrapper}, which would never "
+            f"synchronize their gradients. Call mhc_compile.attach(model, example_input) before {before}."
         )
     # Weakly: what is to be undone must not keep the model alive.
     created = [(weakref.ref(owner), label) for owner, label in attach_plan(plan, frame, config, on_first_call=True)]
@@ -186,14 +188,14 @@ def bind(plan: Plan, calls: tuple[SentinelCall, ...], frame: Frame, config: MHCC
         )
         readout = parameters(*_readout_of(chain), None) if _learns_readout(chain, config) else None
         head = chain.entry.node if chain.entry is not None else chain.head
-        chains.append(BoundChain(sites, head, chain.entry, chain.leaves_at, readout))
+        chains.append(BoundChain(sites, head, chain.entry, chain.exits, readout))
     if not lost:
         return tuple(chains)
     if _arm(plan, frame, config):
         return None
     raise UnrewrittenCallError(
-        f"the mHC parameters of {', '.join(lost[:4])} do not enter the graph: the forward of the child whose output they "
-        "write is not called there as a module, so its hooks do not run. Call the child (child(x), not "
+        f"the mHC parameters of {', '.join(lost[:4])} do not enter the graph: the forward of the child whose output "
+        "they write is not called there as a module, so its hooks do not run. Call the child (child(x), not "
         "child.forward(x)), or leave the block out with the option sites=."
     )
 

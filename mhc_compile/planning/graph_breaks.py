@@ -85,11 +85,11 @@ def check_graph_breaks(
         streams cross, or without the chains behind a cut.
 
     Raises:
-        StreamCutError: the stream enters this graph, or leaves it, and is not carried. What this call has attached so far
-            is taken off again.
+        StreamCutError: the stream enters this graph, or leaves it, and is not carried. What this call has attached so
+            far is taken off again.
     """
     piece = frame.resumed or frame.break_reason is not None or frame.outer is not None or is_split_by_ddp(captured)
-    if piece:
+    if frame.outer is not None and not frame.resumed and frame.break_reason is None:
         refuse_split_calls(plan, frame)
     carries = config.on_graph_break == "carry" and (looking or _is_attached(plan))
     if carries and not looking:
@@ -97,13 +97,16 @@ def check_graph_breaks(
     if is_split_by_ddp(captured):
         return _in_bucket(analysis, plan, config)
     if not frame.roots:
+        inside = [entry.reason for entry in MEMORY.breaks if entry.branch_left and entry.root() is not None]
+        if looking and inside and analysis.ends.halves and config.strict and config.on_graph_break != "collapse":
+            _refuse(frame, inside[-1], "inside a residual block")
         return plan
     root = frame.root
     nested = any(entry.root() is not root and _below(root, entry.root()) for entry in MEMORY.breaks)
     if not frame.resumed and not nested:
         forget_breaks(root)
     entering = [chain for chain in plan.chains if chain.start is not None]
-    leaving = [chain for chain in plan.chains if chain.sites[-1].add.outputs]
+    leaving = [chain for chain in plan.chains if chain.sites[-1].add.exits]
     around = [entry for entry in MEMORY.breaks if _below(root, entry.root())]
     reasons = [entry.reason for entry in around if entry.stream_left and entering]
     if not reasons and not looking and (reason := _why_alone(frame, bool(entering), bool(leaving), config)):
@@ -118,7 +121,7 @@ def check_graph_breaks(
         if reasons or halved:
             plan = _settled(plan, entering, reasons, halved, halves, frame, config)
     if frame.break_reason is not None:
-        left = any(site.add.outputs for site in plan.sites)
+        left = any(site.add.exits for site in plan.sites)
         MEMORY.breaks.append(Break(weakref.ref(root), frame.break_reason, left, analysis.ends.branch_leaves))
     # A graph that ends early, or that of a module inside a forward that runs as plain Python.
     goes_on = frame.break_reason is not None or frame.caller is not None
@@ -142,8 +145,8 @@ def _carried(plan: Plan, frame: Frame, piece: bool) -> Plan:
                 "with another forward: call mhc_compile.attach(model, example_input) again, with the input that it is "
                 "called with now."
             )
-        leaves_at = () if last.role.ends else chain.sites[-1].add.outputs
-        chains.append(replace(chain, entry=entry, leaves_at=leaves_at))
+        exits = () if last.role.ends else chain.sites[-1].add.exits
+        chains.append(replace(chain, entry=entry, exits=exits))
     return replace(plan, chains=tuple(chains))
 
 
@@ -193,24 +196,32 @@ def _settled(
     return replace(plan, chains=kept, rejections=tuple(rejections))
 
 
+_NO_BUCKETS = "Set torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call"
+
+
+def inside_bucket_message() -> str:
+    """Say that a bucket of DDP ends inside a residual block, and every way out."""
+    return (
+        "DistributedDataParallel is splitting the graph into buckets inside a residual block: its branch is in one "
+        f"bucket and its add in another, where streams cannot be carried or averaged. {_NO_BUCKETS}, or choose another "
+        "bucket_cap_mb."
+    )
+
+
 def _in_bucket(analysis: Analysis, plan: Plan, config: MHCConfig) -> Plan:
     """Settle one of the graphs that DDPOptimizer has cut a graph into.
 
     Raises:
         StreamCutError: the streams are not carried, or the cut lies inside a residual block, which no readout can mend.
     """
-    way_out = "Set torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call"
     if config.on_graph_break != "collapse":
         raise StreamCutError(
             "DistributedDataParallel is splitting the graph into buckets, which would cut the residual stream. "
-            f"{way_out}, or use on_graph_break='collapse' to average the streams between buckets, which is another model."
+            f"{_NO_BUCKETS}, or use on_graph_break='collapse' to average the streams between buckets, which is another "
+            "model."
         )
     if analysis.ends.halves or analysis.ends.block_leaves:
-        raise StreamCutError(
-            "DistributedDataParallel is splitting the graph into buckets inside a residual block: its branch is in one "
-            f"bucket and its add in another, which on_graph_break='collapse' cannot mend. {way_out}, or choose another "
-            "bucket_cap_mb."
-        )
+        raise StreamCutError(inside_bucket_message())
     if any(chain.start is not None for chain in plan.chains):
         plan = replace(plan, cuts=("DistributedDataParallel splits the graph into buckets",))
     return _read_out_by_mean(plan, config)
@@ -226,7 +237,7 @@ def _read_out_by_mean(plan: Plan, config: MHCConfig) -> Plan:
 
     def averaged(chain: PlannedChain) -> bool:
         last = chain.sites[-1]
-        return bool(last.add.outputs) and site_parameters(last.owner, last.label + READOUT_SUFFIX) is None
+        return bool(last.add.exits) and site_parameters(last.owner, last.label + READOUT_SUFFIX) is None
 
     return replace(plan, chains=tuple(replace(chain, averaged=averaged(chain)) for chain in plan.chains))
 
@@ -246,16 +257,17 @@ def cut_message(reason: str, where: str = "") -> str:
     """Say that a graph break cuts the stream, what that would mean, and every way out."""
     if where:
         return (
-            f"a graph break cuts a residual branch: {reason}. It lies {where}, where streams cannot be carried from one "
-            "graph to the next. Take the break away (TORCH_LOGS=graph_breaks shows why Dynamo breaks; printing, .item() "
-            "and data-dependent branches are the usual causes), or move it between two residual blocks."
+            f"a graph break cuts a residual branch: {reason}. It lies {where}, where streams cannot be carried from "
+            "one graph to the next. Take the break away (TORCH_LOGS=graph_breaks shows why Dynamo breaks; printing, "
+            ".item() and data-dependent branches are the usual causes), or move it between two residual blocks."
         )
     return (
         f"a graph break cuts the residual stream: {reason}. Call mhc_compile.attach(model, example_input) on the whole "
         "model first: it sees what lies behind the break, and the streams are then carried across it "
-        "(on_graph_break='carry', the default). Or take the break away (TORCH_LOGS=graph_breaks shows why Dynamo breaks; "
-        "printing, .item() and data-dependent branches are the usual causes), or use on_graph_break='collapse' to average "
-        "the streams at the break and expand them again behind it, which is another model."
+        "(on_graph_break='carry', the default). Or take the break away (TORCH_LOGS=graph_breaks shows why Dynamo "
+        "breaks; printing, .item() and data-dependent branches are the usual causes), or use "
+        "on_graph_break='collapse' to average the streams at the break and expand them again behind it, which is "
+        "another model."
     )
 
 
@@ -263,7 +275,8 @@ def _refuse(frame: Frame, reason: str, where: str = "") -> NoReturn:
     for entry in MEMORY.breaks:
         if (root := entry.root()) is not None:
             MEMORY.take_back(root)
-    MEMORY.take_back(frame.root)
+    if frame.roots:
+        MEMORY.take_back(frame.root)
     MEMORY.breaks.clear()
     raise StreamCutError(cut_message(reason, where))
 

@@ -9,40 +9,44 @@ from collections.abc import Callable
 from torch import nn
 
 from ..attachment.sentinels import raise_if_plain
-from ..attachment.site_parameters import READOUT_SUFFIX, owners_in
+from ..attachment.site_parameters import READOUT_SUFFIX, SiteParameters, owners_in, site_parameters
 from ..dynamo.frames import Frame
-from ..errors import UnrewrittenCallError
+from ..errors import StreamCutError, UnrewrittenCallError
 from ..passes.read_sentinels import SentinelCall
+from .graph_breaks import inside_bucket_message
 from .sites import Plan
 
 
-def refuse_plain_sites(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame) -> None:
+def refuse_plain_sites(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame, in_bucket: bool) -> None:
     """Check that every site whose owner's forward is in the graph was rewritten there.
 
     A site whose branch did not run (a cross-attention without encoder states) may be missing; one whose branch ran may
     not.
 
     Raises:
+        StreamCutError: the graph is one of DDP's buckets, which ends between a site's branch and its add.
         UnrewrittenCallError: a site with parameters would run as a plain add.
     """
     owners = _owners(frame)
     rewritten = _rewritten(plan)
     plain = sorted(
         {
-            name
+            site.name
             for call in calls
             for label, owner in _sites_of(call, owners)
             if _runs_inside(call, owner, frame) and not _answered(owner, label, rewritten)
-            for name in [owner_name(owner, label)]
+            if (site := site_parameters(owner, label)) is not None
         }
     )
+    if plain and in_bucket:
+        raise StreamCutError(inside_bucket_message())
     if plain:
         broken = f" A graph break lies here: {frame.break_reason}." if frame.break_reason else ""
         raise UnrewrittenCallError(
             f"{len(plain)} sites that carry mHC parameters would run as plain residual adds in this graph: "
-            f"{', '.join(plain[:4])}{', …' if len(plain) > 4 else ''}.{broken} The usual causes are a graph break inside a "
-            "branch, a path that leaves the adds out of the graph (a fused layer in eval mode) or a filter that differs "
-            "from the one they were attached with. mhc_compile.explain(model, …) shows what is found; "
+            f"{', '.join(plain[:4])}{', …' if len(plain) > 4 else ''}.{broken} The usual causes are a graph break "
+            "inside a branch, a path that leaves the adds out of the graph (a fused layer in eval mode) or a filter "
+            "that differs from the one they were attached with. mhc_compile.explain(model, …) shows what is found; "
             "mhc_compile.detach(model) gives back the plain model."
         )
 
@@ -64,12 +68,6 @@ def remaining_checks(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame) 
     return checks
 
 
-def owner_name(owner: nn.Module, label: str) -> str:
-    """Return the name that a site was attached by."""
-    site = owner.mhc._modules[label]
-    return str(site.name)  # type: ignore[union-attr]
-
-
 _Owners = dict[int, tuple[nn.Module, str]]
 
 
@@ -81,6 +79,7 @@ def _owners(frame: Frame) -> _Owners:
         for top in tops
         for _, owner, owned in owners_in(top)
         for label, site in owned._modules.items()
+        if isinstance(site, SiteParameters)
     }
 
 

@@ -1,9 +1,10 @@
-"""From findings to a plan: which sites to rewrite, who owns them, what they are called, where on their chain they lie."""
+"""From findings to a plan: which sites to rewrite, who owns them, what they are called, where their streams go."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,7 +14,8 @@ from ..attachment.site_parameters import Role, joined, parameters_of, site_param
 from ..config import MHCConfig
 from ..dynamo.frames import Frame
 from ..errors import OwnerError, StreamCutError
-from ..passes.residual import Chain, Entry, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
+from ..passes.residual import Chain, Entry, Exit, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
+from .call_counts import Calls, calls_before, remember_calls
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -28,7 +30,7 @@ class PlannedSite:
         owner: the module that holds (or will hold) its parameters.
         label: its name below the owner's `mhc`.
         branch_label: the same without the number of the call, for an owner that is called several times.
-        children: the owner's children whose output the add writes into the stream.
+        hosts: the owner's children whose forward hands the site's parameters to the graph.
         selected: False for an add that the option `sites` leaves out, yet that lies between selected ones: it adds
             its branch to every stream alike.
         role: where on its chain it lies; the chain may reach over several graphs.
@@ -40,7 +42,7 @@ class PlannedSite:
     owner: nn.Module
     label: str
     branch_label: str
-    children: tuple[nn.Module, ...]
+    hosts: tuple[nn.Module, ...]
     selected: bool
     role: Role = Role.ONLY
     index: int = 0
@@ -56,7 +58,7 @@ class PlannedChain:
         chain: what the report shows.
         start: the input that the stream may come in by, if the head is one over carriers.
         entry: the same, where streams do come in from another graph.
-        leaves_at: positions of the graph's outputs beside which the streams go on to another graph.
+        exits: outputs of the graph beside which the streams go on to another graph.
         averaged: read out by the mean, whichever the readout: the stream goes on behind a cut.
     """
 
@@ -65,7 +67,7 @@ class PlannedChain:
     chain: Chain
     start: Entry | None = None
     entry: Entry | None = None
-    leaves_at: tuple[int, ...] = ()
+    exits: tuple[Exit, ...] = ()
     averaged: bool = False
 
     @property
@@ -94,14 +96,19 @@ class Plan:
         return [site for chain in self.chains for site in chain.sites if site.selected]
 
 
-def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
-    """Name every residual add, keep the chains that the options ask for, reject the rest with a reason."""
+def plan_sites(findings: Findings, frame: Frame, config: MHCConfig, in_pieces: bool = False) -> Plan:
+    """Name every residual add, keep the chains that the options ask for, reject the rest with a reason.
+
+    With `in_pieces` a chain that may go on in another graph is kept, however short: `without_short_chains` judges it
+    once the whole stream is known.
+    """
     rejections = list(findings.rejections)
-    calls: Counter[tuple[int, str]] = Counter()
+    calls = calls_before(frame)
     named: dict[int, PlannedSite] = {}
     # Names count the calls of a shared module in graph order, whichever chain they are on.
     for add in sorted((add for chain in findings.chains for add in chain.adds), key=lambda add: add.position):
         named[add.position] = _named(add, frame, config, calls)
+    remember_calls(frame, calls)
     chains: list[PlannedChain] = []
     for chain in findings.chains:
         sites = [named[add.position] for add in chain.adds]
@@ -110,12 +117,28 @@ def plan_sites(findings: Findings, frame: Frame, config: MHCConfig) -> Plan:
         rejections += [_rejection(site, Reason.NOT_SELECTED) for site in dropped]
         # A chain that has its parameters is no shorter for being cut in pieces.
         known = any(site_parameters(site.owner, site.label) for site in selected)
-        if not selected or (len(selected) < config.min_sites and not known):
-            reason = Reason.SHORT_CHAIN
-            rejections += [_rejection(site, reason, f"{len(selected)}") for site in selected]
+        goes_on = in_pieces and (chain.entry is not None or bool(chain.adds[-1].exits))
+        if not selected or (len(selected) < config.min_sites and not known and not goes_on):
+            rejections += _too_short(selected, len(selected))
             continue
         chains.append(_with_roles(_trimmed(chain, sites)))
     return Plan(tuple(chains), tuple(rejections))
+
+
+def without_short_chains(plan: Plan, lengths: Sequence[int], config: MHCConfig) -> Plan:
+    """Reject the chains whose whole stream has fewer than `min_sites` sites; `lengths` has one for each chain."""
+    kept, rejections = [], list(plan.rejections)
+    for chain, length in zip(plan.chains, lengths, strict=True):
+        known = any(site_parameters(site.owner, site.label) for site in chain.selected)
+        if length < config.min_sites and not known:
+            rejections += _too_short(chain.selected, length)
+        else:
+            kept.append(chain)
+    return replace(plan, chains=tuple(kept), rejections=tuple(rejections))
+
+
+def _too_short(sites: Sequence[PlannedSite], length: int) -> list[Rejection]:
+    return [_rejection(site, Reason.SHORT_CHAIN, str(length)) for site in sites]
 
 
 def _with_roles(chain: PlannedChain) -> PlannedChain:
@@ -146,9 +169,9 @@ def placed(chain: PlannedChain, begins: bool, ends: bool, before: int, attached:
 
 
 def refuse_split_calls(plan: Plan, frame: Frame) -> None:
-    """Check that a module that is called several times in a forward is called as often in this piece of it.
+    """Check that a block that is compiled alone is called once in a forward.
 
-    Its sites are told apart by counting calls, which no graph can do for another one.
+    The sites of several calls are told apart by counting, which a graph that serves every call cannot do.
 
     Raises:
         StreamCutError: some of the calls lie in another graph.
@@ -163,8 +186,8 @@ def refuse_split_calls(plan: Plan, frame: Frame) -> None:
             )
             raise StreamCutError(
                 f"{site.site.name} is called {calls} times in a forward, each time with mHC parameters of its own, but "
-                f"this graph holds only {counted[id(site.owner), site.branch_label]} of the calls: {reason}. Which call "
-                "it is, cannot be told there. Compile the model as a whole, or take the graph break away "
+                f"this graph holds only {counted[id(site.owner), site.branch_label]} of the calls: {reason}. Which "
+                "call it is, cannot be told there. Compile the model as a whole, or take the graph break away "
                 "(TORCH_LOGS=graph_breaks)."
             )
 
@@ -202,7 +225,7 @@ def _rejection(site: PlannedSite, reason: Reason, detail: str = "") -> Rejection
     return Rejection(site.add.node.name, site.site.location, reason, detail)
 
 
-def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Counter[tuple[int, str]]) -> PlannedSite:
+def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Calls) -> PlannedSite:
     owner_path, owner = _owner(add, frame)
     branch_label = "_".join(_relative(path, add) for _, path in add.children) or "add"
     calls[id(owner), branch_label] += 1
@@ -219,8 +242,8 @@ def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Counter[tup
         dtype=str(add.form.dtype).removeprefix("torch."),
         width=add.form.width,
     )
-    children = tuple(found[1] for key, path in add.children if (found := frame.module_at(key, path)) is not None)
-    return PlannedSite(add, site, owner, label, branch_label, children, selected=config.wants(name))
+    hosts = tuple(found[1] for key, path in add.hosts if (found := frame.module_at(key, path)) is not None)
+    return PlannedSite(add, site, owner, label, branch_label, hosts, selected=config.wants(name))
 
 
 def _relative(path: str, add: ResidualAdd) -> str:

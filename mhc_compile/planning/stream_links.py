@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import MHCConfig
 from ..dynamo.frames import Frame
 from ..errors import StreamCutError
 from .graph_breaks import cut_message
-from .sites import Plan, PlannedChain, placed
+from .sites import Plan, PlannedChain, placed, without_short_chains
 
 # A chain, by the number of its graph and its place there.
 _ChainKey = tuple[int, int]
@@ -37,6 +38,7 @@ class StreamLinks:
 
     plans: list[tuple[Plan, Frame]] = field(default_factory=list)
     _left: list[_Left] = field(default_factory=list)
+    _anew: list[tuple[Tensor, _Left]] = field(default_factory=list)
     _before: dict[_ChainKey, _ChainKey] = field(default_factory=dict)
 
     def add(self, plan: Plan, frame: Frame) -> int:
@@ -62,25 +64,35 @@ class StreamLinks:
                 _, from_frame = self.plans[left.chain[0]]
                 raise StreamCutError(
                     cut_message(
-                        f"Python code computes the hidden state anew between {from_frame.function} and {frame.function}, "
+                        f"Python code computes the hidden state anew between {from_frame.function} and "
+                        f"{frame.function}, "
                         f"before {chain.sites[0].site.location}",
                         "between two graphs",
                     )
                 )
 
-    def leave(self, number: int, outputs: Sequence[Any]) -> None:
-        """Note what a graph returns."""
+    def leave(
+        self, number: int, inputs: Sequence[Any], outputs: Sequence[Any], passing: Sequence[tuple[int, int]]
+    ) -> None:
+        """Note what a graph returns; `passing`: which of that is an input, over carriers alone."""
+        for output, source in passing:
+            left = self._source_of(inputs[source])
+            if left is not None:
+                self._anew.append((outputs[output], left))
         plan, _ = self.plans[number]
         for index, chain in enumerate(plan.chains):
-            for position in chain.sites[-1].add.outputs:
-                value = outputs[position]
+            for leaving in chain.sites[-1].add.exits:
+                value = outputs[leaving.position]
                 self._left.append(_Left(value, value._version, (number, index)))
 
     def _source_of(self, value: Tensor) -> _Left | None:
-        """Return the stream value that Python code has computed another one from.
+        """Return the stream value that another value was computed from on the way between two graphs.
 
         Told by autograd; where the model switches it off, by form: a value of the same form that no graph has taken up.
         """
+        for known, left in (*self._anew, *((left.value, left) for left in self._left)):
+            if known is value:
+                return left
         if value.grad_fn is None and not torch.is_grad_enabled():
             taken = set(self._before.values())
             form = (value.shape, value.dtype)
@@ -98,8 +110,8 @@ class StreamLinks:
                     stack.append(source)
         return None
 
-    def placed_plans(self) -> list[Plan]:
-        """Return the plans, their sites with the roles that the whole model shows."""
+    def placed_plans(self, config: MHCConfig) -> list[Plan]:
+        """Return the plans, their sites with the roles that the whole model shows, without short streams."""
         behind = set(self._before.values())
         counts: dict[_ChainKey, int] = {}
         plans = []
@@ -111,4 +123,12 @@ class StreamLinks:
                 counts[key] = before + len(chain.selected)
                 chains.append(placed(chain, key not in self._before, key not in behind, before))
             plans.append(replace(plan, chains=tuple(chains)))
-        return plans
+        lengths = dict(counts)
+        for key in sorted(self._before, reverse=True):
+            lengths[self._before[key]] = max(lengths[self._before[key]], lengths[key])
+        for key in sorted(self._before):
+            lengths[key] = lengths[self._before[key]]
+        return [
+            without_short_chains(plan, [lengths[number, index] for index in range(len(plan.chains))], config)
+            for number, plan in enumerate(plans)
+        ]

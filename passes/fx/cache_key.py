@@ -1,7 +1,7 @@
 """What the compilers' caches have to tell graphs apart by, beside their code.
 
-AOTAutogradCache hashes a graph's code and attributes, but neither its `meta` nor its nodes' (torch 2.11 to 2.15). What a
-pass writes there is noted in one attribute.
+AOTAutogradCache hashes a graph's code and attributes, but neither its `meta` nor its nodes' (torch 2.11 to 2.15). What
+a pass writes there is noted in one attribute.
 """
 
 from __future__ import annotations

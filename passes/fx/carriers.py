@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..residual import Carrier
 from .dataflow import (
@@ -20,6 +20,7 @@ from .dataflow import (
     SUM_NAMES,
     VIEW_NAMES,
     is_activation,
+    is_activation_input,
     is_float,
     is_norm,
     is_parameter_expression,
@@ -203,19 +204,40 @@ def _normalises_last_dim(node: Node) -> bool:
     return isinstance(shape, list | tuple) and len(shape) == 1
 
 
-def outputs_over_carriers(node: Node) -> tuple[int, ...]:
-    """Return the positions of the graph's outputs at which a stream value leaves, over carriers alone."""
-    values, seen = [node], {node}
-    leaving: set[Node] = set()
+def outputs_over_carriers(node: Node) -> tuple[tuple[int, tuple[Node, ...]], ...]:
+    """Return where a stream value leaves the graph, over carriers alone.
+
+    Returns:
+        Positions of the graph's outputs, each with the values that lead there, the first carrier first.
+    """
+    steps: dict[Node, tuple[Node, ...]] = {node: ()}
+    values = [node]
+    leaving = False
     while values:
         value = values.pop()
         for user in value.users:
-            if user.op == "output":
-                leaving.add(value)
-            elif user not in seen and carried_from(user) is value:
-                seen.add(user)
+            leaving |= user.op == "output"
+            if user not in steps and carried_from(user) is value:
+                steps[user] = (*steps[value], user)
                 values.append(user)
     if not leaving:
         return ()
     returned = output_values(node.graph)
-    return tuple(position for position, value in enumerate(returned) if value in leaving)
+    return tuple((position, steps[value]) for position, value in enumerate(returned) if value in steps)
+
+
+def inputs_over_carriers(graph: Graph) -> tuple[tuple[int, int], ...]:
+    """Return which of a graph's outputs are, over one carrier or more, one of its activation inputs.
+
+    Returns:
+        Pairs of the output's and the input's position.
+    """
+    inputs = {node: index for index, node in enumerate(node for node in graph.nodes if node.op == "placeholder")}
+    found = []
+    for position, value in enumerate(output_values(graph)):
+        source = value if isinstance(value, Node) else None
+        while source is not None and source not in inputs:
+            source = carried_from(source)
+        if source is not None and source is not value and is_activation_input(source):
+            found.append((position, inputs[source]))
+    return tuple(found)

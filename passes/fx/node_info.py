@@ -6,7 +6,7 @@ import linecache
 import math
 import re
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..residual import StreamForm
 from .dataflow import holds_data, op_name, size_hint, sizes_of, tensor_of
@@ -68,6 +68,13 @@ def branch_children(branch: Node, owner: tuple[tuple[str, str], ...], mixing: se
                 seen.add(source)
                 stack.append(source)
     return tuple(children.items())
+
+
+def called_children(graph: Graph, owner: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Return the children of a module that run in a graph, in order."""
+    paths = (module_path_of(node) for node in graph.nodes)
+    below = (path[len(owner)] for path in paths if len(path) > len(owner) and path[: len(owner)] == owner)
+    return tuple(dict.fromkeys(below))
 
 
 def form_of(node: Node, feature_dim: int) -> StreamForm:

@@ -37,7 +37,7 @@ def test_inlined_operators_are_marked_and_the_graph_is_keyed_by_their_source(man
     admitted = mark_cacheable(_calls(manifold))
 
     assert _marked(admitted) == [True, True]
-    assert _attributes(admitted) == {"_mhc_inlined_source"}
+    assert _attributes(admitted) == {"_mhc_cache_key"}
 
 
 def test_a_manifold_from_outside_keeps_its_graph_out_of_the_caches(monkeypatch):
@@ -59,7 +59,7 @@ def test_the_key_follows_the_source_of_every_file_an_inlined_operator_runs(monke
 
     def key():
         passes._source.cache_clear()
-        return mark_cacheable(_calls("sinkhorn"))._mhc_inlined_source
+        return mark_cacheable(_calls("sinkhorn"))._mhc_cache_key
 
     before = key()
     monkeypatch.setattr(passes.inspect, "getsource", edited)

@@ -1,0 +1,71 @@
+"""What the tests of carried streams share: twins, perturbed parameters, blocks compiled alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mhc_compile
+
+from .models import CASES, Case, decoder
+
+BLOCKWISE: dict[str, Callable[[], Case]] = {
+    **{name: CASES[name] for name in ("llama", "qwen3", "gpt_neox", "gemma2", "bert", "t5", "vit")},
+    "olmo2": lambda: decoder("Olmo2Config", num_key_value_heads=2),
+    "phi": lambda: decoder("PhiConfig", (2,)),
+}
+
+
+def perturb(model: nn.Module, seed: int = 1) -> None:
+    """Move every mHC parameter by 0.3·randn, in an order that does not depend on wrappers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(mhc_compile.parameters(model).items()):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def twins(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """Return a model with perturbed mHC parameters, and a copy of it."""
+    mhc_compile.attach(model, *args, **kwargs)
+    perturb(model)
+    return model, copy.deepcopy(model)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the equal modules that a model runs one after another."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    found = [list(blocks) for blocks in lists if len({type(block) for block in blocks}) == 1]
+    inside = {id(inner) for blocks in found for block in blocks for inner in block.modules() if inner is not block}
+    return [block for blocks in found for block in blocks if id(block) not in inside]
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile each block of a model alone, in place."""
+    for block in blocks_of(model):
+        block.compile(**options)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of a model's parameters by name."""
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def outcome(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a model's loss and gradients."""
+    model.zero_grad(set_to_none=True)
+    output = call(**inputs)
+    loss = output.loss if getattr(output, "loss", None) is not None else output[0].square().mean()
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def largest_gap(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Return the largest difference of two gradients, relative to the largest entry (floor: a millionth of all)."""
+    top = max(float(grad.abs().max()) for grad in left.values())
+    return max(
+        float((left[name] - right[name]).abs().max()) / max(float(left[name].abs().max()), 1e-3 * top) for name in left
+    )

@@ -1,0 +1,423 @@
+"""A stream is one stream, however many graphs it crosses: compared with one graph, under perturbed parameters."""
+
+import contextlib
+import copy
+import gc
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import mhc_compile
+from mhc_compile import NotAttachedError, StreamCutError, UnrewrittenCallError
+from mhc_compile.carried_streams import STREAMS
+
+from .carrying import BLOCKWISE, compile_blocks, gradients, largest_gap, outcome, perturb, twins
+from .models import Stack, features
+
+QUICK = {"inner": "aot_eager"}
+
+
+class Looped(Stack):
+    """Calls something between its blocks, as plain Python."""
+
+    def __init__(self, blocks: int, between=lambda hidden, index: hidden) -> None:
+        super().__init__(blocks)
+        self.between = between
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(inputs)
+        for index, block in enumerate(self.blocks):
+            hidden = self.between(hidden, index)
+            hidden = block(hidden)
+        return self.readout(hidden)
+
+
+def stack(blocks: int = 3, kind=Stack, **more) -> tuple[nn.Module, nn.Module]:
+    """Return two attached copies of a model with the same perturbed parameters."""
+    torch.manual_seed(0)
+    return twins(kind(blocks, **more), features())
+
+
+def run(model: nn.Module, call, *args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = call(*(args or (features(),))).square().mean()
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def same(left, right) -> None:
+    assert torch.allclose(left[0], right[0], rtol=1e-6, atol=1e-6)
+    assert left[1].keys() == right[1].keys()
+    assert largest_gap(left[1], right[1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_blocks_compiled_alone_are_the_model_of_one_graph(name):
+    case = BLOCKWISE[name]()
+    whole, pieces = twins(case.build().eval(), **case.inputs())
+    want = outcome(whole, torch.compile(whole, backend="mhc", options=QUICK), case.inputs())
+    compile_blocks(pieces, backend="mhc", options=QUICK)
+    same(want, outcome(pieces, pieces, case.inputs()))
+
+
+def test_blocks_compiled_by_inductor():
+    whole, pieces = stack(4)
+    want = run(whole, torch.compile(whole, backend="mhc"))
+    compile_blocks(pieces, backend="mhc", fullgraph=True)
+    same(want, run(pieces, pieces))
+
+
+@pytest.mark.parametrize("blocks", [2, 12, 40])
+def test_equal_blocks_compile_three_graphs_at_most(blocks):
+    whole, pieces = stack(blocks)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(pieces, backend="mhc", options=QUICK, fullgraph=True)
+    same(want, run(pieces, pieces))
+    assert counters["stats"]["unique_graphs"] == min(blocks, 3)
+    another = copy.deepcopy(whole)
+    compile_blocks(another, backend="mhc", options=QUICK, fullgraph=True)
+    same(want, run(another, another))
+    assert counters["stats"]["unique_graphs"] == min(blocks, 3), "a second instance compiles nothing"
+
+
+def test_a_print_between_blocks(capsys):
+    whole, pieces = stack(3, Looped)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    pieces.between = lambda hidden, index: (print(float(hidden.mean())), hidden)[1]
+    same(want, run(pieces, torch.compile(pieces, backend="mhc", options=QUICK)))
+    assert capsys.readouterr().out.count("\n") == 3
+
+
+class Unrolled(nn.Module):
+    """Breaks its graph between two sites of one forward, no loop around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.readout = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.first, self.second, self.third = (nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(3))
+        self.breaks = False
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(inputs)
+        hidden = hidden + self.first(hidden)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        hidden = hidden + self.second(hidden)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.readout(hidden + self.third(hidden))
+
+
+def test_resumed_frames_go_on_with_the_stream():
+    torch.manual_seed(0)
+    whole, pieces = twins(Unrolled(), torch.randn(2, 5, 16))
+    inputs = torch.randn(2, 5, 16)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK), inputs)
+    pieces.breaks = True
+    same(want, run(pieces, torch.compile(pieces, backend="mhc", options=QUICK), inputs))
+
+
+def test_attach_sees_the_roles_through_graph_breaks():
+    def attached(breaks: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = Unrolled()
+        model.breaks = breaks
+        mhc_compile.attach(model, torch.randn(2, 5, 16))
+        return model
+
+    whole, broken = attached(False), attached(True)
+    assert [site.role for site in whole.mhc.children()] == ["head", "carried", "tail"]
+    assert [site.role for site in broken.mhc.children()] == ["head", "carried", "tail"]
+    for name, parameter in whole.state_dict().items():
+        assert torch.equal(parameter, broken.state_dict()[name]), name
+
+
+class BrokenBranch(Unrolled):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(inputs)
+        hidden = hidden + self.first(hidden)
+        branch = self.second(hidden)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.readout(hidden + branch)
+
+
+def test_a_break_inside_a_branch_names_its_place():
+    model = BrokenBranch()
+    mhc_compile.attach(model, torch.randn(2, 5, 16))
+    model.breaks = True
+    with pytest.raises((StreamCutError, UnrewrittenCallError), match=r"test_carried_streams\.py:\d+"):
+        torch.compile(model, backend="mhc", options=QUICK)(torch.randn(2, 5, 16))
+
+
+class Passing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+ANEW = {
+    "scaled": lambda hidden, index: hidden * 2.0,
+    "cloned": lambda hidden, index: hidden.clone(),
+    "in place": lambda hidden, index: hidden.mul_(2.0) if index else hidden,
+    "an autograd function": lambda hidden, index: Passing.apply(hidden),
+    "transposed": lambda hidden, index: hidden.t().contiguous().t() if index else hidden,
+}
+
+
+@pytest.mark.parametrize("between", ANEW.values(), ids=ANEW.keys())
+def test_a_value_computed_anew_between_two_blocks_raises(between):
+    _, model = stack(3, Looped)
+    model.between = between
+    compile_blocks(model, backend="mhc", options=QUICK)
+    with pytest.raises(StreamCutError, match=r"streams are lost before blocks\.1"):
+        model(features())
+
+
+def test_attach_refuses_a_value_computed_anew():
+    def between(hidden, index):
+        torch._dynamo.graph_break()
+        return hidden * 2.0
+
+    with pytest.raises(StreamCutError, match="computes the hidden state anew"):
+        mhc_compile.attach(Looped(3, between), features())
+
+
+def test_what_autograd_cannot_see_is_found_by_the_check():
+    def between(hidden, index):
+        hidden.data.mul_(1.5)
+        return hidden
+
+    _, model = stack(3, Looped)
+    model.between = between
+    compile_blocks(model, backend="mhc", options={**QUICK, "check_carried": True})
+    with pytest.raises(StreamCutError, match="no longer is the readout"):
+        model(features())
+    model.between = lambda hidden, index: hidden
+    model(features())
+
+
+def test_never_attached_blocks_inside_a_model_raise():
+    model = Stack(3)
+    compile_blocks(model, backend="mhc", options=QUICK)
+    with pytest.raises(StreamCutError, match="attach"):
+        model(features())
+    assert not mhc_compile.parameters(model)
+
+
+@pytest.mark.filterwarnings("ignore::mhc_compile.MHCWarning")
+def test_never_attached_blocks_in_a_loop_of_the_user_raise():
+    blocks = Stack(3).blocks
+    compiled = [torch.compile(block, backend="mhc", options=QUICK) for block in blocks]
+    hidden = compiled[0](features())
+    with pytest.raises(StreamCutError, match="on the whole model before the first call"):
+        compiled[1](hidden)
+
+
+@pytest.mark.filterwarnings("ignore::mhc_compile.MHCWarning")
+def test_more_blocks_than_the_recompile_limit_are_never_plain():
+    blocks = Stack(12).blocks
+    hidden = features()
+    compiled = nn.Sequential(*(torch.compile(block, backend="mhc", options=QUICK) for block in blocks))
+    with pytest.raises(StreamCutError):
+        compiled(hidden)
+
+
+@contextlib.contextmanager
+def one_process_group():
+    import torch.distributed as dist
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_not_attached_at_its_first_call():
+    from torch.distributed.fsdp import fully_shard
+
+    with one_process_group():
+        model = Stack(3)
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        with pytest.raises((NotAttachedError, StreamCutError), match="attach"):
+            torch.compile(model, backend="mhc", options=QUICK)(features())
+        assert not mhc_compile.parameters(model)
+
+
+class Checkpointed(Looped):
+    """Checkpoints its blocks by hand."""
+
+    how = None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(inputs)
+        for block in self.blocks:
+            hidden = block(hidden) if self.how is None else checkpoint(block, hidden, **self.how)
+        return self.readout(hidden)
+
+
+def _selective():
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context, operator, *args, **kwargs):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+@pytest.mark.parametrize("how", [{"use_reentrant": False}, {"use_reentrant": False, "context_fn": _selective}])
+def test_checkpoints_around_compiled_blocks(how):
+    whole, pieces = stack(3, Checkpointed)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    compile_blocks(pieces, backend="mhc", options=QUICK)
+    pieces.how = how
+    same(want, run(pieces, pieces))
+
+
+def test_a_checkpoint_over_several_blocks():
+    whole, pieces = stack(4)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    compile_blocks(pieces, backend="mhc", options=QUICK)
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        hidden = pieces.stem(inputs)
+        for start in (0, 2):
+            run_pair = lambda value, start=start: pieces.blocks[start + 1](pieces.blocks[start](value))  # noqa: E731
+            hidden = checkpoint(run_pair, hidden, use_reentrant=False)
+        return pieces.readout(hidden)
+
+    same(want, run(pieces, forward))
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_checkpoint_wrappers(whole_model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    whole, pieces = stack(3)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    apply_activation_checkpointing(pieces, check_fn=lambda module: type(module).__name__ == "Block")
+    if whole_model:
+        got = run(pieces, torch.compile(pieces, backend="mhc", options=QUICK))
+    else:
+        compile_blocks(pieces, backend="mhc", options=QUICK)
+        got = run(pieces, pieces)
+    plain = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in got[1].items()}
+    same(want, (got[0], plain))
+
+
+def test_a_reentrant_checkpoint_around_a_compiled_block_raises():
+    _, pieces = stack(3, Checkpointed)
+    compile_blocks(pieces, backend="mhc", options=QUICK)
+    pieces.how = {"use_reentrant": True}
+    with pytest.raises(StreamCutError, match="use_reentrant=False"):
+        run(pieces, pieces)
+
+
+# A mode needs a graph for each of the three roles; Dynamo's limit counts them all.
+@torch._dynamo.config.patch(recompile_limit=32)
+def test_without_gradients_and_in_other_modes():
+    whole, pieces = stack(3)
+    compiled = torch.compile(whole, backend="mhc", options=QUICK)
+    compile_blocks(pieces, backend="mhc", options=QUICK)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.allclose(compiled(features()), pieces(features()), rtol=1e-6, atol=1e-6)
+    same(run(whole, compiled), run(pieces, pieces))
+    whole.eval(), pieces.eval()
+    same(run(whole, compiled), run(pieces, pieces))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        left, right = run(whole, compiled), run(pieces, pieces)
+    assert torch.allclose(left[0].float(), right[0].float(), rtol=1e-2)
+
+
+def test_dynamic_shapes_compile_no_graph_a_size():
+    whole, pieces = stack(3)
+    compiled = torch.compile(whole, backend="mhc", options=QUICK, dynamic=True)
+    compile_blocks(pieces, backend="mhc", options=QUICK, dynamic=True)
+    for batch in (5, 7, 11):
+        same(run(whole, compiled, features(batch)), run(pieces, pieces, features(batch)))
+
+
+def test_microbatches_retained_graphs_and_accumulation():
+    whole, pieces = stack(3)
+    compiled = torch.compile(whole, backend="mhc", options=QUICK)
+    compile_blocks(pieces, backend="mhc", options=QUICK)
+    inputs = [features() * scale for scale in (1.0, 0.5, 2.0)]
+    results = []
+    for model, call in ((whole, compiled), (pieces, pieces)):
+        model.zero_grad(set_to_none=True)
+        losses = [call(part).square().mean() for part in inputs]
+        for loss in losses:
+            loss.backward(retain_graph=True)
+        losses[1].backward()
+        results.append((torch.stack(losses).detach(), gradients(model)))
+    same(*results)
+
+
+def test_nothing_is_left_after_twenty_steps():
+    _, model = stack(3)
+    compile_blocks(model, backend="mhc", options=QUICK)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(20):
+        run(model, model)
+        optimizer.step()
+    gc.collect()
+    assert len(STREAMS) == 0
+
+
+def test_a_stage_of_deleted_layers_hands_its_streams_on():
+    whole, first = stack(4)
+    second = copy.deepcopy(first)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    del first.blocks[2:], second.blocks[:2]
+    first.readout, second.stem = nn.Identity(), nn.Identity()
+    compile_blocks(first, backend="mhc", options=QUICK)
+    compile_blocks(second, backend="mhc", options=QUICK)
+    loss = second(first(features())).square().mean()
+    loss.backward()
+    assert torch.allclose(loss, want[0], rtol=1e-6)
+    got = gradients(first)
+    assert all(torch.allclose(got[name], want[1][name], rtol=1e-5, atol=1e-9) for name in got)
+
+
+def test_repeated_calls_of_a_block_compiled_alone_raise():
+    class Recurrent(Stack):
+        def forward(self, inputs):
+            hidden = self.stem(inputs)
+            for _ in range(3):
+                hidden = self.blocks[0](hidden)
+            return self.readout(hidden)
+
+    model = Recurrent(1)
+    mhc_compile.attach(model, features())
+    assert torch.compile(model, backend="mhc", options=QUICK)(features()).isfinite().all()
+    torch._dynamo.reset()
+    compile_blocks(model, backend="mhc", options=QUICK)
+    with pytest.raises(StreamCutError, match="3 times in a forward"):
+        model(features())
+
+
+def test_perturbation_is_seen():
+    """The tests above could not fail at the preserving start; here the streams matter."""
+    torch.manual_seed(0)
+    model = Stack(3)
+    plain = model(features())
+    mhc_compile.attach(model, features())
+    perturb(model)
+    moved = torch.compile(model, backend="mhc", options=QUICK)(features())
+    assert (moved - plain).abs().max() > 1e-2 * plain.abs().max()
