@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from mhc_compile.kernels import fusions
 from torch import Tensor, nn
 
 from mhc_compile import MHCConfig
@@ -31,7 +32,7 @@ from .terminal import say, track
 from .timing import synchronize
 
 # In order of importance: a run that is stopped early has compared what decides the choice.
-FUSIONS = ("boundary", "site", "paper", "inductor")
+FUSIONS = tuple(reversed(fusions.FUSIONS))
 RECOMPUTES: tuple[str | int, ...] = ("auto", "none", 4)
 
 

@@ -1,7 +1,7 @@
 """Which implementation a call takes: the Triton kernels or plain PyTorch.
 
 On a CUDA or ROCm device the kernels, on a CPU the reference. The reference also takes what the kernels do not
-cover: float64, more than 8 streams, manifolds that others register. Triton is imported on the first call that
+cover: float64, more than 8 streams, manifolds without a kernel. Triton is imported on the first call that
 uses it, so that the operators work without it.
 
 The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference`
@@ -25,11 +25,11 @@ from torch import Tensor
 from . import boundary, reference
 from .manifolds import MANIFOLDS
 
+# What the kernels cover, and what the option `n_streams` allows.
 MAX_STREAMS = 8
 CHOICES = ("auto", "triton", "reference")
 
 _KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
-_BUILT_IN = {name: MANIFOLDS[name] for name in ("sinkhorn", "none", "identity")}
 _chosen: str | None = None
 
 
@@ -59,13 +59,12 @@ def have_triton() -> bool:
 
 def covered(tensors: tuple[Tensor, ...], n_streams: int, manifold: str) -> bool:
     """Whether the kernels cover these dtypes, this number of streams and this manifold."""
-    # A re-registered name is another manifold.
-    family = _BUILT_IN.get(manifold)
+    family = MANIFOLDS.get(manifold)
     return (
         1 <= n_streams <= MAX_STREAMS
         and all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
         and family is not None
-        and MANIFOLDS.get(manifold) is family
+        and family.kernel_matrix is not None
     )
 
 
@@ -99,5 +98,5 @@ def reference_of(name: str) -> Callable[..., Any]:
 
 def kernel_of(name: str) -> Callable[..., Any]:
     """Return the Triton implementation of an operator or its backward."""
-    module = importlib.import_module(f".{name.removesuffix('_backward')}", __package__)
+    module = importlib.import_module(f".gpu.{name.removesuffix('_backward')}", __package__)
     return getattr(module, name)

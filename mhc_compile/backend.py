@@ -21,7 +21,7 @@ from .config import MHCConfig
 from .errors import MHCError
 from .fallbacks import watch_fallbacks
 from .inner import compile_inner
-from .kernels.fusion_choice import FusionChoice
+from .kernels.costs.fusion_choice import FusionChoice
 from .mappings import attached_config
 from .passes.admit_to_caches import admit_to_caches
 from .passes.annotate_recompute import annotate_recompute

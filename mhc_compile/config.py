@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import ConfigMismatchError, MHCOptionError
+from .kernels import fusions
+from .kernels.dispatch import MAX_STREAMS
+from .kernels.manifolds import MANIFOLDS
 
-MAX_STREAMS = 8
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "learned")
-FUSIONS = ("auto", "paper", "site", "boundary", "inductor")
+FUSIONS = ("auto", *fusions.FUSIONS)
 BOUNDARIES = ("error", "collapse")
 RECOMPUTES = ("auto", "none")
 
@@ -73,8 +75,6 @@ class MHCConfig:
 
     def __post_init__(self) -> None:
         """Check every value; a bad one never gets further than this."""
-        from .kernels.manifolds import MANIFOLDS
-
         _check_int("n_streams", self.n_streams, 1, MAX_STREAMS)
         _check_int("sinkhorn_iters", self.sinkhorn_iters, 1, None)
         _check_int("min_sites", self.min_sites, 1, None)

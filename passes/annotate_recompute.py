@@ -37,7 +37,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile.config import MHCConfig
 
 from ..kernels import inlined, ops
-from ..kernels.cost import recompute_interval
+from ..kernels.costs.traffic import recompute_interval
 from ..kernels.reference import accumulation_dtype
 from .dataflow import is_dropout, op_name
 from .graph_copy import copy_node, module_like

@@ -18,18 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import activate, logits_tile, store_coefficients
-from .launch import Geometry, ceil_div, empty, launch, operand_size, products, registers
-from .mapping import reduce_mapping, stream_gradients
-from .partials import chunk_of, gather_partials, partials_config, project_partials
-from .project import collapse, project
-from .slopes import coefficient_gradients
-
-MANIFOLD_FLAGS: dict[str, dict[str, bool]] = {
-    "sinkhorn": {"GATED": True, "SINKHORN": True},
-    "identity": {"GATED": True, "SINKHORN": False},
-    "none": {"GATED": False, "SINKHORN": False},
-}
+from .coefficient_gradients import coefficient_gradients
+from .coefficients import activate, logits_tile, manifold_constants, store_coefficients
+from .launch import Geometry, ceil_div, empty, launch, operand_size, product_options, register_limit
+from .projection import chunk_width, partial_projections, partial_projections_config, project_by_phi, sum_partials
+from .stream_gradients import parameter_gradients, stream_gradients
+from .stream_tiles import collapse
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,9 @@ class PreConfig:
 def forward_config(geometry: Geometry, operand_bytes: int, mixes: bool) -> PreConfig:
     """Choose by shape: at most 64 tokens are split over C, so that a decoding step fills the device.
 
-    From 5 streams on the launch is split too, for the registers' sake: see `partials_config`.
+    From 5 streams on the launch is split too, for the registers' sake: see `partial_projections_config`.
     """
-    partials = partials_config(geometry, operand_bytes, mixes)
+    partials = partial_projections_config(geometry, operand_bytes, mixes)
     if geometry.tokens <= 64:
         return PreConfig(False, 4, 128, 4, chunks=ceil_div(geometry.width, 256))
     if partials.one_stream:
@@ -94,8 +88,9 @@ def pre_forward_kernel(
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     GATED: tl.constexpr,
-    SINKHORN: tl.constexpr,
+    MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -104,12 +99,12 @@ def pre_forward_kernel(
     """Project, make coefficients, collapse: one tile of tokens, one launch."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
-    sums, squares, _ = project(
+    sums, squares, _ = project_by_phi(
         streams, streams, streams, streams, streams, streams, phi, token, live, width, 0, width, 0,
         n, N, Q, GROUPS, ANCHORED, BLOCK_WIDTH, False, False, False, False, PRECISION,
     )  # fmt: skip
     logits, _, _, _ = logits_tile(sums, squares, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS, ANCHORED)
+    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, MATRIX, HAS_EPS, EXACT_ROWS, ANCHORED)
     if GROUPS > 1:
         store_coefficients(weights, post, res, token, live, n, N, Q)
     collapse(streams, weights, layer_input, token, live, width, 0, width, n, N, Q, BLOCK_WIDTH)
@@ -137,8 +132,9 @@ def pre_finish_kernel(
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     GATED: tl.constexpr,
-    SINKHORN: tl.constexpr,
+    MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -149,9 +145,9 @@ def pre_finish_kernel(
     """
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
-    summed, square, _ = gather_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
+    summed, square, _ = sum_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
     logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS, ANCHORED)
+    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, MATRIX, HAS_EPS, EXACT_ROWS, ANCHORED)
     if GROUPS > 1:
         store_coefficients(weights, post, res, token, token < tl.where(tl.program_id(1) == 0, tokens, 0), n, N, Q)
     begin = tl.program_id(1) * chunk
@@ -168,25 +164,42 @@ def forward(
     norm_eps: float,
     eps: float,
     geometry: Geometry,
-    flags: dict[str, bool],
+    constants: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `pre` (or, with one group, `head`) on contiguous [tokens, n, C] streams."""
+    """Run `pre` (or, with one group, `head`) on contiguous streams.
+
+    Args:
+        streams: [tokens, n, C].
+        phi: [rows, n·C].
+        scale: [3], [2], or [1] for a head.
+        bias: [rows].
+        iters: Sinkhorn iterations.
+        norm_eps: as in `reference.pre`.
+        eps: as in `reference.pre`.
+        geometry: of the call.
+        constants: as from `manifold_constants`.
+
+    Returns:
+        layer_input [tokens, C] in the streams' dtype; post [tokens, n] and res [tokens, n, n] in float32, which a head
+        leaves as they are.
+    """
     tokens, n, width = geometry.tokens, geometry.n, geometry.width
     layer_input = empty(streams, tokens, width, dtype=streams.dtype)
     post, res = empty(streams, tokens, n), empty(streams, tokens, n, n)
     if tokens == 0:
         return layer_input, post, res
     config = forward_config(geometry, operand_size(streams), mixes=False)
-    common: dict[str, Any] = {**geometry.constants(), **flags, "HAS_EPS": eps != 0.0}
+    common = {**geometry.constants(), **constants}
     if config.fused:
         launch(
             pre_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             streams, phi, scale, bias, layer_input, post, res, tokens, width, iters, norm_eps, eps,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            num_warps=config.warps, num_stages=config.stages, **registers(config.registers), **common, **products(),
+            num_warps=config.warps, num_stages=config.stages,
+            **register_limit(config.registers), **common, **product_options(),
         )  # fmt: skip
         return layer_input, post, res
-    sums, squares, _ = project_partials(streams, phi, geometry)
+    sums, squares, _ = partial_projections(streams, phi, geometry)
     finish(
         streams,
         sums,
@@ -222,8 +235,25 @@ def finish(
     config: PreConfig,
     common: dict[str, Any],
 ) -> None:
-    """Launch the second half of a forward that was split over C."""
-    chunk = chunk_of(geometry.width, config.chunks, config.block_width)
+    """Launch the second half of a forward that was split over C.
+
+    Args:
+        streams: [tokens, n, C].
+        sums: [splits, tokens, Q·N], squares [splits, tokens], as from `partial_projections`.
+        squares: see `sums`.
+        scale: [3], [2], or [1] for a head.
+        bias: [rows].
+        layer_input: [tokens, C], written.
+        post: [tokens, n], written, but for a head.
+        res: [tokens, n, n], written, but for a head.
+        iters: Sinkhorn iterations.
+        norm_eps: as in `reference.pre`.
+        eps: as in `reference.pre`.
+        geometry: of the call.
+        config: of the forward.
+        common: compile-time constants of the geometry and the manifold.
+    """
+    chunk = chunk_width(geometry.width, config.chunks, config.block_width)
     launch(
         pre_finish_kernel, (ceil_div(geometry.tokens, config.block_tokens), ceil_div(geometry.width, chunk)),
         streams, sums, squares, scale, bias, layer_input, post, res,
@@ -243,12 +273,27 @@ def pre(
     manifold: str,
     anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute layer_input [*, C], post [*, n] and res [*, n, n]; see `reference.pre`."""
+    """Compute a site's coefficients and its layer input; see `reference.pre`.
+
+    Args:
+        streams: [*, n, C].
+        phi: [rows, n·C].
+        scale: [3], or [2] for a manifold that does not mix.
+        bias: [rows].
+        iters: Sinkhorn iterations.
+        norm_eps: as in `reference.pre`.
+        eps: as in `reference.pre`.
+        manifold: a name of `MANIFOLDS` that the kernels cover.
+        anchored: the streams are anchored, and so are the post and res that are returned.
+
+    Returns:
+        layer_input [*, C] in the streams' dtype, post [*, n] and res [*, n, n] in float32.
+    """
     *leading, n, width = streams.shape
     geometry = geometry_of(streams, phi, anchored)
     layer_input, post, res = forward(
         streams.contiguous(), phi.contiguous(), scale.contiguous(), bias.contiguous(),
-        iters, norm_eps, eps, geometry, MANIFOLD_FLAGS[manifold],
+        iters, norm_eps, eps, geometry, manifold_constants(manifold, eps),
     )  # fmt: skip
     return layer_input.view(*leading, width), post.view(*leading, n), res.view(*leading, n, n)
 
@@ -273,10 +318,28 @@ def pre_backward(
     manifold: str,
     anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `pre` with respect to streams, phi, scale and bias."""
+    """Return the gradients of `pre`.
+
+    Args:
+        grad_layer_input: [*, C].
+        grad_post: [*, n].
+        grad_res: [*, n, n].
+        streams: [*, n, C], and the rest as in `pre`.
+        phi: [rows, n·C].
+        scale: [3], or [2] for a manifold that does not mix.
+        bias: [rows].
+        iters: as in `pre`.
+        norm_eps: as in `pre`.
+        eps: as in `pre`.
+        manifold: as in `pre`.
+        anchored: as in `pre`.
+
+    Returns:
+        gradients of streams [*, n, C], phi [rows, n·C], scale and bias, each in the dtype of its tensor.
+    """
     return backward(
         grad_layer_input, grad_post, grad_res, streams, phi, scale, bias,
-        iters, norm_eps, eps, MANIFOLD_FLAGS[manifold], anchored,
+        iters, norm_eps, eps, manifold_constants(manifold, eps), anchored,
     )  # fmt: skip
 
 
@@ -291,12 +354,13 @@ def backward(
     iters: int,
     norm_eps: float,
     eps: float,
-    flags: dict[str, bool],
+    constants: dict[str, Any],
     anchored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate `pre` (or, with one group, `head`).
+    """Differentiate `pre` (or, with one group, `head`): partial projections, coefficients, streams, parameters.
 
-    Partial projections, coefficients, streams, mapping.
+    Takes `constants` as from `manifold_constants` and the rest as `pre_backward` does, which says the shapes. Of a head
+    neither grad_post nor grad_res is read.
     """
     geometry = geometry_of(streams, phi, anchored)
     if geometry.tokens == 0:
@@ -304,11 +368,11 @@ def backward(
         return zeros[0], zeros[1], zeros[2], zeros[3]
     streams, phi = streams.contiguous(), phi.contiguous()
     grad_layer_input = grad_layer_input.contiguous()
-    sums, squares, gates = project_partials(streams, phi, geometry, grad_input=grad_layer_input)
-    slopes = coefficient_gradients(
-        sums, squares, gates, grad_post.contiguous(), grad_res.contiguous(),
+    sums, squares, grad_pre = partial_projections(streams, phi, geometry, grad_input=grad_layer_input)
+    coefficient_grads = coefficient_gradients(
+        sums, squares, grad_pre, grad_post.contiguous(), grad_res.contiguous(),
         scale.contiguous(), bias.contiguous(),
-        iters, norm_eps, eps, geometry, flags,
+        iters, norm_eps, eps, geometry, constants,
     )  # fmt: skip
-    grad_streams, grad_phi_parts = stream_gradients(streams, phi, grad_layer_input, slopes, geometry)
-    return (grad_streams, *reduce_mapping(grad_phi_parts, slopes, phi, scale, bias, geometry))
+    grad_streams, grad_phi_parts = stream_gradients(streams, phi, grad_layer_input, coefficient_grads, geometry)
+    return (grad_streams, *parameter_gradients(grad_phi_parts, coefficient_grads, phi, scale, bias, geometry))

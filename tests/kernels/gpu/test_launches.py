@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhc_compile.kernels import fusion
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
-from mhc_compile.kernels.launch import recording
+from mhc_compile.kernels.gpu.launch import recording
 
-from .kernel_problems import OPERATORS, Problem, inputs, many
+from tests.kernels.problems import OPERATORS, Problem, inputs, many
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def _launches(operator, problem):
@@ -41,7 +40,7 @@ def _launches(operator, problem):
 @pytest.mark.parametrize("tokens", [1, 16, 64])
 def test_few_tokens_are_split_over_channels(operator, tokens):
     forward, _ = _launches(operator, Problem(tokens, 4, 4096, torch.bfloat16))
-    assert [name for name, *_ in forward] == ["partials_kernel", "pre_finish_kernel"]
+    assert [name for name, *_ in forward] == ["partial_projections_kernel", "pre_finish_kernel"]
     for _, grid, _, _ in forward:
         assert grid[0] * grid[1] >= 16
 
@@ -72,24 +71,16 @@ def test_backward_of_post_pre_never_reads_the_new_streams(n, anchored):
     meta = [tensor.to("meta") for tensor in tensors]
     with recording(lambda kernel, grid, args, options: found.append((kernel.__name__, args, options))):
         kernel_of("post_pre_backward")(*grads, *meta, *constants)
-    assert found[0][0] == "partials_kernel"
+    assert found[0][0] == "partial_projections_kernel"
     assert found[0][2]["MIX"]
     assert not found[0][2]["STORE"]
-    assert all(options["MIX"] for name, _, options in found if name == "streams_kernel")
+    assert all(options["MIX"] for name, _, options in found if name == "stream_gradients_kernel")
 
 
 def test_phi_gradient_is_split_over_tokens_at_small_width():
     _, backward = _launches("pre", Problem(8192, 2, 16))
     grids = {name: grid for name, grid, _, _ in backward}
-    assert grids["streams_kernel"][1] >= 32
-
-
-def test_one_table_says_which_kernels_a_fusion_uses():
-    for choice, operators in fusion.FUSIONS.items():
-        for operator in set(operators) & set(OPERATORS):
-            forward, backward = _launches(operator, Problem(65, 4, 64))
-            used = {name for name, *_ in forward + backward}
-            assert used <= set(fusion.KERNELS[operator]), f"{choice}: {operator}"
+    assert grids["stream_gradients_kernel"][1] >= 32
 
 
 PROGRAM = """
@@ -149,21 +140,21 @@ def test_twenty_token_counts_compile_once(anchored):
         "post_backward_kernel",
         "pre_forward_kernel",
         "post_pre_backward_kernel",
-        "mixing_reduce_kernel",
-        "slopes_kernel",
-        "streams_kernel",
-        "reduce_kernel",
-        "partials_kernel",
+        "mixing_gradients_kernel",
+        "coefficient_gradients_kernel",
+        "stream_gradients_kernel",
+        "parameter_gradients_kernel",
+        "partial_projections_kernel",
     ]
     compiled, atomic = _compile(PROGRAM, counts, names, anchored)
     # `head` and `pre` share kernels, and so do a backward that mixes and one that does not: once for each
     # use.
     uses = {
         "pre_forward_kernel": 2,
-        "slopes_kernel": 2,
-        "streams_kernel": 3,
-        "reduce_kernel": 2,
-        "partials_kernel": 4,
+        "coefficient_gradients_kernel": 2,
+        "stream_gradients_kernel": 3,
+        "parameter_gradients_kernel": 2,
+        "partial_projections_kernel": 4,
     }
     assert compiled == {name: uses.get(name, 1) for name in names}
     assert atomic == []

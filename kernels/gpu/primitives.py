@@ -1,7 +1,7 @@
 """Device functions that kernels share: sums, rounding, split-precision products, Sinkhorn.
 
-Only builtins of the language are used (`tl.reduce`, not `tl.sum`): the wrappers are themselves jitted, and
-stay compiled, hence uncallable, when Triton was imported before its interpreter was switched on.
+They use builtins of the language alone (`tl.reduce`, not `tl.sum`): the wrappers are jitted themselves, and where
+Triton was imported before its interpreter was switched on, they stay compiled and cannot be called.
 """
 
 # ruff: noqa: N803
@@ -33,7 +33,7 @@ def largest(values: tl.tensor, axis: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def narrow(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+def rounded(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Round float32 to `dtype`, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
@@ -43,12 +43,11 @@ def narrow(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def settle(values: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """Return `values` unchanged, made once.
+def materialize(values: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return `values` unchanged, computed once and kept in registers.
 
-    Where a matmul takes a value in another register layout, the compiler would rather make it again in that
-    layout than move it. A mix of n streams, made again by every warp, costs hundreds of registers: an opaque
-    move stops it.
+    Where a matmul takes a value in another register layout, the compiler prefers to compute it again in that layout to
+    moving it. A mix of n streams that every warp computes again costs hundreds of registers: an opaque move stops it.
     """
     if INTERPRETED:
         return values
@@ -104,8 +103,7 @@ def product_pair(
 ) -> tl.tensor:
     """`acc + left @ right`, both float32, for a result that will be rounded to `like`.
 
-    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of
-        TF32.
+    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of TF32.
     """
     if like == tl.bfloat16:
         left_high = left.to(tl.bfloat16)
@@ -192,8 +190,7 @@ def sinkhorn_tile_backward(
 ) -> tl.tensor:
     """Differentiate `sinkhorn_tile` exactly, replaying the iterates in registers.
 
-    Four iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are
-        kept,
+    Four iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are kept,
     and walking back multiplies by them. The padding of `grad` must be zero.
     """
     probabilities, first, first_sums = _sinkhorn_start(logits, valid, eps, HAS_EPS)

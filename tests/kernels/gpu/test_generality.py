@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 
-from .kernel_problems import OPERATORS, Problem, check_backward, check_forward, inputs, many, output_grads
+from tests.kernels.problems import OPERATORS, Problem, check_backward, check_forward, inputs, many, output_grads
 
 
 @pytest.mark.parametrize(("width", "operator"), [

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..manifolds import MANIFOLDS
 from .coefficients import anchor_matrix
-from .device import narrow, sinkhorn_tile, sinkhorn_tile_backward
-from .launch import ceil_div, launch, registers
+from .launch import ceil_div, launch, register_limit
+from .primitives import rounded, sinkhorn_tile, sinkhorn_tile_backward
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def sinkhorn_forward_kernel(
     n: tl.constexpr,
     N: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
@@ -67,8 +69,8 @@ def sinkhorn_forward_kernel(
     projected = sinkhorn_tile(tile, valid, iters, eps, HAS_EPS)
     if ANCHORED:
         row, column = tl.arange(0, N)[None, :, None], tl.arange(0, N)[None, None, :]
-        projected = anchor_matrix(projected, row, column, valid, not HAS_EPS)
-    tl.store(res + offsets, narrow(projected, res.dtype.element_ty), mask=mask)
+        projected = anchor_matrix(projected, row, column, valid, EXACT_ROWS)
+    tl.store(res + offsets, rounded(projected, res.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
@@ -89,7 +91,7 @@ def sinkhorn_backward_kernel(
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_res + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = sinkhorn_tile_backward(grad, tile, valid, iters, eps, HAS_EPS)
-    tl.store(grad_logits + offsets, narrow(grad, grad_logits.dtype.element_ty), mask=mask)
+    tl.store(grad_logits + offsets, rounded(grad, grad_logits.dtype.element_ty), mask=mask)
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> Tensor:
@@ -97,6 +99,9 @@ def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> 
 
     With `anchored` they are returned as anchored streams are mixed by them. That costs nothing here; as plain
     PyTorch after this kernel it would be several launches more, held against the paper's split.
+
+    Returns:
+        [*, n, n] in the dtype of `logits`.
     """
     logits = logits.contiguous()
     res = torch.empty_like(logits)
@@ -108,14 +113,14 @@ def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> 
         launch(
             sinkhorn_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             logits, res, tokens, iters, eps,
-            n=n, N=padded, HAS_EPS=eps != 0.0, ANCHORED=anchored,
+            n=n, N=padded, HAS_EPS=eps != 0.0, EXACT_ROWS=MANIFOLDS["sinkhorn"].rows_are_exact(eps), ANCHORED=anchored,
             BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
         )  # fmt: skip
     return res
 
 
 def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
-    """Return the gradient of `sinkhorn` with respect to its logits."""
+    """Return the gradient of `sinkhorn` with respect to its logits, [*, n, n] like both arguments."""
     grad_res, logits = grad_res.contiguous(), logits.contiguous()
     grad_logits = torch.empty_like(logits)
     n = logits.shape[-1]
@@ -127,6 +132,6 @@ def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) 
             sinkhorn_backward_kernel, (ceil_div(tokens, config.block_tokens),),
             grad_res, logits, grad_logits, tokens, iters, eps,
             n=n, N=padded, HAS_EPS=eps != 0.0, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
-            **registers(config.registers),
+            **register_limit(config.registers),
         )  # fmt: skip
     return grad_logits

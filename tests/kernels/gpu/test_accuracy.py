@@ -10,8 +10,7 @@ import torch
 from mhc_compile.kernels.dispatch import kernel_of
 
 from mhc_compile import functional
-
-from .kernel_problems import (
+from tests.kernels.problems import (
     OPERATORS,
     Problem,
     check_backward,

@@ -1,4 +1,4 @@
-"""Which operators `fusion="auto"` runs: `site` or `boundary`, by device, number of tokens and width.
+"""Which operators `fusion="auto"` runs, `site` or `boundary`, by device, number of tokens and width.
 
 A measurement decides where there is one, the cost model elsewhere. Measurements are rows of `fusion_times.json`
 beside this file, a list of
@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from . import cost, dispatch
+from .. import dispatch
+from ..fusions import CANDIDATES
+from . import traffic
 from .gpus import GPU, GPUS, LAUNCH_SECONDS, gpu_of_device
 
-CANDIDATES = ("site", "boundary")
 TABLE = Path(__file__).with_name("fusion_times.json")
 
 # A row speaks for tokens and widths up to this factor away.
@@ -80,7 +81,7 @@ def choose_fusion(
         n_streams: n.
         dtype: of the streams.
         device: where they lie.
-        manifold: a name of `MANIFOLDS`; the kernels cover the built-in ones.
+        manifold: a name of `MANIFOLDS`; the kernels cover those with a `kernel_matrix`.
         training: count the backward too.
         table: measurements; None reads `TABLE`, if it is there.
     """
@@ -120,10 +121,11 @@ def site_seconds(
     fusion: str, gpu: GPU, tokens: int, width: int, n_streams: int, element_size: int, training: bool
 ) -> float:
     """Predict the time of one site within a chain: what these kernels move, and their launches."""
-    passes = cost.PER_SITE[fusion]
+    passes = traffic.PER_SITE[fusion]
     sizes = {"tokens": max(tokens, 1), "width": width, "n_streams": n_streams, "element_size": element_size}
     return sum(
-        cost.evaluate(one.ours.bytes, **sizes) / gpu.copy_rate + cost.evaluate(one.launches, **sizes) * LAUNCH_SECONDS
+        traffic.evaluate(one.ours.bytes, **sizes) / gpu.copy_rate
+        + traffic.evaluate(one.launches, **sizes) * LAUNCH_SECONDS
         for one in ((passes.forward, passes.backward) if training else (passes.forward,))
     )
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhc_compile.kernels import fusion_choice
+from mhc_compile.kernels.costs import fusion_choice
+from mhc_compile.kernels.costs.fusion_choice import FusionReason, choose_fusion, choose_on, site_seconds
+from mhc_compile.kernels.costs.gpus import GPUS, LAUNCH_SECONDS, find_gpu, gpu_of_device
 from mhc_compile.kernels.dispatch import choosing
-from mhc_compile.kernels.fusion_choice import FusionReason, choose_fusion, choose_on, site_seconds
-from mhc_compile.kernels.gpus import GPUS, LAUNCH_SECONDS, find_gpu, gpu_of_device
 
 from mhc_compile.errors import MHCOptionError
 
@@ -103,7 +103,7 @@ def test_gpus_are_found_by_name_and_by_device():
 
 
 def test_the_benchmark_writes_rows_that_are_read(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     bench = importlib.import_module("benchmarks.fusion_choice")
     run = []
     for name, operator in bench.OPERATORS.items():

@@ -15,8 +15,7 @@ from mhc_compile.kernels.dispatch import choosing, reference_of, uses_triton
 from mhc_compile.kernels.manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
 
 from mhc_compile import functional
-
-from .kernel_problems import OPERATORS, Problem, inputs, many, output_grads
+from tests.kernels.problems import OPERATORS, Problem, inputs, many, output_grads
 
 
 def _opcheck(operator, problem, device):
@@ -101,7 +100,7 @@ def test_what_the_kernels_do_not_cover_takes_the_reference(device, monkeypatch):
     other = Manifold("sinkhorn", sinkhorn_project, sinkhorn_project_backward, rest_bias=torch.eye)
     monkeypatch.setitem(MANIFOLDS, "row", other)
     ops.pre(*tensors, *constants[:-1], "row")
-    # A built-in name that was registered anew is another manifold as well.
+    # A name of the table that is registered anew is another manifold as well.
     monkeypatch.setitem(MANIFOLDS, "sinkhorn", other)
     ops.pre(*tensors, *constants)
 

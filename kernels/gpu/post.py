@@ -17,17 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import narrow, total
 from .launch import ceil_div, launch
-from .project import load_mixing, load_streams, mix
+from .primitives import rounded, total
+from .stream_tiles import load_mixing, load_streams, mix, store_mix_backward
 
 
 @dataclass(frozen=True)
 class PostConfig:
-    """Launch configuration.
-
-    Tokens and channels of a tile, warps, and channels that a thread loads at once.
-    """
+    """Launch configuration: tokens and channels of a tile, warps, and channels that a thread loads at once."""
 
     block_tokens: int
     block_width: int
@@ -73,7 +70,7 @@ def post_forward_kernel(
     written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
     weights = load_mixing(post, res, token, live, n)
     for o in tl.static_range(n):
-        fresh = narrow(mix(tiles, written, weights, o * (n + 1), n), mixed.dtype.element_ty)
+        fresh = rounded(mix(tiles, written, weights, o * (n + 1), n), mixed.dtype.element_ty)
         tl.store(mixed + base[:, None] * n + o * width + column[None, :], fresh, mask=mask)
 
 
@@ -119,16 +116,7 @@ def post_backward_kernel(
         grads = ()
         for o in tl.static_range(n):
             grads = grads + (gathered[o].to(tl.float32),)
-        back = weights[n][:, None] * grads[0]
-        for o in tl.static_range(1, n):
-            back += weights[o * (n + 1) + n][:, None] * grads[o]
-        tl.store(grad_branch + offsets, narrow(back, grad_branch.dtype.element_ty), mask=mask)
-        for i in tl.static_range(n):
-            back = weights[i][:, None] * grads[0]
-            for o in tl.static_range(1, n):
-                back += weights[o * (n + 1) + i][:, None] * grads[o]
-            place = grad_streams + base[:, None] * n + i * width + column[None, :]
-            tl.store(place, narrow(back, grad_streams.dtype.element_ty), mask=mask)
+        store_mix_backward(grads, weights, grad_streams, grad_branch, base, column, mask, n, width)
         grown = ()
         for o in tl.static_range(n):
             for i in tl.static_range(n):
@@ -140,14 +128,24 @@ def post_backward_kernel(
     token = token.to(tl.int64)
     for o in tl.static_range(n):
         for i in tl.static_range(n):
-            entry = narrow(total(sums[o * (n + 1) + i], 1), grad_res.dtype.element_ty)
+            entry = rounded(total(sums[o * (n + 1) + i], 1), grad_res.dtype.element_ty)
             tl.store(grad_res + token * (n * n) + o * n + i, entry, mask=live)
-        entry = narrow(total(sums[o * (n + 1) + n], 1), grad_post.dtype.element_ty)
+        entry = rounded(total(sums[o * (n + 1) + n], 1), grad_post.dtype.element_ty)
         tl.store(grad_post + token * n + o, entry, mask=live)
 
 
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """Return X'_o = Σ_i res[o, i] X_i + post_o · branch, [*, n, C]; see `reference.post`."""
+    """Return X'_o = Σ_i res[o, i] X_i + post_o · branch; see `reference.post`.
+
+    Args:
+        streams: [*, n, C].
+        branch: [*, C].
+        post: [*, n].
+        res: [*, n, n].
+
+    Returns:
+        [*, n, C] in the streams' dtype.
+    """
     mixed = torch.empty_like(streams, memory_format=torch.contiguous_format)
     *leading, n, width = streams.shape
     tokens = torch.Size(leading).numel()
@@ -166,7 +164,18 @@ def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
 def post_backward(
     grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `post` with respect to streams, branch, post and res."""
+    """Return the gradients of `post`.
+
+    Args:
+        grad_streams: [*, n, C], of its result.
+        streams: [*, n, C].
+        branch: [*, C].
+        post: [*, n].
+        res: [*, n, n].
+
+    Returns:
+        gradients of streams, branch, post and res, each with the shape and dtype of its tensor.
+    """
     inputs = (streams, branch, post, res)
     if streams.numel() == 0:
         zeros = [torch.zeros_like(tensor) for tensor in inputs]

@@ -10,10 +10,24 @@ and any n fits by masks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from .device import sinkhorn_tile, total
+from ..manifolds import MANIFOLDS
+from .primitives import sinkhorn_tile, sinkhorn_tile_backward, total
+
+
+def manifold_constants(manifold: str, eps: float) -> dict[str, Any]:
+    """Return the compile-time constants by which kernels turn logits into coefficients, or differentiate that."""
+    family = MANIFOLDS[manifold]
+    return {
+        "GATED": family.gated,
+        "MATRIX": family.kernel_matrix,
+        "HAS_EPS": eps != 0.0,
+        "EXACT_ROWS": family.rows_are_exact(eps),
+    }
 
 
 @triton.jit
@@ -67,6 +81,47 @@ def sigmoid(values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def matrix_tile(
+    logits: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    MATRIX: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+) -> tl.tensor:
+    """Turn the logits of the n×n matrix in a coefficient tile into res, as MATRIX says; other slots are not used."""
+    if MATRIX == "sinkhorn":
+        return sinkhorn_tile(logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
+    else:
+        tl.static_assert(MATRIX == "logits")
+        return logits
+
+
+@triton.jit
+def matrix_tile_backward(
+    grad: tl.tensor,
+    logits: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    MATRIX: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+) -> tl.tensor:
+    """Differentiate `matrix_tile`; slots other than the matrix's are not used."""
+    if MATRIX == "sinkhorn":
+        q = tl.arange(0, Q)[None, :, None]
+        grad = tl.where(q >= 2, grad, 0.0)
+        return sinkhorn_tile_backward(grad, logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
+    else:
+        tl.static_assert(MATRIX == "logits")
+        return grad
+
+
+@triton.jit
 def activate(
     logits: tl.tensor,
     iters: tl.tensor,
@@ -76,13 +131,14 @@ def activate(
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     GATED: tl.constexpr,
-    SINKHORN: tl.constexpr,
+    MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
 ) -> tl.tensor:
     """Turn logits into coefficients (Eq. 8): pre and post through sigmoids, res through the manifold.
 
-    With ANCHORED they are those of anchored streams.
+    With ANCHORED they are those of anchored streams; EXACT_ROWS as in `Manifold.rows_are_exact`.
     """
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
@@ -90,22 +146,21 @@ def activate(
     if GATED:
         gate = sigmoid(logits)
         weights = tl.where(q == 0, gate + eps, 2.0 * gate)
-    if SINKHORN:
-        matrix = sinkhorn_tile(logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
-        weights = tl.where(q >= 2, matrix, weights)
+    if GROUPS > 2:
+        weights = tl.where(q >= 2, matrix_tile(logits, iters, eps, n, N, Q, MATRIX, HAS_EPS), weights)
     elif GROUPS == 2:
         weights = tl.where(q >= 2, tl.where(q - 2 == j, 1.0, 0.0), weights)
     if ANCHORED:
-        weights = anchor_coefficients(weights, n, N, Q, GROUPS, SINKHORN, HAS_EPS)
+        weights = anchor_coefficients(weights, n, N, Q, GROUPS, EXACT_ROWS)
     return weights
 
 
 @triton.jit
 def anchor_matrix(
-    matrix: tl.tensor, row: tl.tensor, column: tl.tensor, valid: tl.tensor, EXACT: tl.constexpr
+    matrix: tl.tensor, row: tl.tensor, column: tl.tensor, valid: tl.tensor, EXACT_ROWS: tl.constexpr
 ) -> tl.tensor:
     """Turn res in a tile [tokens, out, in] into T res T⁻¹ (see `anchored.mixing`); other slots stay as they are."""
-    sums = 1.0 if EXACT else total(tl.where(valid, matrix, 0.0), 2)[:, :, None]
+    sums = 1.0 if EXACT_ROWS else total(tl.where(valid, matrix, 0.0), 2)[:, :, None]
     matrix = tl.where(valid & (column == 0), sums, matrix)
     top = total(tl.where(valid & (row == 0), matrix, 0.0), 1)[:, None, :]
     return tl.where(valid & (row > 0), matrix - top, matrix)
@@ -128,8 +183,7 @@ def anchor_coefficients(
     N: tl.constexpr,
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
-    SINKHORN: tl.constexpr,
-    HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
 ) -> tl.tensor:
     """Turn a tile of pre, post and res into the coefficients of anchored streams (see `anchored`)."""
     q = tl.arange(0, Q)[None, :, None]
@@ -138,27 +192,25 @@ def anchor_coefficients(
     if GROUPS > 1:
         first = one_weight(weights, 1, 0, N, Q)[:, None, None]
         weights = tl.where((q == 1) & (j > 0), weights - first, weights)
-        # Rows that are exact: the identity's, and Sinkhorn's without eps.
-        exact: tl.constexpr = (SINKHORN and not HAS_EPS) or GROUPS == 2
-        weights = anchor_matrix(weights, q - 2, j, matrix_slots(n, N, Q), exact)
+        weights = anchor_matrix(weights, q - 2, j, matrix_slots(n, N, Q), EXACT_ROWS)
     return weights
 
 
 @triton.jit
-def release_gates(gates: tl.tensor, n: tl.constexpr, N: tl.constexpr) -> tl.tensor:
-    """Turn products [tokens, N] of the stored streams with a gradient into those of the streams they stand for."""
+def release_grad_pre(grad_pre: tl.tensor, n: tl.constexpr, N: tl.constexpr) -> tl.tensor:
+    """Turn gradients [tokens, N] of the stored streams' weights into those of pre: see `anchored.read_weights`."""
     stream = tl.arange(0, N)[None, :]
-    first = total(tl.where(stream == 0, gates, 0.0), 1)[:, None]
-    return tl.where((stream > 0) & (stream < n), gates + first, gates)
+    first = total(tl.where(stream == 0, grad_pre, 0.0), 1)[:, None]
+    return tl.where((stream > 0) & (stream < n), grad_pre + first, grad_pre)
 
 
 @triton.jit
 def release_gradients(
-    grad: tl.tensor, n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr, EXACT: tl.constexpr
+    grad: tl.tensor, n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr, EXACT_ROWS: tl.constexpr
 ) -> tl.tensor:
     """Turn gradients of anchored streams' post and res, in groups 1 and on, into those of post and res.
 
-    As in `anchored.write_weights_backward` and `anchored.mixing_backward`; with EXACT, column 0 of the matrix must
+    As in `anchored.write_weights_backward` and `anchored.mixing_backward`; with EXACT_ROWS, column 0 of the matrix must
     come as zeros. The padding must be zero and stays so. Entries are picked by factors of 0 and 1: masks live in scalar
     registers on gfx942, over all of Sinkhorn, which has none to spare.
     """
@@ -170,7 +222,7 @@ def release_gradients(
     if GROUPS > 2:
         others = total(grad * tl.where(q > 2, 1.0, 0.0), 1)[:, None, :]
         grad -= others * tl.where(q == 2, 1.0, 0.0)
-        if not EXACT:
+        if not EXACT_ROWS:
             # Column 0 holds a row's sum: its gradient is every entry's.
             sums = total(tl.where((q >= 2) & (j == 0), grad, 0.0), 2)[:, :, None]
             grad = tl.where((j > 0) & (j < n), grad + sums, grad)

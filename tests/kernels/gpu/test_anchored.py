@@ -13,7 +13,7 @@ from mhc_compile.kernels import anchored, boundary
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.ops import OPERATORS
 
-from .kernel_problems import Problem, check_backward, check_forward, double, inputs, many, output_grads
+from tests.kernels.problems import Problem, check_backward, check_forward, double, inputs, many, output_grads
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TAKES_LAYOUT = ("pre", "paper_pre", "post_pre", "head")

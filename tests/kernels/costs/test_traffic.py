@@ -6,20 +6,20 @@ import math
 
 import pytest
 import torch
-from mhc_compile.kernels import cost
+from mhc_compile.kernels.costs import traffic
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
-from mhc_compile.kernels.launch import recording
-from mhc_compile.kernels.mapping import token_splits
+from mhc_compile.kernels.gpu.launch import recording
+from mhc_compile.kernels.gpu.stream_gradients import token_splits
 
-from .kernel_problems import Problem, inputs, many
+from tests.kernels.problems import Problem, inputs, many
 
 WIDTH = 4096
 MANY = 8192
 
 
-def rows(traffic: cost.Traffic, n: int = 4, tokens: int = MANY, width: int = WIDTH) -> float:
+def rows(moved: traffic.Traffic, n: int = 4, tokens: int = MANY, width: int = WIDTH) -> float:
     """Stream traffic in units of C elements a token."""
-    return cost.evaluate(traffic.streams, n_streams=n, width=width, tokens=tokens) / width
+    return traffic.evaluate(moved.streams, n_streams=n, width=width, tokens=tokens) / width
 
 
 # arXiv 2512.24880, Table 2: elements read and written a token, C = 1 beside the coefficients' n² + 2n.
@@ -36,21 +36,21 @@ TABLE_2 = {
 def test_unfused_traffic_is_the_papers_table(n):
     reads = sum(read(n) for read, _ in TABLE_2.values())
     writes = sum(write(n) for _, write in TABLE_2.values())
-    unfused = cost.PER_SITE["inductor"].forward.least
+    unfused = traffic.PER_SITE["inductor"].forward.least
     assert rows(unfused, n) == reads + writes == 8 * n + 2
-    coefficients = cost.evaluate(unfused.coefficients, n_streams=n)
+    coefficients = traffic.evaluate(unfused.coefficients, n_streams=n)
     # Written once, and each read once where it is applied.
     assert coefficients == 2 * (n * n + 2 * n)
 
 
 def test_traffic_of_a_site_at_four_streams():
-    forward = {fusion: rows(passes.forward.least) for fusion, passes in cost.PER_SITE.items()}
+    forward = {fusion: rows(passes.forward.least) for fusion, passes in traffic.PER_SITE.items()}
     assert forward == {"inductor": 34, "paper": 18, "site": 14, "boundary": 10}
-    assert rows(cost.PLAIN.forward.least) == rows(cost.PLAIN.backward.least) == 3
-    backward = {fusion: rows(passes.backward.least) for fusion, passes in cost.PER_SITE.items()}
+    assert rows(traffic.PLAIN.forward.least) == rows(traffic.PLAIN.backward.least) == 3
+    backward = {fusion: rows(passes.backward.least) for fusion, passes in traffic.PER_SITE.items()}
     assert backward == {"inductor": 59, "paper": 35, "site": 35, "boundary": 15}
-    least = cost.PER_SITE["boundary"].backward.least
-    assert cost.evaluate(least.mapping, n_streams=4, width=WIDTH) == 2 * 24 * 4 * WIDTH
+    least = traffic.PER_SITE["boundary"].backward.least
+    assert traffic.evaluate(least.mapping, n_streams=4, width=WIDTH) == 2 * 24 * 4 * WIDTH
 
 
 @pytest.mark.parametrize("tokens", [64, 1024, MANY])
@@ -59,22 +59,22 @@ def test_each_fusion_moves_less_than_the_one_before(n, tokens):
     values = {"n_streams": n, "width": WIDTH, "tokens": tokens, "element_size": 2, "sites": 64, "iters": 20}
     for amount in ("least", "ours"):
         totals = [
-            cost.evaluate(getattr(cost.chain(fusion).forward, amount).bytes, **values)
-            + cost.evaluate(getattr(cost.chain(fusion).backward, amount).bytes, **values)
-            for fusion in cost.PER_SITE
+            traffic.evaluate(getattr(traffic.chain(fusion).forward, amount).bytes, **values)
+            + traffic.evaluate(getattr(traffic.chain(fusion).backward, amount).bytes, **values)
+            for fusion in traffic.PER_SITE
         ]
         assert totals == sorted(totals, reverse=True)
         assert len(set(totals)) == len(totals)
 
 
 def test_a_chain_of_boundaries_has_one_end_of_each_kind():
-    ends = cost.OPERATORS["expand"] + cost.OPERATORS["collapse"]
+    ends = traffic.OPERATORS["expand"] + traffic.OPERATORS["collapse"]
     for fusion in ("site", "boundary"):
-        alone = cost.chain(fusion).forward.least.streams.subs(cost.SITES, 1)
-        assert alone == (cost.OPERATORS["pre"] + cost.OPERATORS["post"] + ends).forward.least.streams
-    grown = cost.chain("boundary").forward.least.streams.subs(cost.SITES, 3)
-    one = cost.chain("boundary").forward.least.streams.subs(cost.SITES, 2)
-    assert (grown - one).expand() == cost.OPERATORS["post_pre"].forward.least.streams.expand()
+        alone = traffic.chain(fusion).forward.least.streams.subs(traffic.SITES, 1)
+        assert alone == (traffic.OPERATORS["pre"] + traffic.OPERATORS["post"] + ends).forward.least.streams
+    grown = traffic.chain("boundary").forward.least.streams.subs(traffic.SITES, 3)
+    one = traffic.chain("boundary").forward.least.streams.subs(traffic.SITES, 2)
+    assert (grown - one).expand() == traffic.OPERATORS["post_pre"].forward.least.streams.expand()
 
 
 def recorded(operator: str, n: int, tokens: int, width: int) -> tuple[list, list]:
@@ -102,9 +102,9 @@ def stream_rows(launches: list, n: int, tokens: int, width: int) -> int:
         total += sum(loaded.values()) // (tokens * width)
         if name in ("pre_forward_kernel", "post_pre_forward_kernel"):
             total += n  # the collapse walks over the streams again
-        if name == "streams_kernel" and not options["STORE"]:
+        if name == "stream_gradients_kernel" and not options["STORE"]:
             total -= 1  # takes the gradient of the layer input and does not read it
-        if name == "partials_kernel" and options["ONE"]:
+        if name == "partial_projections_kernel" and options["ONE"]:
             # Each stream has a program of its own, which loads what all of them share.
             shared = (n + 1 if options["MIX"] else 0) + (1 if options["GRADS"] else 0)
             total += (n - 1) * shared
@@ -116,19 +116,19 @@ def stream_rows(launches: list, n: int, tokens: int, width: int) -> int:
 def test_our_traffic_is_that_of_the_launches(operator, n):
     tokens, width = 96, 64
     forward, backward = recorded(operator, n, tokens, width)
-    passes = cost.OPERATORS[operator]
+    passes = traffic.OPERATORS[operator]
     assert rows(passes.forward.ours, n, tokens, width) == stream_rows(forward, n, tokens, width)
     assert rows(passes.backward.ours, n, tokens, width) == stream_rows(backward, n, tokens, width)
 
 
-@pytest.mark.parametrize("operator", sorted(cost.OPERATORS.keys() - {"expand", "collapse"}))
+@pytest.mark.parametrize("operator", sorted(traffic.OPERATORS.keys() - {"expand", "collapse"}))
 @pytest.mark.parametrize("n", [1, 4, 5, 8])
 @pytest.mark.parametrize("tokens", [1, 64, 65])
 def test_launches_are_counted(operator, n, tokens):
     forward, backward = recorded(operator, n, tokens, 64)
-    passes = cost.OPERATORS[operator]
-    assert cost.evaluate(passes.forward.launches, n_streams=n, tokens=tokens) == len(forward)
-    assert cost.evaluate(passes.backward.launches, n_streams=n, tokens=tokens) == len(backward)
+    passes = traffic.OPERATORS[operator]
+    assert traffic.evaluate(passes.forward.launches, n_streams=n, tokens=tokens) == len(forward)
+    assert traffic.evaluate(passes.backward.launches, n_streams=n, tokens=tokens) == len(backward)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -137,11 +137,11 @@ def test_partial_sums_are_counted(n):
     _, backward = recorded("post_pre", n, tokens, width)
     shapes = {name: [tuple(tensor.shape) for tensor in tensors] for name, tensors, _ in backward}
     shares = math.ceil(width / 16)
-    assert (shares, n * (n + 1), tokens) in shapes["mixing_reduce_kernel"]
+    assert (shares, n * (n + 1), tokens) in shapes["mixing_gradients_kernel"]
     gates = 4 * (n * n + 2 * n + 1 + n)
-    counted = cost.OPERATORS["post_pre"].backward.ours.coefficients
+    counted = traffic.OPERATORS["post_pre"].backward.ours.coefficients
     beyond = 2 * shares * n * (n + 1) + 3 * n * (n + 1) + gates
-    assert cost.evaluate(counted, n_streams=n, width=width, tokens=tokens) == beyond
+    assert traffic.evaluate(counted, n_streams=n, width=width, tokens=tokens) == beyond
 
 
 def test_shares_of_the_tokens_are_those_of_the_launch():
@@ -149,9 +149,9 @@ def test_shares_of_the_tokens_are_those_of_the_launch():
         for tokens in (1, 33, 8192):
             for width in (64, 2560, 7168):
                 blocks = n * -(-width // 32)
-                assert cost._SPLITS.subs({cost.STREAMS: n, cost.TOKENS: tokens, cost.WIDTH: width}) == token_splits(
-                    tokens, blocks, 32
-                )
+                assert traffic._SPLITS.subs(
+                    {traffic.STREAMS: n, traffic.TOKENS: tokens, traffic.WIDTH: width}
+                ) == token_splits(tokens, blocks, 32)
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -167,24 +167,24 @@ def test_the_papers_split_is_that_of_its_kernels(n):
     with recording(record):
         kernel_of("paper_pre")(*(tensor.to("meta") for tensor in (streams, *mapping)), *constants)
         kernel_of("post")(*(tensor.to("meta") for tensor in (streams, branch, *mixing)))
-    forward = cost.PER_SITE["paper"].forward
+    forward = traffic.PER_SITE["paper"].forward
     assert rows(forward.ours, n, tokens, width) == stream_rows(launches, n, tokens, width) == 4 * n + 2
-    assert cost.evaluate(forward.launches) == len(launches)
+    assert traffic.evaluate(forward.launches) == len(launches)
 
 
 def test_few_tokens_find_the_streams_in_the_cache():
-    assert rows(cost.OPERATORS["post_pre"].forward.ours, tokens=64) == 10
-    assert rows(cost.OPERATORS["post_pre"].forward.ours, tokens=65) == 14
-    assert rows(cost.OPERATORS["post_pre"].backward.ours, tokens=65) == 26
+    assert rows(traffic.OPERATORS["post_pre"].forward.ours, tokens=64) == 10
+    assert rows(traffic.OPERATORS["post_pre"].forward.ours, tokens=65) == 14
+    assert rows(traffic.OPERATORS["post_pre"].backward.ours, tokens=65) == 26
 
 
 def test_no_kernel_moves_less_than_the_least():
     for n in range(1, 9):
         for tokens in (1, 100):
             values = {"n_streams": n, "width": 64, "tokens": tokens, "element_size": 2, "iters": 20}
-            for passes in cost.OPERATORS.values():
+            for passes in traffic.OPERATORS.values():
                 for one in (passes.forward, passes.backward):
-                    assert cost.evaluate(one.ours.bytes, **values) >= cost.evaluate(one.least.bytes, **values)
+                    assert traffic.evaluate(one.ours.bytes, **values) >= traffic.evaluate(one.least.bytes, **values)
 
 
 @pytest.mark.parametrize("operator", ["pre", "post", "post_pre", "head"])
@@ -195,7 +195,7 @@ def test_flops_of_the_matrix_products_are_those_of_the_reference(operator):
     tensors, constants = inputs(operator, Problem(tokens, n, width))
     with FlopCounterMode(display=False) as counter:
         reference_of(operator)(*tensors, *constants)
-    ours = cost.evaluate(cost.OPERATORS[operator].forward.flops, n_streams=n, width=width, iters=0) * tokens
+    ours = traffic.evaluate(traffic.OPERATORS[operator].forward.flops, n_streams=n, width=width, iters=0) * tokens
     # Beyond the products: the norm, and the branch's share of `post`, which is no matrix product there.
     beyond = {"pre": 2 * n * width, "post": 2 * n * width, "post_pre": 4 * n * width, "head": 2 * n * width}
     exp = n * n if operator in ("pre", "post_pre") else 0
@@ -204,12 +204,12 @@ def test_flops_of_the_matrix_products_are_those_of_the_reference(operator):
 
 def test_a_missing_number_is_named():
     with pytest.raises(ValueError, match="depends on width"):
-        cost.evaluate(cost.OPERATORS["post"].forward.least.streams, n_streams=4)
+        traffic.evaluate(traffic.OPERATORS["post"].forward.least.streams, n_streams=4)
 
 
 @pytest.mark.parametrize(("sites", "n"), [(1, 4), (2, 1), (60, 4), (64, 4), (64, 8), (200, 2)])
 def test_interval_is_the_minimum_near_the_root(sites, n):
-    chosen = cost.recompute_interval(sites, n)
+    chosen = traffic.recompute_interval(sites, n)
     held = [n * math.ceil(sites / interval) + (n + 2) * interval for interval in range(1, sites + 1)]
     assert held[chosen - 1] == min(held)
     assert min(held) not in held[: chosen - 1]
@@ -218,15 +218,15 @@ def test_interval_is_the_minimum_near_the_root(sites, n):
 
 def test_interval_needs_a_site():
     with pytest.raises(ValueError, match="at least one"):
-        cost.recompute_interval(0, 4)
+        traffic.recompute_interval(0, 4)
 
 
 def test_recomputation_holds_what_the_paper_counts():
     # L = 60, n = 4: 10 stored streams, 60 branch outputs and 6 sites of 6C alive, against 60 sites of (n + 3)C,
     # two of which (the layer input and its norm) its branches keep.
-    assert cost.recompute_interval(60, 4) == 6
+    assert traffic.recompute_interval(60, 4) == 6
     values = {"sites": 60, "n_streams": 4, "width": 1, "interval": 6}
-    assert cost.evaluate(cost.held_elements(recomputed=True), **values) == 136
-    assert cost.evaluate(cost.held_elements(recomputed=False), **values) + 2 * 60 == 420
-    assert cost.saved_bytes_per_token(60, 4, 100, 2, 6) == 136 * 100 * 2 + 6 * 20 * 4
-    assert cost.saved_bytes_per_token(60, 4, 100, 2) == 300 * 100 * 2 + 60 * 20 * 4
+    assert traffic.evaluate(traffic.held_elements(recomputed=True), **values) == 136
+    assert traffic.evaluate(traffic.held_elements(recomputed=False), **values) + 2 * 60 == 420
+    assert traffic.saved_bytes_per_token(60, 4, 100, 2, 6) == 136 * 100 * 2 + 6 * 20 * 4
+    assert traffic.saved_bytes_per_token(60, 4, 100, 2) == 300 * 100 * 2 + 60 * 20 * 4

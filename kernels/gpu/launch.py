@@ -85,7 +85,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def products() -> dict[str, Any]:
+def product_options() -> dict[str, Any]:
     """Return the compile-time options of float32 products on the current target.
 
     TF32 alone keeps 11 bits; three TF32 products keep float32's. AMD multiplies float32 natively.
@@ -93,7 +93,7 @@ def products() -> dict[str, Any]:
     return {"PRECISION": "ieee" if _on_hip() else "tf32x3"}
 
 
-def registers(most: int | None) -> dict[str, int]:
+def register_limit(most: int | None) -> dict[str, int]:
     """Return the launch option that lets a thread have up to `most` registers; None leaves it to the compiler.
 
     Left alone, ptxas aims at an occupancy and spills a value or two to reach it, also where few programs run and

@@ -5,7 +5,7 @@ amounts of traffic with the device's memory:
 
 - `least`: each input read once and each output written once. No kernel moves less, so it is what benchmarks
   divide by.
-- `ours`: what the kernels beside this file move where their second walk over the streams misses the cache.
+- `ours`: what the kernels of `gpu` move where their second walk over the streams misses the cache.
   Counted once a launch: phi, the coefficients, and what programs that run side by side load together. The
   padding of coefficient tiles is left out.
 
@@ -22,15 +22,21 @@ from typing import Any
 import sympy
 from sympy import Expr, Integer, Piecewise, ceiling
 
+from ..fusions import FUSIONS
+from ..manifolds import MANIFOLDS
+
 TOKENS, STREAMS, WIDTH, SITES, INTERVAL, ELEMENT, ITERS = sympy.symbols(
     "tokens n_streams width sites interval element_size iters", integer=True, positive=True
 )
 FLOAT = 4
 
 _n, _C, _ZERO = STREAMS, WIDTH, Integer(0)
-_ROWS = _n**2 + 2 * _n
+# The manifold that is counted throughout: it does all that any does.
+_SINKHORN = MANIFOLDS["sinkhorn"]
+_ROWS = _SINKHORN.rows(_n)
 _MIXING = _n**2 + _n  # what `post` reads: res and post
 _PHI = _ROWS * _n * _C
+_PROJECTION = _SINKHORN.flops(_n, ITERS)
 # The streams of 64 tokens stay in any of the caches meant here: 2 MB at n = 4, C = 4096.
 _FEW = TOKENS <= 64
 # n tiles and n² coefficients a token fit the registers.
@@ -73,7 +79,7 @@ class Cost:
 
     Attributes:
         least: traffic that no kernel can avoid.
-        ours: traffic of the kernels beside this file.
+        ours: traffic of the kernels of `gpu`.
         flops: multiplications and additions a token.
         launches: kernels launched by a call.
     """
@@ -111,7 +117,7 @@ class Passes:
 
 
 class _Splits(sympy.Function):
-    """Shares of the tokens that each hold partial sums of phi's gradient: `mapping.token_splits`, for bfloat16.
+    """Shares of the tokens that each hold partial sums of phi's gradient: `token_splits` of the kernels, for bfloat16.
 
     A function that waits for numbers: sympy 1.14 reduces Min(ceiling(1024 / (n * ceiling(C / 32))), 64) to 64.
     """
@@ -133,7 +139,7 @@ def _again(elements: Expr) -> Expr:
     return Piecewise((_ZERO, _FEW), (elements, True))
 
 
-def _pre(rows: Expr, written: Expr, sinkhorn_flops: Expr) -> Passes:
+def _pre(rows: Expr, written: Expr, matrix_flops: Expr) -> Passes:
     """Return the cost of `pre` with that many rows of phi, which writes that many coefficients (`head`: none)."""
     phi = rows * _n * _C
     sums, gates = rows + 1, rows + 1 + _n
@@ -148,15 +154,15 @@ def _pre(rows: Expr, written: Expr, sinkhorn_flops: Expr) -> Passes:
             forward,
             # The collapse walks over the streams once more; a split launch leaves its sums for the next.
             forward + Traffic(_again(_n * _C), Piecewise((2 * sums, split), (_ZERO, True))),
-            project + 2 * collapse + sinkhorn_flops,
+            project + 2 * collapse + matrix_flops,
             Piecewise((2, split), (1, True)),
         ),
         Cost(
             backward,
-            # Projections and streams' gradients are two walks, joined by sums, then by slopes; phi's gradient
-            # leaves the second as partials.
+            # Projections and streams' gradients are two walks, joined by sums, then by gradients of the products;
+            # phi's gradient leaves the second as partials.
             backward + Traffic(_again(again_backward), 4 * gates, phi + 2 * _SPLITS * phi),
-            3 * project + 4 * collapse + 3 * sinkhorn_flops,
+            3 * project + 4 * collapse + 3 * matrix_flops,
             Integer(4),
         ),
     )
@@ -172,7 +178,7 @@ def _post() -> Passes:
 
 
 def _post_pre() -> Passes:
-    first, second = _post(), _pre(_ROWS, _MIXING, _SINKHORN)
+    first, second = _post(), _pre(_ROWS, _MIXING, _PROJECTION)
     forward = Traffic((2 * _n + 2) * _C, 2 * _MIXING, _PHI)
     backward = Traffic((3 * _n + 3) * _C, 3 * _MIXING, 2 * _PHI)
     # From 5 streams on, one program a stream mixes: each loads all n, and the backward writes a gradient between.
@@ -204,13 +210,11 @@ def _simple(forward: Traffic, backward: Traffic, flops: Expr, flops_backward: Ex
     return Passes(Cost(forward, forward, flops, Integer(1)), Cost(backward, backward, flops_backward, Integer(1)))
 
 
-# exp, then a sum and a division for each entry, over columns and over rows.
-_SINKHORN = _n**2 * (4 * ITERS + 1)
 _SPREAD = Traffic((_n + 1) * _C)
 
 OPERATORS: dict[str, Passes] = {
-    "sinkhorn": _simple(Traffic(_ZERO, 2 * _n**2), Traffic(_ZERO, 3 * _n**2), _SINKHORN, 3 * _SINKHORN),
-    "pre": _pre(_ROWS, _MIXING, _SINKHORN),
+    "sinkhorn": _simple(Traffic(_ZERO, 2 * _n**2), Traffic(_ZERO, 3 * _n**2), _PROJECTION, 3 * _PROJECTION),
+    "pre": _pre(_ROWS, _MIXING, _PROJECTION),
     "post": _post(),
     "post_pre": _post_pre(),
     "head": _pre(_n, _ZERO, _ZERO),
@@ -257,27 +261,30 @@ def _site() -> Passes:
     return Passes(both.forward, both.backward + _MEET)
 
 
-# One site within a long chain.
-PER_SITE: dict[str, Passes] = {
-    "inductor": _unfused(),
+# One site within a long chain, by the key `cost` of a fusion choice.
+SITE_COSTS: dict[str, Passes] = {
+    "unfused": _unfused(),
     "paper": _paper(),
     "site": _site(),
     "boundary": OPERATORS["post_pre"],
 }
+# The same by the name of the fusion choice, in the order of its table.
+PER_SITE: dict[str, Passes] = {fusion.name: SITE_COSTS[fusion.cost] for fusion in FUSIONS.values()}
 
 
 @cache
 def chain(fusion: str) -> Passes:
     """Return the cost of a whole chain of `SITES` sites, from the expansion to the mean.
 
-    A chain of `boundary` begins with a `pre` and ends with a `post`, which share streams with their neighbours.
+    A chain whose sites are joined begins with a `pre` and ends with a `post`, which share streams with their
+    neighbours.
 
     Raises:
         KeyError: no such fusion choice.
     """
     ends = OPERATORS["expand"] + OPERATORS["collapse"]
-    if fusion == "boundary":
-        return ends + PER_SITE["site"] + PER_SITE[fusion] * (SITES - 1)
+    if FUSIONS[fusion].post_pre is not None:
+        return ends + SITE_COSTS["site"] + PER_SITE[fusion] * (SITES - 1)
     return ends + PER_SITE[fusion] * SITES
 
 

@@ -23,22 +23,30 @@ registers: there the gradient of the new streams is written once, for `post`'s b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import activate, logits_tile, slot_rows, store_coefficients
-from .device import narrow, product_pair, settle, total
-from .launch import Geometry, ceil_div, empty, launch, operand_size, products, registers
-from .mapping import reduce_mapping, stream_gradients
-from .partials import project_partials
+from .coefficient_gradients import CoefficientGradients, coefficient_gradients
+from .coefficients import activate, logits_tile, manifold_constants, slot_rows, store_coefficients
+from .launch import Geometry, ceil_div, empty, launch, operand_size, product_options, register_limit
 from .post import post_backward
-from .pre import MANIFOLD_FLAGS, finish, forward_config, geometry_of
-from .project import collapse, first_from_last, load_factors, load_mixing, load_row, load_streams, mix, project
-from .slopes import Slopes, coefficient_gradients
+from .pre import finish, forward_config, geometry_of
+from .primitives import materialize, product_pair, rounded, total
+from .projection import partial_projections, project_by_phi
+from .stream_gradients import parameter_gradients, stream_gradients
+from .stream_tiles import (
+    collapse,
+    first_from_last,
+    load_factors,
+    load_mixing,
+    load_row,
+    load_streams,
+    mix,
+    store_mix_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,7 @@ class PostPreGradConfig:
 
 
 def backward_config(geometry: Geometry, operand_bytes: int) -> PostPreGradConfig | None:
-    """Choose a tile whose n streams and n gradients fit the registers.
-
-    None where none does, from 5 streams on.
-    """
+    """Choose a tile whose n streams and n gradients fit the registers; None from 5 streams on, where none does."""
     if geometry.n > 4:
         return None
     return PostPreGradConfig(64, 16, 4) if operand_bytes == 2 else PostPreGradConfig(32, 16, 4)
@@ -83,8 +88,9 @@ def post_pre_forward_kernel(
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     GATED: tl.constexpr,
-    SINKHORN: tl.constexpr,
+    MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -93,12 +99,12 @@ def post_pre_forward_kernel(
     """Mix, write, project, make coefficients, collapse: one tile of tokens, one launch."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
-    sums, squares, _ = project(
+    sums, squares, _ = project_by_phi(
         streams, branch, post, res, fresh_streams, streams, phi, token, live, width, 0, width, 0,
         n, N, Q, GROUPS, ANCHORED, BLOCK_WIDTH, False, True, True, False, PRECISION,
     )  # fmt: skip
     logits, _, _, _ = logits_tile(sums, squares, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, SINKHORN, HAS_EPS, ANCHORED)
+    weights = activate(logits, iters, eps, n, N, Q, GROUPS, GATED, MATRIX, HAS_EPS, EXACT_ROWS, ANCHORED)
     store_coefficients(weights, next_post, next_res, token, live, n, N, Q)
     # A thread may collapse what another has written.
     tl.debug_barrier()
@@ -114,9 +120,9 @@ def post_pre_backward_kernel(
     phi: tl.tensor,
     grad_fresh: tl.tensor,
     grad_input: tl.tensor,
-    rows: tl.tensor,
-    pull: tl.tensor,
-    pre: tl.tensor,
+    grad_products: tl.tensor,
+    norm_factor: tl.tensor,
+    read_weights: tl.tensor,
     grad_streams: tl.tensor,
     grad_branch: tl.tensor,
     mixing_parts: tl.tensor,
@@ -147,13 +153,13 @@ def post_pre_backward_kernel(
     tiles = load_streams(streams, base, column, mask, n, width)
     written = tl.load(branch + offsets, mask=mask, other=0.0)
     grad = tl.load(grad_input + offsets, mask=mask, other=0.0)
-    factor = tl.load(pull + token, mask=live, other=0.0)
-    slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
+    factor = tl.load(norm_factor + token, mask=live, other=0.0)
+    grad_product = tl.load(grad_products + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
     parts = mixing_parts + (block * (n * (n + 1))).to(tl.int64) * tokens + token
     grads = ()
     if ANCHORED:
         weights = load_row(post, res, token, live, 0, n)
-        anchor = settle(narrow(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
+        anchor = materialize(rounded(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
         added = n * anchor.to(tl.float32)
         summed = tl.full([Q * N, BLOCK_WIDTH], 0.0, tl.float32)
     for step in tl.static_range(n):
@@ -161,8 +167,8 @@ def post_pre_backward_kernel(
         o = (step + 1) % n if ANCHORED else step
         if not (ANCHORED and step == n - 1):
             weights = load_row(post, res, token, live, o, n)
-            fresh = settle(narrow(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
-        weight = tl.load(pre + token * n + o, mask=live, other=0.0)
+            fresh = materialize(rounded(mix(tiles, written, weights, 0, n), streams.dtype.element_ty), PRECISION)
+        weight = tl.load(read_weights + token * n + o, mask=live, other=0.0)
         outer = tl.load(grad_fresh + base[:, None] * n + o * width + column[None, :], mask=mask, other=0.0)
         outer = outer.to(tl.float32) + weight[:, None] * grad.to(tl.float32)
         if ANCHORED and step == n - 1:
@@ -175,10 +181,10 @@ def post_pre_backward_kernel(
         outer += factor[:, None] * through
         factors = load_factors(phi, row, column, used[:, None] & inside, o, n, width)
         if ANCHORED:
-            factors = settle(factors, PRECISION)
+            factors = materialize(factors, PRECISION)
             summed += factors
             factors = summed if step == n - 1 else factors
-        outer = product_pair(slopes, factors, outer, streams.dtype.element_ty, PRECISION)
+        outer = product_pair(grad_product, factors, outer, streams.dtype.element_ty, PRECISION)
         for i in tl.static_range(n):
             tl.store(parts + (o * (n + 1) + i) * tokens, total(outer * tiles[i].to(tl.float32), 1), mask=live)
         tl.store(parts + (o * (n + 1) + n) * tokens, total(outer * written.to(tl.float32), 1), mask=live)
@@ -187,20 +193,11 @@ def post_pre_backward_kernel(
         grads = first_from_last(grads, n)
     # Loaded again: held over the matmuls, n² + n coefficients a token would crowd the registers.
     weights = load_mixing(post, res, token, live, n)
-    back = weights[n][:, None] * grads[0]
-    for o in tl.static_range(1, n):
-        back += weights[o * (n + 1) + n][:, None] * grads[o]
-    tl.store(grad_branch + offsets, narrow(back, grad_branch.dtype.element_ty), mask=mask)
-    for i in tl.static_range(n):
-        back = weights[i][:, None] * grads[0]
-        for o in tl.static_range(1, n):
-            back += weights[o * (n + 1) + i][:, None] * grads[o]
-        place = grad_streams + base[:, None] * n + i * width + column[None, :]
-        tl.store(place, narrow(back, grad_streams.dtype.element_ty), mask=mask)
+    store_mix_backward(grads, weights, grad_streams, grad_branch, base, column, mask, n, width)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
-def mixing_reduce_kernel(
+def mixing_gradients_kernel(
     mixing_parts: tl.tensor,
     grad_post: tl.tensor,
     grad_res: tl.tensor,
@@ -222,9 +219,9 @@ def mixing_reduce_kernel(
     o = entry // (n + 1)
     i = entry % (n + 1)
     if i == n:
-        tl.store(grad_post + token * n + o, narrow(acc, grad_post.dtype.element_ty), mask=live)
+        tl.store(grad_post + token * n + o, rounded(acc, grad_post.dtype.element_ty), mask=live)
     else:
-        tl.store(grad_res + token * (n * n) + o * n + i, narrow(acc, grad_res.dtype.element_ty), mask=live)
+        tl.store(grad_res + token * (n * n) + o * n + i, rounded(acc, grad_res.dtype.element_ty), mask=live)
 
 
 def post_pre(
@@ -241,7 +238,26 @@ def post_pre(
     manifold: str,
     anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site."""
+    """Run a site's `post` and the next site's `pre`; see `boundary.post_pre`.
+
+    Args:
+        streams: [*, n, C].
+        branch: [*, C].
+        post: [*, n] of the site.
+        res: [*, n, n] of the site.
+        phi: [rows, n·C] of the next site.
+        scale: [3], or [2] for a manifold that does not mix, of the next site.
+        bias: [rows] of the next site.
+        iters: Sinkhorn iterations.
+        norm_eps: as in `reference.pre`.
+        eps: as in `reference.pre`.
+        manifold: a name of `MANIFOLDS` that the kernels cover.
+        anchored: the streams given are anchored, and so is all that is returned.
+
+    Returns:
+        the new streams [*, n, C] and layer_input [*, C] in the streams' dtype; post [*, n] and res [*, n, n] of the
+        next site in float32.
+    """
     *leading, n, width = streams.shape
     geometry = geometry_of(streams, phi, anchored)
     tokens = geometry.tokens
@@ -255,16 +271,17 @@ def post_pre(
         tensor.contiguous() for tensor in (streams, branch, post, res, phi, scale, bias)
     )
     config = forward_config(geometry, operand_size(streams), mixes=True)
-    common: dict[str, Any] = {**geometry.constants(), **MANIFOLD_FLAGS[manifold], "HAS_EPS": eps != 0.0}
+    common = {**geometry.constants(), **manifold_constants(manifold, eps)}
     if config.fused:
         launch(
             post_pre_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             streams, branch, post, res, phi, scale, bias, *outputs, tokens, width, iters, norm_eps, eps,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            num_warps=config.warps, num_stages=config.stages, **registers(config.registers), **common, **products(),
+            num_warps=config.warps, num_stages=config.stages,
+            **register_limit(config.registers), **common, **product_options(),
         )  # fmt: skip
         return outputs
-    sums, squares, _ = project_partials(streams, phi, geometry, mixing=(branch, post, res), fresh_streams=fresh)
+    sums, squares, _ = partial_projections(streams, phi, geometry, mixing=(branch, post, res), fresh_streams=fresh)
     finish(
         fresh, sums, squares, scale, bias, layer_input, next_post, next_res,
         iters, norm_eps, eps, geometry, config, common,
@@ -290,19 +307,41 @@ def post_pre_backward(
     manifold: str,
     anchored: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of `post_pre` with respect to its seven tensors."""
+    """Return the gradients of `post_pre`.
+
+    Args:
+        grad_fresh: [*, n, C], of the new streams.
+        grad_layer_input: [*, C].
+        grad_next_post: [*, n].
+        grad_next_res: [*, n, n].
+        streams: [*, n, C], and the rest as in `post_pre`.
+        branch: [*, C].
+        post: [*, n].
+        res: [*, n, n].
+        phi: [rows, n·C].
+        scale: [3], or [2] for a manifold that does not mix.
+        bias: [rows].
+        iters: as in `post_pre`.
+        norm_eps: as in `post_pre`.
+        eps: as in `post_pre`.
+        manifold: as in `post_pre`.
+        anchored: as in `post_pre`.
+
+    Returns:
+        the gradients of its seven tensors, each with the shape and dtype of its tensor.
+    """
     inputs = (streams, branch, post, res, phi, scale, bias)
     geometry = geometry_of(streams, phi, anchored)
     if geometry.tokens == 0:
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     streams, branch, post, res, phi, scale, bias = (tensor.contiguous() for tensor in inputs)
     grad_layer_input = grad_layer_input.contiguous()
-    sums, squares, gates = project_partials(
+    sums, squares, grad_pre = partial_projections(
         streams, phi, geometry, mixing=(branch, post, res), grad_input=grad_layer_input
     )
-    slopes = coefficient_gradients(
-        sums, squares, gates, grad_next_post.contiguous(), grad_next_res.contiguous(), scale, bias,
-        iters, norm_eps, eps, geometry, MANIFOLD_FLAGS[manifold],
+    coefficient_grads = coefficient_gradients(
+        sums, squares, grad_pre, grad_next_post.contiguous(), grad_next_res.contiguous(), scale, bias,
+        iters, norm_eps, eps, geometry, manifold_constants(manifold, eps),
     )  # fmt: skip
     mixing = (branch, post, res)
     config = backward_config(geometry, operand_size(streams))
@@ -311,18 +350,18 @@ def post_pre_backward(
             streams,
             phi,
             grad_layer_input,
-            slopes,
+            coefficient_grads,
             geometry,
             mixing=mixing,
             grad_fresh=grad_fresh.contiguous(),
         )
         grads = post_backward(grad_fresh, streams, *mixing)
     else:
-        _, phi_parts = stream_gradients(streams, phi, grad_layer_input, slopes, geometry, mixing=mixing)
+        _, phi_parts = stream_gradients(streams, phi, grad_layer_input, coefficient_grads, geometry, mixing=mixing)
         grads = _all_stream_gradients(
-            (streams, *mixing), phi, grad_fresh.contiguous(), grad_layer_input, slopes, geometry, config
+            (streams, *mixing), phi, grad_fresh.contiguous(), grad_layer_input, coefficient_grads, geometry, config
         )
-    return (*grads, *reduce_mapping(phi_parts, slopes, phi, scale, bias, geometry))
+    return (*grads, *parameter_gradients(phi_parts, coefficient_grads, phi, scale, bias, geometry))
 
 
 def _all_stream_gradients(
@@ -330,24 +369,35 @@ def _all_stream_gradients(
     phi: Tensor,
     grad_fresh: Tensor,
     grad_input: Tensor,
-    slopes: Slopes,
+    coefficient_grads: CoefficientGradients,
     geometry: Geometry,
     config: PostPreGradConfig,
 ) -> tuple[Tensor, ...]:
-    """Gradients of (streams, branch, post, res), the gradient of the new streams held in registers."""
+    """Return the gradients of (streams, branch, post, res), the gradient of the new streams held in registers.
+
+    Args:
+        inputs: streams [tokens, n, C], branch [tokens, C], post [tokens, n] and res [tokens, n, n].
+        phi: [rows, n·C].
+        grad_fresh: [tokens, n, C].
+        grad_input: [tokens, C].
+        coefficient_grads: of the next site.
+        geometry: of the call.
+        config: of the launch.
+    """
     n, width, tokens = geometry.n, geometry.width, geometry.tokens
     blocks = ceil_div(width, config.block_width)
     grads = tuple(torch.empty_like(tensor) for tensor in inputs)
     mixing_parts = empty(phi, blocks, n * (n + 1), tokens)
     launch(
         post_pre_backward_kernel, (blocks * ceil_div(tokens, config.block_tokens),),
-        *inputs, phi, grad_fresh, grad_input, slopes.rows, slopes.pull, slopes.weights,
+        *inputs, phi, grad_fresh, grad_input,
+        coefficient_grads.grad_products, coefficient_grads.norm_factor, coefficient_grads.read_weights,
         grads[0], grads[1], mixing_parts, tokens, width,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-        num_warps=config.warps, num_stages=1, **geometry.constants(), **products(),
+        num_warps=config.warps, num_stages=1, **geometry.constants(), **product_options(),
     )  # fmt: skip
     launch(
-        mixing_reduce_kernel, (ceil_div(tokens, 128), n * (n + 1)),
+        mixing_gradients_kernel, (ceil_div(tokens, 128), n * (n + 1)),
         mixing_parts, grads[2], grads[3], tokens, blocks, n=n, BLOCK_TOKENS=128, num_warps=4,
     )  # fmt: skip
     return grads

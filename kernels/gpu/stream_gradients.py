@@ -1,8 +1,8 @@
-"""The backward of a site's mapping, shared by `pre`, `head` and `post_pre`.
+"""Gradients of streams, phi, scale and bias, shared by `pre`, `head` and `post_pre`.
 
-Three steps, none with atomics: the gradients of the logits from partial projections (`slopes`); the gradients of
-the streams, in programs that own a block of C and walk over tokens, so that each keeps its share of phi's gradient
-on chip; the sum of those shares over the splits of the tokens.
+The backward of a site's coefficients has three steps, none with atomics: the gradients of the logits from partial
+projections (`coefficient_gradients`); the gradients of the streams, in programs that own a block of C and walk over
+tokens, so that each keeps its share of phi's gradient on chip; the sum of those shares over the splits of the tokens.
 """
 
 # ruff: noqa: N803
@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coefficient_gradients import CoefficientGradients
 from .coefficients import slot_rows
-from .device import narrow, product_exact_right, product_pair, settle, total
-from .launch import Geometry, ceil_div, empty, launch, operand_size, products
-from .project import load_factors, load_other_factors, load_row, load_streams, mix
-from .slopes import Slopes
+from .launch import Geometry, ceil_div, empty, launch, operand_size, product_options
+from .primitives import materialize, product_exact_right, product_pair, rounded, total
+from .stream_tiles import load_factors, load_other_factors, load_row, load_streams, mix
 
 
 @dataclass(frozen=True)
-class StreamsConfig:
+class StreamGradientsConfig:
     """Launch configuration of the streams' gradients.
 
     Attributes:
@@ -42,7 +42,7 @@ class StreamsConfig:
     splits: int
 
 
-def streams_config(geometry: Geometry, operand_bytes: int) -> StreamsConfig:
+def stream_gradients_config(geometry: Geometry, operand_bytes: int) -> StreamGradientsConfig:
     """Choose blocks of C that keep phi's gradient in registers, and splits that fill the device.
 
     The number of splits depends on the shape alone, so that results do not depend on the device.
@@ -50,7 +50,7 @@ def streams_config(geometry: Geometry, operand_bytes: int) -> StreamsConfig:
     width = 16 if geometry.slots > 64 and operand_bytes == 4 else 32
     warps = 8 if geometry.slots > 64 or operand_bytes == 4 else 4
     blocks = geometry.n * ceil_div(geometry.width, width)
-    return StreamsConfig(32, width, warps, 1, token_splits(geometry.tokens, blocks, 32))
+    return StreamGradientsConfig(32, width, warps, 1, token_splits(geometry.tokens, blocks, 32))
 
 
 def token_splits(tokens: int, blocks: int, block_tokens: int) -> int:
@@ -59,7 +59,7 @@ def token_splits(tokens: int, blocks: int, block_tokens: int) -> int:
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
-def streams_kernel(
+def stream_gradients_kernel(
     streams: tl.tensor,
     branch: tl.tensor,
     post: tl.tensor,
@@ -67,9 +67,9 @@ def streams_kernel(
     grad_fresh: tl.tensor,
     phi: tl.tensor,
     grad_input: tl.tensor,
-    rows: tl.tensor,
-    pull: tl.tensor,
-    pre: tl.tensor,
+    grad_products: tl.tensor,
+    norm_factor: tl.tensor,
+    read_weights: tl.tensor,
     grad_streams: tl.tensor,
     phi_parts: tl.tensor,
     tokens: tl.tensor,
@@ -117,14 +117,14 @@ def streams_kernel(
             tiles = load_streams(streams, token * width, column, mask, n, width)
             written = tl.load(branch + token[:, None] * width + column[None, :], mask=mask, other=0.0)
             mixing = load_row(post, res, token, live, stream, n)
-            values = settle(narrow(mix(tiles, written, mixing, 0, n), streams.dtype.element_ty), PRECISION)
+            values = materialize(rounded(mix(tiles, written, mixing, 0, n), streams.dtype.element_ty), PRECISION)
         else:
             values = tl.load(streams + offsets, mask=mask, other=0.0)
-        slopes = tl.load(rows + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
+        grad_product = tl.load(grad_products + token[:, None] * (Q * N) + slot[None, :], mask=live[:, None], other=0.0)
         if STORE:
             grad = tl.load(grad_input + token[:, None] * width + column[None, :], mask=mask, other=0.0)
-            weight = tl.load(pre + token * n + stream, mask=live, other=0.0)
-            factor = tl.load(pull + token, mask=live, other=0.0)
+            weight = tl.load(read_weights + token * n + stream, mask=live, other=0.0)
+            factor = tl.load(norm_factor + token, mask=live, other=0.0)
             direct = weight[:, None] * grad.to(tl.float32)
             through = values.to(tl.float32)
             if ANCHORED:
@@ -133,8 +133,8 @@ def streams_kernel(
                 for i in range(tl.where(stream == 0, 1, 0), tl.where(stream == 0, n, 1)):
                     if MIX:
                         mixing = load_row(post, res, token, live, i, n)
-                        other = narrow(mix(tiles, written, mixing, 0, n), streams.dtype.element_ty)
-                        other = settle(other, PRECISION)
+                        other = rounded(mix(tiles, written, mixing, 0, n), streams.dtype.element_ty)
+                        other = materialize(other, PRECISION)
                     else:
                         place = streams + (token * n + i)[:, None] * width + column[None, :]
                         other = tl.load(place, mask=mask, other=0.0)
@@ -142,9 +142,9 @@ def streams_kernel(
             direct += factor[:, None] * through
             if MIX:
                 direct += tl.load(grad_fresh + offsets, mask=mask, other=0.0).to(tl.float32)
-            direct = product_pair(slopes, factors, direct, grad_streams.dtype.element_ty, PRECISION)
-            tl.store(grad_streams + offsets, narrow(direct, grad_streams.dtype.element_ty), mask=mask)
-        grad_phi = product_exact_right(tl.trans(slopes), values, grad_phi, PRECISION)
+            direct = product_pair(grad_product, factors, direct, grad_streams.dtype.element_ty, PRECISION)
+            tl.store(grad_streams + offsets, rounded(direct, grad_streams.dtype.element_ty), mask=mask)
+        grad_phi = product_exact_right(tl.trans(grad_product), values, grad_phi, PRECISION)
     part = tl.program_id(1).to(tl.int64) * (Q * N) + slot
     tl.store(
         phi_parts + part[:, None] * (n * width) + stream * width + column[None, :],
@@ -154,7 +154,7 @@ def streams_kernel(
 
 
 @triton.jit(do_not_specialize=["splits", "programs"])
-def reduce_kernel(
+def parameter_gradients_kernel(
     phi_parts: tl.tensor,
     bias_parts: tl.tensor,
     scale_parts: tl.tensor,
@@ -218,46 +218,75 @@ def stream_gradients(
     streams: Tensor,
     phi: Tensor,
     grad_input: Tensor,
-    slopes: Slopes,
+    coefficient_grads: CoefficientGradients,
     geometry: Geometry,
     *,
     mixing: tuple[Tensor, Tensor, Tensor] | None = None,
     grad_fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of [tokens, n, C] streams and partial gradients of phi [splits, Q·N, n·C].
+    """Return the gradient of the streams and partial gradients of phi.
 
-    With `mixing`, the (branch, post, res) of a `post` that comes first, the streams are those after it, made
-    again in registers; their gradient is returned only if `grad_fresh`, their gradient from elsewhere, is
-    given.
+    Args:
+        streams: [tokens, n, C].
+        phi: [rows, n·C].
+        grad_input: [tokens, C] gradient of the collapsed streams.
+        coefficient_grads: of the site.
+        geometry: of the call.
+        mixing: (branch [tokens, C], post [tokens, n], res [tokens, n, n]) of a `post` that comes first: the streams
+            are then those after it, made again in registers.
+        grad_fresh: [tokens, n, C], with `mixing` the gradient of these streams from elsewhere, which theirs is added
+            to; None leaves their gradient out.
+
+    Returns:
+        [tokens, n, C] gradient in the streams' dtype (the streams themselves where it was left out), and
+        [splits, Q·N, n·C] partial gradients of phi in float32.
     """
-    config = streams_config(geometry, operand_size(streams))
+    config = stream_gradients_config(geometry, operand_size(streams))
     span = ceil_div(ceil_div(geometry.tokens, config.splits), config.block_tokens) * config.block_tokens
     splits = ceil_div(geometry.tokens, span)
     store = mixing is None or grad_fresh is not None
     grad_streams = torch.empty_like(streams) if store else streams
-    branch, post, res = mixing or (streams, slopes.rows, slopes.rows)
+    branch, post, res = mixing or (streams, coefficient_grads.grad_products, coefficient_grads.grad_products)
     phi_parts = empty(streams, splits, geometry.slots, geometry.n * geometry.width)
     launch(
-        streams_kernel, (geometry.n * ceil_div(geometry.width, config.block_width), splits),
+        stream_gradients_kernel, (geometry.n * ceil_div(geometry.width, config.block_width), splits),
         streams, branch, post, res, streams if grad_fresh is None else grad_fresh, phi, grad_input,
-        slopes.rows, slopes.pull, slopes.weights, grad_streams, phi_parts,
+        coefficient_grads.grad_products, coefficient_grads.norm_factor, coefficient_grads.read_weights,
+        grad_streams, phi_parts,
         geometry.tokens, geometry.width, span,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, MIX=mixing is not None, STORE=store,
-        num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **products(),
+        num_warps=config.warps, num_stages=config.stages, **geometry.constants(), **product_options(),
     )  # fmt: skip
     return grad_streams, phi_parts
 
 
-def reduce_mapping(
-    phi_parts: Tensor, slopes: Slopes, phi: Tensor, scale: Tensor, bias: Tensor, geometry: Geometry
+def parameter_gradients(
+    phi_parts: Tensor,
+    coefficient_grads: CoefficientGradients,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add up the partial gradients of phi, scale and bias."""
+    """Add up partial gradients.
+
+    Args:
+        phi_parts: [splits, Q·N, n·C].
+        coefficient_grads: of the site.
+        phi: [rows, n·C].
+        scale: [groups, at most 3].
+        bias: [rows].
+        geometry: of the call.
+
+    Returns:
+        gradients of phi, scale and bias, each with the shape and dtype of its tensor.
+    """
     flat_width = geometry.n * geometry.width
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (phi, scale, bias)]
     launch(
-        reduce_kernel, (geometry.rows + 1, ceil_div(flat_width, 1024)),
-        phi_parts, slopes.bias_parts, slopes.scale_parts, *grads,
-        flat_width, phi_parts.shape[0], slopes.bias_parts.shape[0],
+        parameter_gradients_kernel, (geometry.rows + 1, ceil_div(flat_width, 1024)),
+        phi_parts, coefficient_grads.bias_parts, coefficient_grads.scale_parts, *grads,
+        flat_width, phi_parts.shape[0], coefficient_grads.bias_parts.shape[0],
         BLOCK=1024, BLOCK_PROGRAMS=16, num_warps=4, **geometry.constants(),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]

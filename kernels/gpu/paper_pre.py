@@ -1,8 +1,8 @@
 """The paper's own split of `pre` into separate kernels (arXiv 2512.24880, section 4.3), for `fusion="paper"`.
 
 Projection and norm; affine maps and sigmoids; Sinkhorn; collapse: four launches, each with its result in
-device memory, then `post` as a fifth, after the branch. The backward is that of `pre`, so that what differs
-is the forward.
+device memory, then `post` as a fifth, after the branch. The backward is that of `pre`, so that only the forward
+differs.
 """
 
 # ruff: noqa: N803
@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import activate, logits_tile, store_coefficients
-from .device import narrow
+from .coefficients import activate, logits_tile, manifold_constants, store_coefficients
 from .launch import Geometry, ceil_div, empty, launch
-from .partials import gather_partials, project_partials
 from .post import forward_config
-from .pre import MANIFOLD_FLAGS, geometry_of, pre_backward
-from .project import load_streams
+from .pre import geometry_of, pre_backward
+from .primitives import rounded
+from .projection import partial_projections, sum_partials
 from .sinkhorn import sinkhorn
+from .stream_tiles import load_streams
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
@@ -42,18 +42,26 @@ def paper_affine_kernel(
     Q: tl.constexpr,
     GROUPS: tl.constexpr,
     GATED: tl.constexpr,
+    MATRIX: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Scale, shift and squash the projections: pre and post [tokens, n], and res before Sinkhorn [tokens, n, n]."""
+    """Scale, shift and squash the projections: pre and post [tokens, n], and the matrix [tokens, n, n].
+
+    Of MATRIX "sinkhorn" it writes the logits, for the kernel that follows.
+    """
     q = tl.arange(0, Q)[None, :, None]
     j = tl.arange(0, N)[None, None, :]
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
-    summed, square, _ = gather_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
+    summed, square, _ = sum_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
     logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    weights = activate(logits, 0, eps, n, N, Q, GROUPS, GATED, False, False, ANCHORED)
-    if GATED and GROUPS > 2:
+    split: tl.constexpr = MATRIX == "sinkhorn"
+    weights = activate(
+        logits, 0, eps, n, N, Q, GROUPS, GATED, "logits" if split else MATRIX, False, EXACT_ROWS, ANCHORED
+    )
+    if split:
         weights = tl.where(q >= 2, logits, weights)
     place = pre + token.to(tl.int64)[:, None, None] * n + j + 0 * q
     tl.store(place, weights, mask=live[:, None, None] & (j < n) & (q == 0))
@@ -83,7 +91,7 @@ def paper_collapse_kernel(
     for i in tl.static_range(n):
         collapsed += tl.load(pre + token * n + i, mask=live, other=0.0)[:, None] * tiles[i].to(tl.float32)
     place = layer_input + (token * width)[:, None] + column[None, :]
-    tl.store(place, narrow(collapsed, layer_input.dtype.element_ty), mask=mask)
+    tl.store(place, rounded(collapsed, layer_input.dtype.element_ty), mask=mask)
 
 
 def paper_pre(
@@ -97,22 +105,38 @@ def paper_pre(
     manifold: str,
     anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute layer_input [*, C], post [*, n] and res [*, n, n] in separate kernels; see `reference.pre`."""
+    """Compute `reference.pre` in separate kernels.
+
+    Args:
+        streams: [*, n, C].
+        phi: [rows, n·C].
+        scale: [3], or [2] for a manifold that does not mix.
+        bias: [rows].
+        iters: Sinkhorn iterations.
+        norm_eps: as in `reference.pre`.
+        eps: as in `reference.pre`.
+        manifold: a name of `MANIFOLDS` that the kernels cover.
+        anchored: the streams are anchored, and so are the post and res that are returned.
+
+    Returns:
+        layer_input [*, C] in the streams' dtype, post [*, n] and res [*, n, n] in float32.
+    """
     geometry: Geometry = geometry_of(streams, phi, anchored)
-    flags = MANIFOLD_FLAGS[manifold]
+    constants = manifold_constants(manifold, eps)
     *leading, n, width = streams.shape
     streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
     layer_input = empty(streams, *leading, width, dtype=streams.dtype)
     pre, post = empty(streams, *leading, n), empty(streams, *leading, n)
     matrix = empty(streams, *leading, n, n)
     if geometry.tokens:
-        sums, squares, _ = project_partials(streams, phi, geometry)
+        sums, squares, _ = partial_projections(streams, phi, geometry)
         block = max(1, 512 // geometry.slots)
         launch(
             paper_affine_kernel, (ceil_div(geometry.tokens, block),),
             sums, squares, scale, bias, pre, post, matrix,
             geometry.tokens, width, norm_eps, eps, sums.shape[0],
-            GATED=flags["GATED"], BLOCK_TOKENS=block, num_warps=4, **geometry.constants(),
+            GATED=constants["GATED"], MATRIX=constants["MATRIX"], EXACT_ROWS=constants["EXACT_ROWS"],
+            BLOCK_TOKENS=block, num_warps=4, **geometry.constants(),
         )  # fmt: skip
         config = forward_config(width, streams.element_size())
         grid = ceil_div(geometry.tokens, config.block_tokens) * ceil_div(width, config.block_width)
@@ -120,7 +144,9 @@ def paper_pre(
             paper_collapse_kernel, (grid,), streams, pre, layer_input, geometry.tokens, width,
             n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
         )  # fmt: skip
-    return layer_input, post, sinkhorn(matrix, iters, eps, anchored) if flags["SINKHORN"] else matrix
+    if constants["MATRIX"] == "sinkhorn":
+        matrix = sinkhorn(matrix, iters, eps, anchored)
+    return layer_input, post, matrix
 
 
 paper_pre_backward = pre_backward
