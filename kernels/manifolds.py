@@ -173,7 +173,7 @@ MANIFOLDS: dict[str, Manifold] = {
             exact_rows=True,
             kernel_matrix="sinkhorn",
             flops=_sinkhorn_flops,
-            help="doubly stochastic, arXiv 2512.24880 Eq. 8-9",
+            help="doubly stochastic",
         ),
         Manifold(
             name="none",
@@ -182,7 +182,7 @@ MANIFOLDS: dict[str, Manifold] = {
             rest_bias=_identity,
             gated=False,
             kernel_matrix="logits",
-            help="unconstrained, arXiv 2409.19606",
+            help="unconstrained",
         ),
         Manifold(
             name="identity",

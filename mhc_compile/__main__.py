@@ -38,7 +38,7 @@ def _one_of(names: Iterable[str]) -> str:
 
 
 _STREAMS = "Number of parallel residual streams, 1 to 8."
-_MANIFOLD = "Where the mixing matrices live: " + _one_of(MANIFOLDS)
+_MANIFOLD = "Where the mixing matrices live: " + _one_of(f"{name} ({one.help})" for name, one in MANIFOLDS.items())
 _GPUS = _one_of(GPUS)
 _BACKENDS = "What compiles both runs: inductor or aot_eager."
 

@@ -36,7 +36,7 @@ class MHCConfig:
     Args:
         n_streams: number of parallel residual streams, 1 to 8.
         manifold: where the mixing matrices live: "sinkhorn" (doubly stochastic, arXiv 2512.24880 Eq. 8-9),
-            "none" (unconstrained, arXiv 2409.19606), "identity", or a name that was added to
+            "none" (unconstrained, arXiv 2409.19606), "identity" (streams do not mix), or a name that was added to
             `mhc_compile.kernels.manifolds`.
         sinkhorn_iters: Sinkhorn-Knopp iterations, at least 1 (the paper uses 20).
         init: "preserve" starts from exactly the original model; "paper" starts from scale 0.01 and random phi.

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from mhc_compile.kernels.manifolds import MANIFOLDS, Manifold
 from mhc_compile.kernels.ops import OPERATORS
 
 from mhc_compile import functional
@@ -26,6 +25,36 @@ def _samples():
         "post_pre": (streams, draw(*TOKENS, WIDTH), *coefficients, *site, *constants),
         "head": (streams, draw(N, N * WIDTH), draw(1), draw(N), 1e-6, 0.0),
     }
+
+
+# Graphs, caches and exported programs know the operators by these.
+_SITE = "Tensor phi, Tensor scale, Tensor bias, SymInt iters, float norm_eps, float eps, str manifold, "
+_SITE += "bool anchored=False"
+_HEAD = "Tensor streams, Tensor phi, Tensor scale, Tensor bias, float norm_eps, float eps, bool anchored=False"
+_MIXING = "Tensor streams, Tensor branch, Tensor post, Tensor res"
+_NEXT = "Tensor grad_layer_input, Tensor grad_next_post, Tensor grad_next_res"
+SCHEMAS = {
+    "sinkhorn": "(Tensor logits, SymInt iters, float eps) -> Tensor",
+    "sinkhorn_backward": "(Tensor grad_res, Tensor logits, SymInt iters, float eps) -> Tensor",
+    "pre": f"(Tensor streams, {_SITE}) -> (Tensor, Tensor, Tensor)",
+    "paper_pre": f"(Tensor streams, {_SITE}) -> (Tensor, Tensor, Tensor)",
+    "pre_backward": f"(Tensor grad_layer_input, Tensor grad_post, Tensor grad_res, Tensor streams, {_SITE}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    "post": f"({_MIXING}) -> Tensor",
+    "post_backward": f"(Tensor grad_streams, {_MIXING}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "post_pre": f"({_MIXING}, {_SITE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "post_pre_backward": f"(Tensor grad_fresh, {_NEXT}, {_MIXING}, {_SITE}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "head": f"({_HEAD}) -> Tensor",
+    "head_backward": f"(Tensor grad_output, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def test_schemas():
+    registered = {operator: f"{operator}_backward" for operator in OPERATORS if operator != "paper_pre"}
+    assert set(SCHEMAS) == {*OPERATORS, *registered.values()}
+    for name, schema in SCHEMAS.items():
+        assert str(getattr(torch.ops.mhc, name).default._schema) == f"mhc::{name}{schema}"
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
@@ -75,26 +104,3 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     (first,) = torch.autograd.grad(functional.sinkhorn(logits).square().sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(first.sum(), logits)
-
-
-def test_the_registry_takes_another_manifold(monkeypatch):
-    import mhc_compile
-    from tests.models import QUICK, Stack, features
-
-    def project(logits, iters, eps):
-        return torch.softmax(logits, -1)
-
-    def project_backward(grad, logits, iters, eps):
-        rows = torch.softmax(logits, -1)
-        return rows * (grad - (grad * rows).sum(-1, keepdim=True))
-
-    row = Manifold("row", project, project_backward, rest_bias=lambda n: 8 * torch.eye(n))
-    monkeypatch.setitem(MANIFOLDS, "row", row)
-    model = Stack()
-    plain = model(features())
-    mhc_compile.attach(model, features(), config=mhc_compile.MHCConfig(manifold="row"))
-    rewritten = torch.compile(model, backend="mhc", options=QUICK)(features())
-    torch.testing.assert_close(rewritten, plain, rtol=1e-5, atol=1e-6)
-    rewritten.sum().backward()
-    bias = mhc_compile.parameters(model)["blocks.1.mhc.mlp.bias"]
-    assert bias.grad[8:].abs().max() > 0
