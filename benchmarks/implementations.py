@@ -1,4 +1,4 @@
-"""The ways to compute one operator, as differentiable functions of the same inputs."""
+"""The implementations of one operator, as differentiable functions of the same inputs."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ from typing import Any
 import torch
 from mhc_compile.kernels import ops
 from mhc_compile.kernels.dispatch import reference_of
+from mhc_compile.kernels.fusions import FUSIONS
 from mhc_compile.kernels.ops import OPERATORS
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from .problems import Shape, excess, make_inputs, many
 
-Way = Callable[..., Any]
+Implementation = Callable[..., Any]
 INDUCTOR = "inductor"
 # What is checked before it is timed: as many tokens as float64 takes in a moment.
 _CHECKED_TOKENS = 256
 
 
-def ways_of(operator: str) -> dict[str, Way]:
+def implementations_of(operator: str) -> dict[str, Implementation]:
     """Return every implementation of an operator by name: functions of its tensors and constants.
 
-    `post_pre` is the boundary between two sites; each fusion choice is a way to compute it.
+    `post_pre` is the boundary between two sites; each fusion choice is an implementation of it.
     """
-    ways: dict[str, Way] = {}
+    found: dict[str, Implementation] = {}
     if operator == "post_pre":
-        ways["boundary"] = OPERATORS["post_pre"].forward
-        ways["site"] = _joined(OPERATORS["pre"].forward)
-        ways["paper"] = _joined(OPERATORS["paper_pre"].forward)
+        for fusion in reversed(FUSIONS.values()):
+            if fusion.post_pre is not None:
+                found[fusion.name] = OPERATORS[fusion.post_pre].forward
+            elif not fusion.inlined:
+                found[fusion.name] = _joined(OPERATORS[fusion.pre].forward)
     else:
-        ways["kernel"] = OPERATORS[operator].forward
+        found["kernel"] = OPERATORS[operator].forward
         if operator == "pre":
-            ways["paper"] = OPERATORS["paper_pre"].forward
-    ways[INDUCTOR] = torch.compile(reference_of(operator), dynamic=False)
-    return ways
+            found["paper"] = OPERATORS["paper_pre"].forward
+    found[INDUCTOR] = torch.compile(reference_of(operator), dynamic=False)
+    return found
 
 
-def _joined(pre: Way) -> Way:
+def _joined(pre: Implementation) -> Implementation:
     def boundary(*arguments: Any) -> tuple[Tensor, ...]:
         fresh = ops.post(*arguments[:4])
         return fresh, *many(pre(fresh, *arguments[4:]))
@@ -49,7 +52,7 @@ def _joined(pre: Way) -> Way:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One set of inputs of a way, its outputs, and their gradients."""
+    """One set of inputs of an implementation, its outputs, and their gradients."""
 
     leaves: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -60,19 +63,21 @@ class Prepared:
         return torch.autograd.grad(self.outputs, self.leaves, self.grads, retain_graph=True)
 
 
-def prepare(way: Way, tensors: Sequence[Tensor], constants: Sequence[Any], seed: int = 0) -> Prepared:
-    """Run a way on leaves that require gradients.
+def prepare(
+    implementation: Implementation, tensors: Sequence[Tensor], constants: Sequence[Any], seed: int = 0
+) -> Prepared:
+    """Run an implementation on leaves that require gradients.
 
     Args:
-        way: the function.
+        implementation: the function.
         tensors: its inputs, which stay as they are.
         constants: the rest of its arguments.
-        seed: of the outputs' gradients: the same for every way.
+        seed: of the outputs' gradients: the same for every implementation.
     """
     leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
     # Donated buffers of a compiled backward would forbid to run it a second time.
     with functorch_config.patch(donated_buffer=False):
-        outputs = many(way(*leaves, *constants))
+        outputs = many(implementation(*leaves, *constants))
     generator = torch.Generator(leaves[0].device).manual_seed(seed)
     grads = tuple(
         torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype).contiguous() for out in outputs
@@ -80,12 +85,12 @@ def prepare(way: Way, tensors: Sequence[Tensor], constants: Sequence[Any], seed:
     return Prepared(leaves, outputs, grads)
 
 
-def problems_of(way: Way, shape: Shape, device: str) -> list[str]:
-    """Return where a way's outputs and gradients err by more than plain PyTorch and one rounding."""
+def problems_of(implementation: Implementation, shape: Shape, device: str) -> list[str]:
+    """Return where an implementation's outputs and gradients err by more than plain PyTorch and one rounding."""
     few = shape.with_tokens(min(shape.tokens, _CHECKED_TOKENS))
     tensors, constants = make_inputs(few, device)
     plain = reference_of(shape.operator)
-    mine, theirs = prepare(way, tensors, constants), prepare(plain, tensors, constants)
+    mine, theirs = prepare(implementation, tensors, constants), prepare(plain, tensors, constants)
     wide = prepare(plain, [tensor.double() for tensor in tensors], constants)
     # Rounded as they are in the narrow dtype: the gradients handed in must be the same numbers.
     true = Prepared(wide.leaves, wide.outputs, tuple(grad.double() for grad in mine.grads))
