@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 from . import boundary, reference
-from .manifolds import MANIFOLDS
+from .manifolds import MANIFOLDS, MAX_STREAMS
 
-# What the kernels cover, and what the option `n_streams` allows.
-MAX_STREAMS = 8
 CHOICES = ("auto", "triton", "reference")
 
 _KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Project = Callable[["Tensor", int, float], "Tensor"]
 ProjectBackward = Callable[["Tensor", "Tensor", int, float], "Tensor"]
 
+# What the kernels cover, and what the option `n_streams` allows.
+MAX_STREAMS = 8
+
 # At 8 the product of 60 matrices softmaxed around the identity still keeps .94 on its diagonal;
 # at 4 it has collapsed to the mean of the streams.
 _REST_LOGIT = 8.0
@@ -44,7 +47,7 @@ class Manifold:
         project_backward: `(grad_res, logits, iters, eps) -> grad_logits`, the exact derivative of `project`.
         rest_bias: `n -> [n, n]` logits whose matrix is near the identity and has exact row sums of 1.
         gated: pre and post pass through sigmoids (mHC); otherwise they stay affine (hyper-connections).
-        exact_rows: with eps = 0, rows of res sum to 1 because `project` ends on a row normalisation, or is constant.
+        exact_rows: with eps = 0, rows of res sum to 1 because `project` ends on a row normalization, or is constant.
         mixes: False when res is the constant identity, which then needs no rows in phi.
         kernel_matrix: what the kernels make of the matrix's logits, a value of the constant MATRIX of
             `gpu/coefficients.py`; None if no kernel covers the manifold, and plain PyTorch runs it.
@@ -81,12 +84,12 @@ class Manifold:
 def sinkhorn_project(logits: Tensor, iters: int, eps: float) -> Tensor:
     """Project onto the doubly stochastic matrices by Sinkhorn-Knopp (arXiv 2512.24880, Eq. 9).
 
-    Columns (sums over `out`, dim -2) are normalised first and rows (sums over `in`, dim -1) last, so that rows
+    Columns (sums over `out`, dim -2) are normalized first and rows (sums over `in`, dim -1) last, so that rows
     sum to 1 exactly. `eps` is added to the first matrix and to every later sum, as DeepSeek-V4 does.
 
     Args:
         logits: [*, n, n], float32 or float64.
-        iters: column-then-row normalisations, at least 1.
+        iters: column-then-row normalizations, at least 1.
         eps: 0 for exact row sums.
 
     Returns:
@@ -97,9 +100,9 @@ def sinkhorn_project(logits: Tensor, iters: int, eps: float) -> Tensor:
 
 
 def _sinkhorn_trace(logits: Tensor, iters: int, eps: float) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
-    """Run Sinkhorn, keeping (normalised matrix, sums, dim) of every normalisation after the first column one.
+    """Run Sinkhorn, keeping (normalized matrix, sums, dim) of every normalization after the first column one.
 
-    With eps = 0 the first column and row normalisations stay in the log domain: exp would underflow a whole row
+    With eps = 0 the first column and row normalizations stay in the log domain: exp would underflow a whole row
     to 0/0 once logits differ by more than about 100. After these two every sum lies in [1/n², n], so the rest
     is safe in the linear domain.
     """
@@ -109,14 +112,14 @@ def _sinkhorn_trace(logits: Tensor, iters: int, eps: float) -> tuple[Tensor, lis
         matrix = columns.softmax(-1)
     else:
         matrix = columns.exp() + eps
-        matrix = _normalise(matrix, -1, eps, trace)
+        matrix = _normalize(matrix, -1, eps, trace)
     for _ in range(iters - 1):
-        matrix = _normalise(matrix, -2, eps, trace)
-        matrix = _normalise(matrix, -1, eps, trace)
+        matrix = _normalize(matrix, -2, eps, trace)
+        matrix = _normalize(matrix, -1, eps, trace)
     return matrix, trace
 
 
-def _normalise(matrix: Tensor, dim: int, eps: float, trace: list[tuple[Tensor, Tensor, int]]) -> Tensor:
+def _normalize(matrix: Tensor, dim: int, eps: float, trace: list[tuple[Tensor, Tensor, int]]) -> Tensor:
     sums = matrix.sum(dim, keepdim=True) + eps
     matrix = matrix / sums
     trace.append((matrix, sums, dim))
@@ -131,8 +134,8 @@ def sinkhorn_project_backward(grad_res: Tensor, logits: Tensor, iters: int, eps:
     """
     _, trace = _sinkhorn_trace(logits, iters, eps)
     grad = grad_res
-    for normalised, sums, dim in reversed(trace):
-        grad = (grad - (grad * normalised).sum(dim, keepdim=True)) / sums
+    for normalized, sums, dim in reversed(trace):
+        grad = (grad - (grad * normalized).sum(dim, keepdim=True)) / sums
     columns = logits.log_softmax(-2)
     probabilities = columns.exp()
     if eps == 0.0:

@@ -114,7 +114,7 @@ def _fake_post_pre(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *
     return (_like(streams), *_fake_pre(streams, *site))
 
 
-def _fake_head(streams: Tensor, *_: Any) -> Tensor:
+def _fake_head(streams: Tensor, *rest: Any) -> Tensor:
     *tokens, _, width = streams.shape
     return streams.new_empty(*tokens, width)
 
@@ -122,15 +122,15 @@ def _fake_head(streams: Tensor, *_: Any) -> Tensor:
 def _define(name: str, signature: Signature, fake: Callable[..., Outputs]) -> CustomOpDef:
     """Register one operator: it runs whatever `dispatch` chooses for its tensors."""
     count = len(signature.inputs)
+    # The first input that is no gradient: streams [*, n, C], or logits [*, n, n].
+    position = next(index for index, given in enumerate(signature.inputs) if not given.startswith("grad_"))
 
     def call(*arguments: Any) -> Outputs:
         tensors, constants = arguments[:count], arguments[count:]
-        n_streams = tensors[streams_at].shape[-2]
+        n_streams = tensors[position].shape[-2]
         result = run(name, tensors, n_streams, signature.manifold(constants), *constants)
         return result if isinstance(result, Tensor) else tuple(result)
 
-    # The first input that is no gradient: streams [*, n, C], or logits [*, n, n].
-    streams_at = next(index for index, given in enumerate(signature.inputs) if not given.startswith("grad_"))
     operator = torch.library.custom_op(f"mhc::{name}", call, mutates_args=(), schema=signature.schema)
     operator.register_fake(fake)
     return operator

@@ -13,7 +13,7 @@ import typer
 
 from .errors import MHCError
 from .kernels.costs.gpus import GPUS
-from .kernels.manifolds import MANIFOLDS
+from .kernels.manifolds import MANIFOLDS, MAX_STREAMS
 
 if TYPE_CHECKING:
     from .cli_models import Example
@@ -37,7 +37,7 @@ def _one_of(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}."
 
 
-_STREAMS = "Number of parallel residual streams, 1 to 8."
+_STREAMS = f"Number of parallel residual streams, 1 to {MAX_STREAMS}."
 _MANIFOLD = "Where the mixing matrices live: " + _one_of(f"{name} ({one.help})" for name, one in MANIFOLDS.items())
 _GPUS = _one_of(GPUS)
 _BACKENDS = "What compiles both runs: inductor or aot_eager."

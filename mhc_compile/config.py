@@ -10,8 +10,7 @@ from typing import Any
 
 from .errors import ConfigMismatchError, MHCOptionError
 from .kernels import fusions
-from .kernels.dispatch import MAX_STREAMS
-from .kernels.manifolds import MANIFOLDS
+from .kernels.manifolds import MANIFOLDS, MAX_STREAMS
 
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "learned")

@@ -50,27 +50,25 @@ class Traffic:
     Attributes:
         streams: elements a token, in the streams' dtype.
         coefficients: float32 values a token.
-        mapping: float32 values a call, of phi and its gradient.
+        phi: float32 values a call, of phi and its gradient.
     """
 
     streams: Expr
     coefficients: Expr = _ZERO
-    mapping: Expr = _ZERO
+    phi: Expr = _ZERO
 
     def __add__(self, other: Traffic) -> Traffic:
         """Return the traffic of both."""
-        return Traffic(
-            self.streams + other.streams, self.coefficients + other.coefficients, self.mapping + other.mapping
-        )
+        return Traffic(self.streams + other.streams, self.coefficients + other.coefficients, self.phi + other.phi)
 
     def __mul__(self, times: Any) -> Traffic:
         """Return the traffic of that many calls."""
-        return Traffic(self.streams * times, self.coefficients * times, self.mapping * times)
+        return Traffic(self.streams * times, self.coefficients * times, self.phi * times)
 
     @property
     def bytes(self) -> Expr:
         """Bytes of a call on `TOKENS` tokens."""
-        return TOKENS * (ELEMENT * self.streams + FLOAT * self.coefficients) + FLOAT * self.mapping
+        return TOKENS * (ELEMENT * self.streams + FLOAT * self.coefficients) + FLOAT * self.phi
 
 
 @dataclass(frozen=True)
@@ -277,7 +275,7 @@ def chain(fusion: str) -> Passes:
     """Return the cost of a whole chain of `SITES` sites, from the expansion to the mean.
 
     A chain whose sites are joined begins with a `pre` and ends with a `post`, which share streams with their
-    neighbours.
+    neighbors.
 
     Raises:
         KeyError: no such fusion choice.

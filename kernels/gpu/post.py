@@ -59,7 +59,7 @@ def post_forward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ) -> None:
-    """Mix a tile of tokens and channels; neighbouring programs share tokens."""
+    """Mix a tile of tokens and channels; neighboring programs share tokens."""
     blocks = (width + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     token = (tl.program_id(0) // blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = (tl.program_id(0) % blocks) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)

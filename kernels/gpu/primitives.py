@@ -124,7 +124,7 @@ def _nonzero(sums: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr) -> tuple:
-    """First column and row normalisation, in the log domain where eps = 0.
+    """First column and row normalization, in the log domain where eps = 0.
 
     Returns the column softmax, the matrix and its row sums, all zero in the padding.
     """
@@ -144,7 +144,7 @@ def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS
 
 @triton.jit
 def _sinkhorn_step(matrix: tl.tensor, eps: tl.tensor, active: tl.tensor) -> tuple:
-    """One column, then one row normalisation, and their sums; changes nothing unless `active`."""
+    """One column, then one row normalization, and their sums; changes nothing unless `active`."""
     column_sums = tl.where(active, _nonzero(total(matrix, 1) + eps), 1.0)
     matrix = matrix / column_sums[:, None, :]
     row_sums = tl.where(active, _nonzero(total(matrix, 2) + eps), 1.0)

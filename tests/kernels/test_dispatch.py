@@ -18,21 +18,12 @@ from mhc_compile import functional
 from tests.kernels.problems import OPERATORS, Problem, inputs, many, output_grads
 
 
-def _opcheck(operator, problem, device):
-    tensors, constants = inputs(operator, problem, device)
-    leaves = tuple(tensor.requires_grad_() for tensor in tensors)
-    torch.library.opcheck(ops.OPERATORS[operator].forward, (*leaves, *constants))
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_opcheck(operator, device):
-    _opcheck(operator, Problem(3, 3, 8), device)
-
-
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_opcheck_of_the_kernels(operator, device):
-    _opcheck(operator, Problem(3, 3, 8), device)
+    tensors, constants = inputs(operator, Problem(3, 3, 8), device)
+    leaves = tuple(tensor.requires_grad_() for tensor in tensors)
+    torch.library.opcheck(ops.OPERATORS[operator].forward, (*leaves, *constants))
 
 
 def test_every_operator_is_in_the_table():

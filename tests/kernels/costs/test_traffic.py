@@ -50,7 +50,7 @@ def test_traffic_of_a_site_at_four_streams():
     backward = {fusion: rows(passes.backward.least) for fusion, passes in traffic.PER_SITE.items()}
     assert backward == {"inductor": 59, "paper": 35, "site": 35, "boundary": 15}
     least = traffic.PER_SITE["boundary"].backward.least
-    assert traffic.evaluate(least.mapping, n_streams=4, width=WIDTH) == 2 * 24 * 4 * WIDTH
+    assert traffic.evaluate(least.phi, n_streams=4, width=WIDTH) == 2 * 24 * 4 * WIDTH
 
 
 @pytest.mark.parametrize("tokens", [64, 1024, MANY])

@@ -13,45 +13,45 @@ from mhc_compile.kernels import anchored, boundary
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.ops import OPERATORS
 
-from tests.kernels.problems import Problem, check_backward, check_forward, double, inputs, many, output_grads
+from tests.kernels.problems import Problem, check, double, inputs, many, output_grads
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TAKES_LAYOUT = ("pre", "paper_pre", "post_pre", "head")
 STREAMS = (1, 2, 3, 4, 5, 8)
 
 
-def check(operator, problem, device):
-    problem = replace(problem, anchored=True)
-    check_forward(operator, problem, device)
-    check_backward(operator, problem, device)
+def check_anchored(operator, problem, device):
+    check(operator, replace(problem, anchored=True), device)
 
 
 @pytest.mark.parametrize("operator", TAKES_LAYOUT)
-@pytest.mark.parametrize("tokens", [1, 3, 65])
+@pytest.mark.parametrize("tokens", [1, 65])
 @pytest.mark.parametrize("n", STREAMS)
 def test_as_good_as_plain_pytorch(n, tokens, operator, device):
     # Every launch meets every dtype: the split one, the fused one, and one stream a program from 5 on.
-    dtype = DTYPES[(n + tokens) % 3]
-    check(operator, Problem(tokens, n, 40, dtype), device)
+    dtype = DTYPES[(n // 4 + n + tokens) % 3]
+    check_anchored(operator, Problem(tokens, n, 40, dtype), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", TAKES_LAYOUT)
 def test_every_dtype_at_four_streams(operator, dtype, device):
-    check(operator, Problem(70, 4, 48, dtype), device)
+    check_anchored(operator, Problem(70, 4, 48, dtype), device)
 
 
-@pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity"])
-@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-2])
+# Sinkhorn without epsilon is what the tests above run.
+@pytest.mark.parametrize(("manifold", "eps"), [
+    ("sinkhorn", 1e-2), ("none", 0.0), ("none", 1e-2), ("identity", 0.0), ("identity", 1e-2),
+])  # fmt: skip
 @pytest.mark.parametrize("operator", ["pre", "paper_pre", "post_pre"])
-def test_manifolds_and_epsilon(operator, eps, manifold, device):
+def test_manifolds_and_epsilon(operator, manifold, eps, device):
     for tokens, n in ((3, 4), (66, 3), (2, 6)):
-        check(operator, Problem(tokens, n, 24, manifold=manifold, eps=eps), device)
+        check_anchored(operator, Problem(tokens, n, 24, manifold=manifold, eps=eps), device)
 
 
 @pytest.mark.parametrize("tokens", [2, 65])
 def test_head_with_epsilon(tokens, device):
-    check("head", Problem(tokens, 4, 24, eps=1e-2), device)
+    check_anchored("head", Problem(tokens, 4, 24, eps=1e-2), device)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -65,7 +65,9 @@ def test_head_with_epsilon(tokens, device):
 )
 def test_any_shape(tokens, n, width, dtype, operator, manifold):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(operator, Problem(tokens, n, width, dtype, "sinkhorn" if operator == "head" else manifold, 3), device)
+    check_anchored(
+        operator, Problem(tokens, n, width, dtype, "sinkhorn" if operator == "head" else manifold, 3), device
+    )
 
 
 @pytest.mark.parametrize("operator", TAKES_LAYOUT)
@@ -131,10 +133,13 @@ def _preserving(operator, problem, device):
     return (stored, *rest, torch.zeros_like(phi), scale, bias), constants
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# 1 and 2 streams take the launches of 4, which meet every dtype.
 @pytest.mark.parametrize("tokens", [3, 66])
-@pytest.mark.parametrize(("operator", "n"), [
-    ("pre", 1), ("pre", 2), ("pre", 4), ("pre", 5), ("paper_pre", 4), ("head", 4), ("post_pre", 4), ("post_pre", 5),
+@pytest.mark.parametrize(("operator", "n", "dtype"), [
+    ("pre", 1, torch.bfloat16), ("pre", 2, torch.bfloat16),
+    *((operator, n, dtype) for operator, n in (
+        ("pre", 4), ("pre", 5), ("paper_pre", 4), ("head", 4), ("post_pre", 4), ("post_pre", 5),
+    ) for dtype in DTYPES),
 ])  # fmt: skip
 def test_equal_streams_pass_unchanged_bit_for_bit(operator, n, tokens, dtype, device):
     # What the layout is for: neither the forward nor the gradient of the identity path rounds.

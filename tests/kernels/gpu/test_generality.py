@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 
-from tests.kernels.problems import OPERATORS, Problem, check_backward, check_forward, inputs, many, output_grads
+from tests.kernels.problems import OPERATORS, Problem, check, inputs, many, output_grads
 
 
 @pytest.mark.parametrize(("width", "operator"), [
@@ -16,22 +16,19 @@ from tests.kernels.problems import OPERATORS, Problem, check_backward, check_for
 ])  # fmt: skip
 def test_widths(width, operator, device):
     problem = Problem(1, 2, width, torch.bfloat16)
-    check_forward(operator, problem, device)
-    check_backward(operator, problem, device)
+    check(operator, problem, device)
 
 
 @pytest.mark.parametrize("tokens", [1, 127])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_token_counts(operator, tokens, device):
-    check_forward(operator, Problem(tokens, 3, 20), device)
-    check_backward(operator, Problem(tokens, 3, 20), device)
+    check(operator, Problem(tokens, 3, 20), device)
 
 
 @pytest.mark.parametrize("operator", ["sinkhorn", "post", "post_pre"])
 def test_many_tokens(operator, device):
     problem = Problem(1025 if operator == "post_pre" else 8192, 2, 8, iters=4)
-    check_forward(operator, problem, device)
-    check_backward(operator, problem, device)
+    check(operator, problem, device)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -58,8 +55,7 @@ def test_no_tokens(operator, device):
 def test_any_shape(tokens, n, width, dtype, operator, manifold, iters):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = Problem(tokens, n, width, dtype, "sinkhorn" if operator == "head" else manifold, iters)
-    check_forward(operator, problem, device)
-    check_backward(operator, problem, device)
+    check(operator, problem, device)
 
 
 def _scattered(tensor):

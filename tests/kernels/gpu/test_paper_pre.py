@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mhc_compile.kernels.dispatch import kernel_of
+from mhc_compile.kernels.dispatch import kernel_of, reference_of
 from mhc_compile.kernels.fusions import KERNELS
 from mhc_compile.kernels.gpu.launch import recording
 from mhc_compile.kernels.ops import OPERATORS
@@ -26,6 +26,12 @@ def test_same_results_as_the_fused_operator(tokens, n, dtype, device):
         assert torch.allclose(ours, theirs, rtol=torch.finfo(dtype).eps, atol=2e-6)
     ours, theirs = (torch.autograd.grad(outputs, leaves, grads) for outputs in (split, fused))
     assert all(torch.equal(mine, yours) for mine, yours in zip(ours, theirs, strict=True))
+
+
+def test_its_backward_is_that_of_pre():
+    assert kernel_of("paper_pre_backward") is kernel_of("pre_backward")
+    assert reference_of("paper_pre_backward") is reference_of("pre_backward")
+    assert OPERATORS["paper_pre"].backward is OPERATORS["pre"].backward
 
 
 @pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity"])
