@@ -1,7 +1,7 @@
 """Which implementation a call takes: the Triton kernels or plain PyTorch.
 
 On a CUDA or ROCm device the kernels, on a CPU the reference. The reference also takes what the kernels do not
-cover: float64, more than 8 streams, manifolds without a kernel. Triton is imported on the first call that
+cover: float64, more than 8 streams, manifolds that others register. Triton is imported on the first call that
 uses it, so that the operators work without it.
 
 The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference`
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import boundary, reference
-from .manifolds import MANIFOLDS, MAX_STREAMS
+from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
 
 CHOICES = ("auto", "triton", "reference")
 
@@ -57,12 +57,13 @@ def have_triton() -> bool:
 
 def covered(tensors: tuple[Tensor, ...], n_streams: int, manifold: str) -> bool:
     """Whether the kernels cover these dtypes, this number of streams and this manifold."""
-    family = MANIFOLDS.get(manifold)
     return (
         1 <= n_streams <= MAX_STREAMS
         and all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
-        and family is not None
-        and family.kernel_matrix is not None
+        and manifold in MANIFOLDS
+        # A copy with another `project` names a kernel that does not compute it.
+        and is_built_in(manifold)
+        and MANIFOLDS[manifold].kernel_matrix is not None
     )
 
 

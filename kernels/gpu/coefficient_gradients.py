@@ -157,10 +157,9 @@ def coefficient_gradients(
     """Differentiate a site's coefficients, given the partial projections of its streams.
 
     Args:
-        sums: [splits, tokens, Q·N], squares [splits, tokens] and grad_pre [splits, tokens, n] as from
-            `partial_projections`.
-        squares: see `sums`.
-        grad_pre: see `sums`.
+        sums: [splits, tokens, Q·N], from `partial_projections`.
+        squares: [splits, tokens], from `partial_projections`.
+        grad_pre: [splits, tokens, n], from `partial_projections`.
         grad_post: [tokens, n]; not read for a head.
         grad_res: [tokens, n, n]; read only where streams mix.
         scale: [3], [2], or [1] for a head.

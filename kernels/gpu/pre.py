@@ -239,13 +239,13 @@ def finish(
 
     Args:
         streams: [tokens, n, C].
-        sums: [splits, tokens, Q·N], squares [splits, tokens], as from `partial_projections`.
-        squares: see `sums`.
+        sums: [splits, tokens, Q·N], from `partial_projections`.
+        squares: [splits, tokens], from `partial_projections`.
         scale: [3], [2], or [1] for a head.
         bias: [rows].
-        layer_input: [tokens, C], written.
-        post: [tokens, n], written, but for a head.
-        res: [tokens, n, n], written, but for a head.
+        layer_input: [tokens, C], to write.
+        post: [tokens, n], to write; a head leaves it.
+        res: [tokens, n, n], to write; a head leaves it.
         iters: Sinkhorn iterations.
         norm_eps: as in `reference.pre`.
         eps: as in `reference.pre`.
