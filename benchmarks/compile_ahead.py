@@ -27,7 +27,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from mhc_compile.kernels import head, launch, paper_pre, post, post_pre, pre, sinkhorn
+from mhc_compile.kernels.gpu import head, launch, paper_pre, post, post_pre, pre, sinkhorn
 from mhc_compile.kernels.manifolds import MANIFOLDS
 from rich.console import Console
 from rich.table import Table

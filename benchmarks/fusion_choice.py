@@ -1,9 +1,9 @@
 """Measure one site in each choice of `fusion="auto"`, and write the table that it reads.
 
-    python -m benchmarks.fusion_choice --out kernels/fusion_times.json
+    python -m benchmarks.fusion_choice --out kernels/costs/fusion_times.json
 
-The rows go into the package (`kernels/fusion_times.json`) once a GPU has written them. Operators only: the launches
-of a compiled model come in the same order, with branches between them.
+The rows go into the package (`kernels/costs/fusion_times.json`) once a GPU has written them. Operators only: the
+launches of a compiled model come in the same order, with branches between them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mhc_compile.kernels.fusion_choice import CANDIDATES
-from mhc_compile.kernels.gpus import gpu_of_device
+from mhc_compile.kernels.costs.fusion_choice import CANDIDATES
+from mhc_compile.kernels.costs.gpus import gpu_of_device
 from mhc_compile.kernels.ops import OPERATORS
 
 from .problems import Shape, make_inputs, many
@@ -81,7 +81,7 @@ def main() -> int:
         parser.error("this PyTorch sees no CUDA device")
     gpu = gpu_of_device(torch.cuda.get_device_name())
     if gpu is None:
-        parser.error(f"{torch.cuda.get_device_name()} is not in kernels/gpus.py: add a row for it first")
+        parser.error(f"{torch.cuda.get_device_name()} is not in kernels/costs/gpus.py: add a row for it first")
     rows = [
         measure_row(Shape("post_pre", tokens, n, width, torch.bfloat16), "cuda", gpu.name, training, arguments.repeats)
         for n in arguments.streams

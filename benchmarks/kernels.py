@@ -20,11 +20,11 @@ from mhc_compile.kernels import dispatch
 from mhc_compile.kernels.ops import OPERATORS
 
 from . import kernels_report
+from .implementations import INDUCTOR, Implementation, implementations_of, prepare, problems_of
 from .problems import Shape, check, make_inputs, shapes_to_check
 from .record import Benchmark, Options, Record, in_time, run_as_script
 from .terminal import say, track
 from .timing import copies_to_rotate, copy_bandwidth, graph_seconds, median_seconds
-from .ways import INDUCTOR, Way, prepare, problems_of, ways_of
 
 # Shares of the time after which checks end: of the most used number of streams and dtype, and of all others.
 _ESSENTIAL_SHARE = 0.6
@@ -82,14 +82,14 @@ def check_all(options: Options, record: Record) -> set[str]:
     return failed
 
 
-def measure(way: Way, shape: Shape, options: Options, repeats: int) -> dict[str, Any]:
+def measure(implementation: Implementation, shape: Shape, options: Options, repeats: int) -> dict[str, Any]:
     """Return median seconds of the forward and of the backward, on inputs that rotate."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in make_inputs(shape, options.device)[0])
     sets = []
     for seed in range(copies_to_rotate(size, options.device)):
         tensors, constants = make_inputs(shape, options.device, seed)
-        sets.append(prepare(way, tensors, constants, seed))
-    forwards = [_forward(way, one.leaves, constants) for one in sets]
+        sets.append(prepare(implementation, tensors, constants, seed))
+    forwards = [_forward(implementation, one.leaves, constants) for one in sets]
     row: dict[str, Any] = {
         "copies": len(sets),
         "forward_seconds": median_seconds(forwards, options.device, repeats),
@@ -100,13 +100,15 @@ def measure(way: Way, shape: Shape, options: Options, repeats: int) -> dict[str,
     return row
 
 
-def _forward(way: Way, leaves: tuple[torch.Tensor, ...], constants: tuple[Any, ...]) -> Callable[[], Any]:
-    return lambda: way(*leaves, *constants)
+def _forward(
+    implementation: Implementation, leaves: tuple[torch.Tensor, ...], constants: tuple[Any, ...]
+) -> Callable[[], Any]:
+    return lambda: implementation(*leaves, *constants)
 
 
 def measure_shape(shape: Shape, options: Options, record: Record, bandwidth: float, repeats: int) -> None:
     """Add a row for each way to compute an operator; one that fails its check is not timed."""
-    for name, way in ways_of(shape.operator).items():
+    for name, implementation in implementations_of(shape.operator).items():
         where = f"{shape}, {name}"
         # Inductor's unrolled Sinkhorn takes long to compile on a CPU.
         if options.quick and options.device == "cpu" and name == INDUCTOR and shape.operator != "post":
@@ -114,11 +116,11 @@ def measure_shape(shape: Shape, options: Options, record: Record, bandwidth: flo
         if not in_time(options, record, where, needs=5.0):
             continue
         try:
-            problems = problems_of(way, shape, options.device)
+            problems = problems_of(implementation, shape, options.device)
             if problems:
                 record.fail(where, "; ".join(problems))
                 continue
-            row = measure(way, shape, options, repeats)
+            row = measure(implementation, shape, options, repeats)
         except torch.OutOfMemoryError:
             record.skip(where, "out of device memory")
             continue
@@ -129,7 +131,7 @@ def measure_shape(shape: Shape, options: Options, record: Record, bandwidth: flo
             rate = shape.traffic(bool(backward)) / row[f"{direction}_seconds"]
             row[f"{direction}_bytes_per_second"] = rate
             row[f"{direction}_share_of_copy"] = rate / bandwidth
-        record.add(**shape.to_dict(), way=name, **row)
+        record.add(**shape.to_dict(), implementation=name, **row)
 
 
 def run(options: Options, record: Record) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .figures import Panel, bars
+from .implementations import INDUCTOR
 from .terminal import Table, microseconds
-from .ways import INDUCTOR
 
 Row = dict[str, Any]
 TRITON = "Triton kernels"
@@ -15,14 +15,14 @@ _SHAPE = ("operator", "tokens", "n", "width", "dtype")
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Return one table of all shapes and ways."""
+    """Return one table of all shapes and implementations."""
     if not result["rows"]:
         return []
     facts = result["facts"]
     cells: list[tuple[str, ...]] = []
     best = set()
     for group in _groups(result["rows"]):
-        inductor = next((row for row in group if row["way"] == INDUCTOR), None)
+        inductor = next((row for row in group if row["implementation"] == INDUCTOR), None)
         for row in group:
             if len(group) > 1 and row is min(group, key=total):
                 best.add(len(cells))
@@ -42,7 +42,19 @@ def tables(result: dict[str, Any]) -> list[Table]:
     table = Table(
         f"Time, and share of the copy bandwidth ({facts['copy_bytes_per_second'] / 1e9:.0f} GB/s) by least traffic"
         f"{', CPU' if cpu else ''}",
-        ("operator", "way", "tokens", "n", "C", "dtype", "forward", "share", "backward", "share", "to Inductor"),
+        (
+            "operator",
+            "implementation",
+            "tokens",
+            "n",
+            "C",
+            "dtype",
+            "forward",
+            "share",
+            "backward",
+            "share",
+            "to Inductor",
+        ),
         tuple(cells),
         # Plain PyTorch under three names has no best.
         frozenset(best) if facts["implementation"] == TRITON else frozenset(),
@@ -65,7 +77,7 @@ def _cells(row: Row, inductor: Row | None) -> tuple[str, ...]:
     in_graph = row.get("graph_forward_seconds")
     return (
         row["operator"],
-        row["way"],
+        row["implementation"],
         *(str(row[name]) for name in ("tokens", "n", "width", "dtype")),
         microseconds(row["forward_seconds"]) + (f" ({microseconds(in_graph)})" if in_graph else ""),
         f"{row['forward_share_of_copy']:.0%}",
@@ -76,20 +88,20 @@ def _cells(row: Row, inductor: Row | None) -> tuple[str, ...]:
 
 
 def figures(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
-    """Draw the share of the limit of every way, for each operator at the first shape that was measured."""
+    """Draw the share of the limit of every implementation, for each operator at the first shape that was measured."""
     groups: dict[str, list[Row]] = {}
     for group in _groups(result["rows"]):
         groups.setdefault(group[0]["operator"], group)
     if not groups:
         return []
     passes = ("forward", "backward")
-    labels = [f"{operator}\n{way}" for operator in groups for way in passes]
+    labels = [f"{operator}\n{one}" for operator in groups for one in passes]
     values: dict[str, list[float | None]] = {}
-    for way in dict.fromkeys(row["way"] for group in groups.values() for row in group):
-        values[way] = []
+    for name in dict.fromkeys(row["implementation"] for group in groups.values() for row in group):
+        values[name] = []
         for group in groups.values():
-            row = next((row for row in group if row["way"] == way), None)
-            values[way] += [row[f"{direction}_share_of_copy"] if row else None for direction in passes]
+            row = next((row for row in group if row["implementation"] == name), None)
+            values[name] += [row[f"{direction}_share_of_copy"] if row else None for direction in passes]
     first = next(iter(groups.values()))[0]
     cpu = ", CPU" if result["environment"]["device"] == "cpu" else ""
     title = f"{first['tokens']} tokens, n={first['n']}, C={first['width']}, {first['dtype']}{cpu}"

@@ -18,12 +18,12 @@ from mhc_compile.kernels.dispatch import reference_of
 
 from .adapters import ADAPTERS, Adapter
 from .figures import Panel, bars
+from .implementations import implementations_of, prepare
 from .kernels_report import total
 from .problems import Shape, make_inputs
 from .record import Benchmark, Options, Record, in_time, run_as_script
 from .terminal import Table, microseconds, say, track
 from .timing import copies_to_rotate, copy_bandwidth, median_seconds
-from .ways import prepare, ways_of
 
 # Other packages round phi to bf16 or the projection to TF32: 3 digits. A transposed matrix is off by a whole one.
 _TOLERANCE = 0.03
@@ -108,7 +108,9 @@ def compare(shape: Shape, adapter: Adapter, options: Options, record: Record, ba
         # Another package's error is news about that package, and no failure of this one.
         record.skip(where, f"{type(problem).__name__}: {(str(problem).strip() or '-').splitlines()[0]}")
         return
-    record.add(**shape.to_dict(), way=adapter.name, error=error, **seconds, **_shares(shape, seconds, bandwidth))
+    record.add(
+        **shape.to_dict(), implementation=adapter.name, error=error, **seconds, **_shares(shape, seconds, bandwidth)
+    )
 
 
 def _shares(shape: Shape, seconds: dict[str, float], bandwidth: float) -> dict[str, float]:
@@ -131,11 +133,11 @@ def run(options: Options, record: Record) -> None:
     present = [adapter for adapter in wanted if adapter.installed]
     for shape in track(shapes_for(options), "peers"):
         if cuda and present:
-            ours = next(iter(ways_of(shape.operator).items()))
+            ours = next(iter(implementations_of(shape.operator).items()))
             if in_time(options, record, f"ours, {shape}"):
                 seconds = measure(ours[1], lambda seed, one=shape: make_inputs(one, "cuda", seed), options, repeats)
                 shares = _shares(shape, seconds, bandwidth)
-                record.add(**shape.to_dict(), way=f"ours ({ours[0]})", **seconds, **shares)
+                record.add(**shape.to_dict(), implementation=f"ours ({ours[0]})", **seconds, **shares)
         for adapter in wanted:
             if shape.operator in adapter.operators:
                 compare(shape, adapter, options, record, bandwidth, repeats)
@@ -151,7 +153,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         same = [other for other in rows if _shape(other) == _shape(row) and "forward_seconds" in other]
         if row in same and len(same) > 1 and row is min(same, key=total):
             best.add(index)
-        ours = next((other for other in same if other["way"].startswith("ours")), None)
+        ours = next((other for other in same if other["implementation"].startswith("ours")), None)
         cells.append(_cells(row, ours))
     timed = any("forward_seconds" in row for row in rows)
     table = Table(
@@ -176,7 +178,7 @@ def _cells(row: dict[str, Any], ours: dict[str, Any] | None) -> tuple[str, ...]:
     for way in ("forward", "backward"):
         times += [microseconds(row[f"{way}_seconds"]), f"{row[f'{way}_share_of_copy']:.0%}"] if timed else ["–", "–"]
     error = row.get("error")
-    names = (row["operator"], row["way"], str(row["tokens"]), str(row["width"]), row["dtype"])
+    names = (row["operator"], row["implementation"], str(row["tokens"]), str(row["width"]), row["dtype"])
     ratio = f"{total(row) / total(ours):.2f}" if timed and ours else "–"
     return (*names, "–" if error is None else f"{error:.1e}", *times, ratio)
 
@@ -190,10 +192,10 @@ def figures(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
         return []
     operators = list(dict.fromkeys(row["operator"] for row in rows))
     values: dict[str, list[float | None]] = {}
-    for way in dict.fromkeys(row["way"].partition(" ")[0] for row in rows):
-        named = {row["operator"]: row for row in rows if row["way"].partition(" ")[0] == way}
-        ours = {row["operator"]: row for row in rows if row["way"].startswith("ours")}
-        values[way] = [total(named[name]) / total(ours[name]) if name in named else None for name in operators]
+    for peer in dict.fromkeys(row["implementation"].partition(" ")[0] for row in rows):
+        named = {row["operator"]: row for row in rows if row["implementation"].partition(" ")[0] == peer}
+        ours = {row["operator"]: row for row in rows if row["implementation"].startswith("ours")}
+        values[peer] = [total(named[name]) / total(ours[name]) if name in named else None for name in operators]
     panel = Panel("time relative to ours", "", "ratio", line=(1.0, "ours"))
     path = bars(folder / "peers.png", panel, operators, values)
     return [(path, "Forward and backward together, relative to ours; lower is faster.")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from mhc_compile.kernels import cost
+from mhc_compile.kernels.costs import traffic
 from mhc_compile.kernels.dispatch import reference_of
 from mhc_compile.kernels.ops import OPERATORS
 from torch import Tensor
@@ -36,10 +36,10 @@ class Shape:
 
     def traffic(self, backward: bool) -> int:
         """Least bytes between the device's memory and its processors: each input and output once."""
-        passes = cost.OPERATORS[self.operator]
+        passes = traffic.OPERATORS[self.operator]
         least = (passes.backward if backward else passes.forward).least
         sizes = {"tokens": self.tokens, "n_streams": self.n, "width": self.width}
-        return int(cost.evaluate(least.bytes, **sizes, element_size=self.dtype.itemsize))
+        return int(traffic.evaluate(least.bytes, **sizes, element_size=self.dtype.itemsize))
 
     def with_tokens(self, tokens: int) -> Shape:
         """Return the same problem with another number of tokens."""

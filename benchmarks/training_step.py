@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from mhc_compile.kernels import fusions
 from torch import Tensor, nn
 
 from mhc_compile import MHCConfig
@@ -31,7 +32,7 @@ from .terminal import say, track
 from .timing import synchronize
 
 # In order of importance: a run that is stopped early has compared what decides the choice.
-FUSIONS = ("boundary", "site", "paper", "inductor")
+FUSIONS = tuple(reversed(fusions.FUSIONS))
 RECOMPUTES: tuple[str | int, ...] = ("auto", "none", 4)
 
 
@@ -98,12 +99,12 @@ def plan_for(options: Options) -> Plan:
 def cases(options: Options) -> list[Case]:
     """Return every fusion and recomputation that is wanted, the most important first."""
     if options.quick:
-        ways = [Case("boundary", "auto"), Case("site", "none")]
+        found = [Case("boundary", "auto"), Case("site", "none")]
     else:
         # The best of both lists first, then what is one step from it: a run that is stopped has compared in both.
         ranked = [(rank, Case(fusion, way)) for rank, fusion in enumerate(FUSIONS) for way in RECOMPUTES]
-        ways = [case for rank, case in sorted(ranked, key=lambda one: one[0] + RECOMPUTES.index(one[1].recompute))]
-    return [case for case in ways if options.wants(case.name)]
+        found = [case for rank, case in sorted(ranked, key=lambda one: one[0] + RECOMPUTES.index(one[1].recompute))]
+    return [case for case in found if options.wants(case.name)]
 
 
 def unsupported(case: Case) -> str | None:
@@ -252,10 +253,10 @@ def _add(record: Record, case: Case, setting: Setting, plan: Plan, measured: Mea
 
 def measure_depth(plan: Plan, options: Options, record: Record) -> None:
     """Count saved bytes against depth, without generating code: what is saved is decided before that."""
-    ways: list[Case] = [BASELINE, *(Case("site", recompute) for recompute in RECOMPUTES)]
+    compared: list[Case] = [BASELINE, *(Case("site", recompute) for recompute in RECOMPUTES)]
     if not options.wants("depth"):
         return
-    counted = [(layers, case) for layers in plan.layers for case in ways if unsupported(case) is None]
+    counted = [(layers, case) for layers in plan.layers for case in compared if unsupported(case) is None]
     for layers, case in track(counted, "saved bytes against depth"):
         setting = replace(plan.depth, layers=layers)
         where = f"saved bytes, {case.name}, {layers} layers"

@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from mhc_compile.kernels import mapping, partials, post, post_pre, pre, sinkhorn, slopes
 from mhc_compile.kernels.dispatch import choosing, kernel_of
+from mhc_compile.kernels.gpu import coefficient_gradients, post, post_pre, pre, projection, sinkhorn, stream_gradients
 
 from .problems import Shape, make_inputs, many
 from .terminal import track
@@ -29,21 +29,21 @@ HEURISTICS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
     "sinkhorn_backward": ((sinkhorn, "backward_config"),),
     "post": ((post, "forward_config"),),
     "post_backward": ((post, "backward_config"),),
-    "pre": ((pre, "forward_config"), (partials, "partials_config")),
-    "head": ((pre, "forward_config"), (partials, "partials_config")),
-    "post_pre": ((post_pre, "forward_config"), (partials, "partials_config")),
+    "pre": ((pre, "forward_config"), (projection, "partial_projections_config")),
+    "head": ((pre, "forward_config"), (projection, "partial_projections_config")),
+    "post_pre": ((post_pre, "forward_config"), (projection, "partial_projections_config")),
     **{
         f"{name}_backward": (
-            (partials, "partials_config"),
-            (slopes, "slopes_config"),
-            (mapping, "streams_config"),
+            (projection, "partial_projections_config"),
+            (coefficient_gradients, "coefficient_gradients_config"),
+            (stream_gradients, "stream_gradients_config"),
         )
         for name in ("pre", "head")
     },
     "post_pre_backward": (
-        (partials, "partials_config"),
-        (slopes, "slopes_config"),
-        (mapping, "streams_config"),
+        (projection, "partial_projections_config"),
+        (coefficient_gradients, "coefficient_gradients_config"),
+        (stream_gradients, "stream_gradients_config"),
         (post_pre, "backward_config"),
     ),
 }

@@ -79,7 +79,7 @@ def mixing(res: Tensor, exact_rows: bool) -> Tensor:
 def mixing_backward(grad_mix: Tensor, exact_rows: bool) -> Tensor:
     """Return the gradient of `res` [*, n, n] from that of T res T⁻¹.
 
-    With `exact_rows` column 0 gets zeros: a row normalisation before it takes the same gradient from any two that
+    With `exact_rows` column 0 gets zeros: a row normalization before it takes the same gradient from any two that
     differ by a constant along a row.
     """
     first, others = grad_mix[..., :1, :], grad_mix[..., 1:, :]

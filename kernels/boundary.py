@@ -1,6 +1,6 @@
-"""`post_pre` in plain PyTorch.
+"""`post_pre` in plain PyTorch: a site's `post`, then the next site's `pre`, each as the reference defines it.
 
-A site's `post`, then the next site's `pre`, each as the reference defines it.
+A file of its own because its arguments post and res would hide the functions of `reference`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,24 @@ def post_pre(
     manifold: str = "sinkhorn",
     anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] of the next site.
+    """Run a site's `post`, then the next site's `pre`.
 
-    All are anchored where the streams given are.
+    Args:
+        streams: [*, n, C].
+        branch: [*, C], any floating dtype.
+        post: [*, n] of the site.
+        res: [*, n, n] of the site.
+        phi: [rows, n·C] of the next site, as its scale and bias and all that follow; see `pre`.
+        scale: [3], or [2] for a manifold that does not mix.
+        bias: [rows].
+        iters: Sinkhorn iterations.
+        norm_eps: as in `pre`.
+        eps: as in `pre`.
+        manifold: a name of `MANIFOLDS`.
+        anchored: the streams given are anchored, and so is all that is returned.
+
+    Returns:
+        the new streams [*, n, C]; layer_input [*, C], post [*, n] and res [*, n, n] of the next site.
     """
     fresh = reference.post(streams, branch, post, res)
     return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold, anchored))

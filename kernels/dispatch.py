@@ -23,13 +23,11 @@ import torch
 from torch import Tensor
 
 from . import boundary, reference
-from .manifolds import MANIFOLDS
+from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
 
-MAX_STREAMS = 8
 CHOICES = ("auto", "triton", "reference")
 
 _KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
-_BUILT_IN = {name: MANIFOLDS[name] for name in ("sinkhorn", "none", "identity")}
 _chosen: str | None = None
 
 
@@ -59,13 +57,13 @@ def have_triton() -> bool:
 
 def covered(tensors: tuple[Tensor, ...], n_streams: int, manifold: str) -> bool:
     """Whether the kernels cover these dtypes, this number of streams and this manifold."""
-    # A re-registered name is another manifold.
-    family = _BUILT_IN.get(manifold)
     return (
         1 <= n_streams <= MAX_STREAMS
         and all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
-        and family is not None
-        and MANIFOLDS.get(manifold) is family
+        and manifold in MANIFOLDS
+        # A copy with another `project` names a kernel that does not compute it.
+        and is_built_in(manifold)
+        and MANIFOLDS[manifold].kernel_matrix is not None
     )
 
 
@@ -99,5 +97,5 @@ def reference_of(name: str) -> Callable[..., Any]:
 
 def kernel_of(name: str) -> Callable[..., Any]:
     """Return the Triton implementation of an operator or its backward."""
-    module = importlib.import_module(f".{name.removesuffix('_backward')}", __package__)
+    module = importlib.import_module(f".gpu.{name.removesuffix('_backward')}", __package__)
     return getattr(module, name)

@@ -1,8 +1,11 @@
 """Registration of the operators with PyTorch: schema, fake, autograd, dispatch.
 
-Every operator is opaque to Inductor, so that compile time does not grow with the number of Sinkhorn
-iterations, and so is its backward. `OPERATORS` is the one table that lists them; tests walk it. `dispatch`
-chooses between the Triton kernels and plain PyTorch.
+`OPERATORS` is the one table. A row says what an operator takes and returns, and what its outputs look like; schemas,
+the backward operator and autograd follow from it. `dispatch` finds the plain PyTorch and the Triton kernel of an
+operator by its name.
+
+Every operator is opaque to Inductor, so that compile time does not grow with the number of Sinkhorn iterations, and so
+is its backward.
 
 An operator saves nothing but its inputs for the backward and recomputes its coefficients there.
 
@@ -25,11 +28,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from . import boundary, reference
-from .dispatch import run
+from .dispatch import reference_of, run
 from .manifolds import MANIFOLDS
 from .reference import accumulation_dtype
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What an operator takes and returns; its backward's signature follows.
+
+    Attributes:
+        inputs: names of the tensors it takes, all differentiable, which its backward returns the gradients of.
+        constants: the arguments after them, as in a schema.
+        outputs: names of the tensors it returns.
+    """
+
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def schema(self) -> str:
+        """The schema without a name, such as `(Tensor logits, SymInt iters, float eps) -> Tensor`."""
+        arguments = (*(f"Tensor {name}" for name in self.inputs), *self.constants)
+        returned = ", ".join("Tensor" for _ in self.outputs)
+        return f"({', '.join(arguments)}) -> {returned if len(self.outputs) == 1 else f'({returned})'}"
+
+    @property
+    def backward(self) -> Signature:
+        """The signature of the backward: gradients of the outputs, then all that the operator takes."""
+        grads = tuple(f"grad_{name}" for name in self.outputs)
+        return Signature((*grads, *self.inputs), self.constants, self.inputs)
+
+    def manifold(self, constants: tuple[Any, ...]) -> str:
+        """Return the manifold that a call's constants name; operators that take none are covered by every kernel."""
+        return constants[self.constants.index("str manifold")] if "str manifold" in self.constants else "sinkhorn"
 
 
 @dataclass(frozen=True)
@@ -37,182 +74,20 @@ class Operator:
     """One row of the table: an operator, its backward, and the plain PyTorch that defines it."""
 
     name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    signature: Signature
+    forward: CustomOpDef
+    backward: CustomOpDef
     reference: Callable[..., Any]
-
-
-@torch.library.custom_op("mhc::sinkhorn", mutates_args=())
-def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
-    """See `reference.sinkhorn`."""
-    return run("sinkhorn", (logits,), logits.shape[-1], "sinkhorn", iters, eps)
-
-
-@torch.library.custom_op("mhc::sinkhorn_backward", mutates_args=())
-def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
-    """See `reference.sinkhorn_backward`."""
-    return run("sinkhorn_backward", (grad_res, logits), logits.shape[-1], "sinkhorn", iters, eps)
-
-
-@torch.library.custom_op("mhc::pre", mutates_args=())
-def pre(
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.pre`."""
-    tensors = (streams, phi, scale, bias)
-    return tuple(run("pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored))
-
-
-@torch.library.custom_op("mhc::pre_backward", mutates_args=())
-def pre_backward(
-    grad_layer_input: Tensor,
-    grad_post: Tensor,
-    grad_res: Tensor,
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.pre_backward`."""
-    tensors = (grad_layer_input, grad_post, grad_res, streams, phi, scale, bias)
-    return run("pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored)
-
-
-@torch.library.custom_op("mhc::paper_pre", mutates_args=())
-def paper_pre(
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.pre`; on a device it runs in the paper's separate kernels. Its backward is that of `pre`."""
-    tensors = (streams, phi, scale, bias)
-    return tuple(run("paper_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored))
-
-
-@torch.library.custom_op("mhc::post", mutates_args=())
-def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """See `reference.post`."""
-    return run("post", (streams, branch, post, res), streams.shape[-2], "sinkhorn")
-
-
-@torch.library.custom_op("mhc::post_backward", mutates_args=())
-def post_backward(
-    grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.post_backward`."""
-    return run("post_backward", (grad_streams, streams, branch, post, res), streams.shape[-2], "sinkhorn")
-
-
-@torch.library.custom_op("mhc::post_pre", mutates_args=())
-def post_pre(
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `boundary.post_pre`."""
-    tensors = (streams, branch, post, res, phi, scale, bias)
-    return run("post_pre", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored)
-
-
-@torch.library.custom_op("mhc::post_pre_backward", mutates_args=())
-def post_pre_backward(
-    grad_fresh: Tensor,
-    grad_layer_input: Tensor,
-    grad_next_post: Tensor,
-    grad_next_res: Tensor,
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `boundary.post_pre_backward`."""
-    grads = (grad_fresh, grad_layer_input, grad_next_post, grad_next_res)
-    tensors = (*grads, streams, branch, post, res, phi, scale, bias)
-    return run("post_pre_backward", tensors, streams.shape[-2], manifold, iters, norm_eps, eps, manifold, anchored)
-
-
-@torch.library.custom_op("mhc::head", mutates_args=())
-def head(
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    norm_eps: float,
-    eps: float,
-    anchored: bool = False,
-) -> Tensor:
-    """See `reference.head`."""
-    return run("head", (streams, phi, scale, bias), streams.shape[-2], "sinkhorn", norm_eps, eps, anchored)
-
-
-@torch.library.custom_op("mhc::head_backward", mutates_args=())
-def head_backward(
-    grad_output: Tensor,
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    norm_eps: float,
-    eps: float,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.head_backward`."""
-    tensors = (grad_output, streams, phi, scale, bias)
-    return run("head_backward", tensors, streams.shape[-2], "sinkhorn", norm_eps, eps, anchored)
 
 
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-@sinkhorn.register_fake
-def _(logits: Tensor, iters: int, eps: float) -> Tensor:
-    return _like(logits)
+def _fake_like_first(first: Tensor, *_: Any) -> Tensor:
+    return _like(first)
 
 
-@sinkhorn_backward.register_fake
-def _(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
-    return _like(logits)
-
-
-@pre.register_fake
-@paper_pre.register_fake
 def _fake_pre(
     streams: Tensor,
     phi: Tensor,
@@ -223,12 +98,10 @@ def _fake_pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     *tokens, n, width = streams.shape
-    torch._check(
-        phi.shape[0] == MANIFOLDS[manifold].rows(n),
-        lambda: f"phi has {phi.shape[0]} rows; {n} streams on {manifold!r} need {MANIFOLDS[manifold].rows(n)}",
-    )
+    rows = MANIFOLDS[manifold].rows(n)
+    torch._check(phi.shape[0] == rows, lambda: f"phi has {phi.shape[0]} rows; {n} streams on {manifold!r} need {rows}")
     coefficients = accumulation_dtype(streams)
     return (
         streams.new_empty(*tokens, width),
@@ -237,141 +110,83 @@ def _fake_pre(
     )
 
 
-@pre_backward.register_fake
-def _(
-    grad_layer_input: Tensor,
-    grad_post: Tensor,
-    grad_res: Tensor,
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(streams), _like(phi), _like(scale), _like(bias)
+def _fake_post_pre(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *site: Any) -> tuple[Tensor, ...]:
+    return (_like(streams), *_fake_pre(streams, *site))
 
 
-@post.register_fake
-def _(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    return _like(streams)
-
-
-@post_backward.register_fake
-def _(
-    grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(streams), _like(branch), _like(post), _like(res)
-
-
-@post_pre.register_fake
-def _(
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (_like(streams), *_fake_pre(streams, phi, scale, bias, iters, norm_eps, eps, manifold, anchored))
-
-
-@post_pre_backward.register_fake
-def _(
-    grad_fresh: Tensor,
-    grad_layer_input: Tensor,
-    grad_next_post: Tensor,
-    grad_next_res: Tensor,
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first = (_like(streams), _like(branch), _like(post), _like(res))
-    return (*first, _like(phi), _like(scale), _like(bias))
-
-
-@head.register_fake
-def _(
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    norm_eps: float,
-    eps: float,
-    anchored: bool = False,
-) -> Tensor:
+def _fake_head(streams: Tensor, *rest: Any) -> Tensor:
     *tokens, _, width = streams.shape
     return streams.new_empty(*tokens, width)
 
 
-@head_backward.register_fake
-def _(
-    grad_output: Tensor,
-    streams: Tensor,
-    phi: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    norm_eps: float,
-    eps: float,
-    anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(streams), _like(phi), _like(scale), _like(bias)
+def _define(name: str, signature: Signature, fake: Callable[..., Outputs]) -> CustomOpDef:
+    """Register one operator: it runs whatever `dispatch` chooses for its tensors."""
+    count = len(signature.inputs)
+    # The first input that is no gradient: streams [*, n, C], or logits [*, n, n].
+    position = next(index for index, given in enumerate(signature.inputs) if not given.startswith("grad_"))
+
+    def call(*arguments: Any) -> Outputs:
+        tensors, constants = arguments[:count], arguments[count:]
+        n_streams = tensors[position].shape[-2]
+        result = run(name, tensors, n_streams, signature.manifold(constants), *constants)
+        return result if isinstance(result, Tensor) else tuple(result)
+
+    operator = torch.library.custom_op(f"mhc::{name}", call, mutates_args=(), schema=signature.schema)
+    operator.register_fake(fake)
+    return operator
 
 
-def _save(tensors: int) -> Callable[..., None]:
-    """Save the first `tensors` inputs as tensors and the rest as plain values."""
+def _operator(
+    name: str, signature: Signature, fake: Callable[..., Outputs], backward: CustomOpDef | None = None
+) -> Operator:
+    """Register an operator, its backward unless it is given another's, and the autograd that joins them."""
+    count = len(signature.inputs)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.constants = inputs[tensors:]
+    def fake_backward(*arguments: Any) -> Outputs:
+        inputs = arguments[len(signature.outputs) :][:count]
+        return _like(inputs[0]) if count == 1 else tuple(_like(tensor) for tensor in inputs)
 
-    return setup_context
+    forward = _define(name, signature, fake)
+    gradients = backward or _define(f"{name}_backward", signature.backward, fake_backward)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.constants = inputs[count:]
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        result = gradients(*grads, *ctx.saved_tensors, *ctx.constants)
+        return (*((result,) if count == 1 else result), *(None for _ in ctx.constants))
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return Operator(name, signature, forward, gradients, reference_of(name))
 
 
-def _apply(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Call the backward operator with the output gradients, the saved tensors and the constants."""
+_PARAMETERS = ("phi", "scale", "bias")
+_MIXING = ("streams", "branch", "post", "res")
+_SITE = ("SymInt iters", "float norm_eps", "float eps", "str manifold", "bool anchored=False")
+_HEAD = ("float norm_eps", "float eps", "bool anchored=False")
 
-    def run(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        result = backward(*grads, *ctx.saved_tensors, *ctx.constants)
-        result = result if isinstance(result, tuple | list) else (result,)
-        return (*result, *(None for _ in ctx.constants))
-
-    return run
-
-
-sinkhorn.register_autograd(_apply(sinkhorn_backward), setup_context=_save(1))
-pre.register_autograd(_apply(pre_backward), setup_context=_save(4))
-paper_pre.register_autograd(_apply(pre_backward), setup_context=_save(4))
-post.register_autograd(_apply(post_backward), setup_context=_save(4))
-post_pre.register_autograd(_apply(post_pre_backward), setup_context=_save(7))
-head.register_autograd(_apply(head_backward), setup_context=_save(4))
+_pre = _operator("pre", Signature(("streams", *_PARAMETERS), _SITE, ("layer_input", "post", "res")), _fake_pre)
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
-        Operator("sinkhorn", sinkhorn, sinkhorn_backward, reference.sinkhorn),
-        Operator("pre", pre, pre_backward, reference.pre),
-        Operator("paper_pre", paper_pre, pre_backward, reference.pre),
-        Operator("post", post, post_backward, reference.post),
-        Operator("post_pre", post_pre, post_pre_backward, boundary.post_pre),
-        Operator("head", head, head_backward, reference.head),
+        _operator("sinkhorn", Signature(("logits",), ("SymInt iters", "float eps"), ("res",)), _fake_like_first),
+        _pre,
+        # The paper's separate kernels compute the same function; its backward is that of `pre`.
+        _operator("paper_pre", _pre.signature, _fake_pre, _pre.backward),
+        _operator("post", Signature(_MIXING, (), ("streams",)), _fake_like_first),
+        _operator(
+            "post_pre",
+            Signature((*_MIXING, *_PARAMETERS), _SITE, ("fresh", "layer_input", "next_post", "next_res")),
+            _fake_post_pre,
+        ),
+        _operator("head", Signature(("streams", *_PARAMETERS), _HEAD, ("output",)), _fake_head),
     )
 }
+
+sinkhorn = OPERATORS["sinkhorn"].forward
+pre = OPERATORS["pre"].forward
+post = OPERATORS["post"].forward
+post_pre = OPERATORS["post_pre"].forward
+head = OPERATORS["head"].forward

@@ -83,14 +83,14 @@ def pre(
     family = MANIFOLDS[manifold]
     n = streams.shape[-2]
     projected = anchoring.release(_wide(streams)) if anchored else streams
-    logits = _project(projected, phi, scale, bias, norm_eps, _groups(family, n)).logits
+    logits = _project_by_phi(projected, phi, scale, bias, norm_eps, _groups(family, n)).logits
     pre_logits, post_logits, res_logits = _split(logits, family, n)
     weights = torch.sigmoid(pre_logits) + eps if family.gated else pre_logits
     post_weights = 2.0 * torch.sigmoid(post_logits) if family.gated else post_logits
     res = family.project(res_logits, iters, eps)
     if anchored:
         weights, post_weights = anchoring.read_weights(weights), anchoring.write_weights(post_weights)
-        res = anchoring.mixing(res, family.exact_rows and eps == 0.0)
+        res = anchoring.mixing(res, family.rows_are_exact(eps))
     return PreOutput(_weighted_sum(streams, weights), post_weights.contiguous(), res)
 
 
@@ -114,7 +114,7 @@ def pre_backward(
     n = streams.shape[-2]
     groups = _groups(family, n)
     wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
-    projection = _project(wide, phi, scale, bias, norm_eps, groups)
+    projection = _project_by_phi(wide, phi, scale, bias, norm_eps, groups)
     pre_logits, post_logits, res_logits = _split(projection.logits, family, n)
 
     grad_input = grad_layer_input.to(dtype)
@@ -122,7 +122,7 @@ def pre_backward(
     grad_post, grad_res = grad_post.to(dtype), grad_res.to(dtype)
     if anchored:
         grad_post = anchoring.write_weights_backward(grad_post)
-        grad_res = anchoring.mixing_backward(grad_res, family.exact_rows and eps == 0.0)
+        grad_res = anchoring.mixing_backward(grad_res, family.rows_are_exact(eps))
     if family.gated:
         pre_gate, post_gate = torch.sigmoid(pre_logits), torch.sigmoid(post_logits)
         weights = pre_gate + eps
@@ -133,7 +133,7 @@ def pre_backward(
     grad_logits = [grad_pre, grad_post]
     if family.mixes:
         grad_logits.append(family.project_backward(grad_res, res_logits, iters, eps).flatten(-2))
-    grad_flat, *grad_mapping = _project_backward(torch.cat(grad_logits, dim=-1), projection, phi, scale, groups)
+    grad_flat, *grad_mapping = _project_by_phi_backward(torch.cat(grad_logits, dim=-1), projection, phi, scale, groups)
     grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
     if anchored:
         grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
@@ -209,7 +209,7 @@ def head(
     """
     n = streams.shape[-2]
     projected = anchoring.release(_wide(streams)) if anchored else streams
-    weights = torch.sigmoid(_project(projected, phi, scale, bias, norm_eps, (n,)).logits) + eps
+    weights = torch.sigmoid(_project_by_phi(projected, phi, scale, bias, norm_eps, (n,)).logits) + eps
     return _weighted_sum(streams, anchoring.read_weights(weights) if anchored else weights)
 
 
@@ -227,12 +227,12 @@ def head_backward(
     dtype = accumulation_dtype(streams)
     groups = (streams.shape[-2],)
     wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
-    projection = _project(wide, phi, scale, bias, norm_eps, groups)
+    projection = _project_by_phi(wide, phi, scale, bias, norm_eps, groups)
     gate = torch.sigmoid(projection.logits)
     weights = gate + eps
     grad = grad_output.to(dtype)
     grad_weights = (wide @ grad.unsqueeze(-1)).squeeze(-1)
-    grad_flat, grad_phi, grad_scale, grad_bias = _project_backward(
+    grad_flat, grad_phi, grad_scale, grad_bias = _project_by_phi_backward(
         grad_weights * gate * (1.0 - gate), projection, phi, scale, groups
     )
     grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
@@ -270,7 +270,7 @@ def _spread(scale: Tensor, groups: tuple[int, ...]) -> Tensor:
     return torch.cat([scale[index].expand(rows) for index, rows in enumerate(groups)])
 
 
-def _project(
+def _project_by_phi(
     streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, groups: tuple[int, ...]
 ) -> _Projection:
     dtype = accumulation_dtype(streams)
@@ -282,7 +282,7 @@ def _project(
     return _Projection(flat, inverse_rms, projected, logits)
 
 
-def _project_backward(
+def _project_by_phi_backward(
     grad_logits: Tensor, projection: _Projection, phi: Tensor, scale: Tensor, groups: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients with respect to the flat streams, phi, scale and bias."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import MHCError
+from .kernels.costs.gpus import GPUS
+from .kernels.manifolds import MANIFOLDS, MAX_STREAMS
 
 if TYPE_CHECKING:
     from .cli_models import Example
@@ -29,9 +31,15 @@ BAD_MODEL = 2
 _TOKENS = 8192
 _GPU = "h200"
 
-_STREAMS = "Number of parallel residual streams, 1 to 8."
-_MANIFOLD = "Where the mixing matrices live: sinkhorn, none or identity."
-_GPUS = "a100, h100, h200, b200 or mi300x."
+
+def _one_of(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}."
+
+
+_STREAMS = f"Number of parallel residual streams, 1 to {MAX_STREAMS}."
+_MANIFOLD = "Where the mixing matrices live: " + _one_of(f"{name} ({one.help})" for name, one in MANIFOLDS.items())
+_GPUS = _one_of(GPUS)
 _BACKENDS = "What compiles both runs: inductor or aot_eager."
 
 app = typer.Typer(

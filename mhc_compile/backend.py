@@ -15,7 +15,8 @@ from .dynamo.error_passing import TraceAnew, errors_reach_the_user, trace_anew
 from .dynamo.frames import Frame, current_frame, is_split_by_ddp
 from .dynamo.inner import compile_inner
 from .dynamo.skipped_frames import watch_skipped_frames
-from .kernels.fusion_choice import FusionChoice
+from .kernels.costs.fusion_choice import FusionChoice
+from .kernels.fusions import FUSIONS
 from .memory import MEMORY
 from .passes.analyze import Analysis, analyze
 from .passes.annotate_recompute import annotate_recompute
@@ -93,7 +94,7 @@ def _compiled(
         leaving = sum(len(chain.exits) for chain in chains)
         graph = passes.rewrite("expand_streams", expand_streams, graph, chains, config)
         verify(analysis.plain, graph, config.n_streams, leaving)
-        if fusion.fusion == "boundary":
+        if FUSIONS[fusion.fusion].post_pre is not None:
             graph = passes.rewrite("fuse_boundaries", fuse_boundaries, graph)
             verify(analysis.plain, graph, config.n_streams, leaving)
     graph = passes.rewrite("close_regions", close_regions, graph)

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import ConfigMismatchError, MHCOptionError
+from .kernels import fusions
+from .kernels.manifolds import MANIFOLDS, MAX_STREAMS
 
-MAX_STREAMS = 8
 INITS = ("preserve", "paper")
 READOUTS = ("mean", "learned")
-FUSIONS = ("auto", "paper", "site", "boundary", "inductor")
+FUSIONS = ("auto", *fusions.FUSIONS)
 GRAPH_BREAKS = ("carry", "collapse", "error")
 RECOMPUTES = ("auto", "none")
 # Rewriting passes that a model runs without, too.
@@ -36,7 +37,7 @@ class MHCConfig:
     Args:
         n_streams: number of parallel residual streams, 1 to 8.
         manifold: where the mixing matrices live: "sinkhorn" (doubly stochastic, arXiv 2512.24880 Eq. 8-9),
-            "none" (unconstrained, arXiv 2409.19606), "identity", or a name that was added to
+            "none" (unconstrained, arXiv 2409.19606), "identity" (streams do not mix), or a name that was added to
             `mhc_compile.kernels.manifolds`.
         sinkhorn_iters: Sinkhorn-Knopp iterations, at least 1 (the paper uses 20).
         init: "preserve" starts from exactly the original model; "paper" starts from scale 0.01 and random phi.
@@ -81,8 +82,6 @@ class MHCConfig:
 
     def __post_init__(self) -> None:
         """Check every value; a bad one never gets further than this."""
-        from .kernels.manifolds import MANIFOLDS
-
         _check_int("n_streams", self.n_streams, 1, MAX_STREAMS)
         _check_int("sinkhorn_iters", self.sinkhorn_iters, 1, None)
         _check_int("min_sites", self.min_sites, 1, None)

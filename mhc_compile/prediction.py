@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import MHCOptionError
-from .kernels import cost
-from .kernels.fusion_choice import FusionChoice, choose_on
-from .kernels.gpus import find_gpu
+from .kernels.costs import traffic
+from .kernels.costs.fusion_choice import FusionChoice, choose_on
+from .kernels.costs.gpus import find_gpu
 from .passes.count_branch_work import BranchWork
 from .planning.chain_sizes import ChainSize
 
@@ -30,7 +30,7 @@ class Workload:
     Args:
         tokens: tokens of a step on one GPU; None is as many as the example input has. Sequences keep the example's
             length: more tokens are more of them.
-        gpu: a name of `kernels.gpus.GPUS`.
+        gpu: a name of `kernels.costs.gpus.GPUS`.
 
     Raises:
         MHCOptionError: the GPU is not known, or fewer than one token.
@@ -159,7 +159,7 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
     first = chains[0]
     scale = (workload.tokens or first.tokens) / first.tokens
     plain_seconds = 3 * work.flops * scale / gpu.matmul_rate(first.dtype.itemsize)
-    intervals = tuple(cost.recompute_interval(chain.sites, n_streams) for chain in chains)
+    intervals = tuple(traffic.recompute_interval(chain.sites, n_streams) for chain in chains)
 
     def added(fusion: str, amount: str, recomputed: bool) -> float:
         moved = sum(
@@ -171,7 +171,7 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
     def kept(recomputed: bool) -> int:
         return sum(
             round(chain.tokens * scale)
-            * cost.saved_bytes_per_token(
+            * traffic.saved_bytes_per_token(
                 chain.sites, n_streams, chain.width, chain.dtype.itemsize, interval if recomputed else None
             )
             for chain, interval in zip(chains, intervals, strict=True)
@@ -193,7 +193,7 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
                 fusion,
                 *(added(fusion, amount, recomputed) for recomputed in (False, True) for amount in ("least", "ours")),
             )
-            for fusion in cost.PER_SITE
+            for fusion in traffic.PER_SITE
         ),
         auto=choose_on(gpu, tokens, first.width, n_streams, first.dtype),
     )
@@ -211,11 +211,11 @@ def _added_bytes(
         "element_size": chain.dtype.itemsize,
     }
 
-    def of(one: cost.Cost) -> float:
-        traffic: cost.Traffic = getattr(one, amount)
-        return cost.evaluate(traffic.bytes, **sizes)
+    def of(one: traffic.Cost) -> float:
+        moved: traffic.Traffic = getattr(one, amount)
+        return traffic.evaluate(moved.bytes, **sizes)
 
-    passes, site = cost.chain(fusion), cost.PER_SITE[fusion]
-    plain = chain.sites * (of(cost.PLAIN.forward) + of(cost.PLAIN.backward))
+    passes, site = traffic.chain(fusion), traffic.PER_SITE[fusion]
+    plain = chain.sites * (of(traffic.PLAIN.forward) + of(traffic.PLAIN.backward))
     replayed = chain.sites - -(-chain.sites // interval) if interval is not None else 0
     return of(passes.forward) + of(passes.backward) + replayed * of(site.forward) - plain

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .config import MHCConfig
-from .kernels.fusion_choice import FusionChoice
+from .kernels.costs.fusion_choice import FusionChoice
 from .kernels.manifolds import MANIFOLDS
 from .memory import MEMORY
 from .passes.residual import Chain, Reason, Rejection, Site

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..config import MHCConfig
 from ..kernels import inlined, ops
-from ..kernels.cost import recompute_interval
+from ..kernels.costs.traffic import recompute_interval
 from ..kernels.reference import accumulation_dtype
 from .fx.added_nodes import Role, role_of
 from .fx.cache_key import add_to_cache_key

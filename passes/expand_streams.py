@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 from ..config import MHCConfig
 from ..kernels import inlined, ops, reference
 from ..kernels.anchored import anchor, equal_streams, release
+from ..kernels.fusions import CANDIDATES, FUSIONS, Fusion
 from .bound_chains import BoundChain, BoundSite, Parameters
 from .fx.added_nodes import Role, mark
 from .fx.carriers import is_linear, is_training_batch_norm, keeps_layout
@@ -45,11 +46,19 @@ class _Lowering:
     head: Callable[..., Any]
 
 
-_OPAQUE = _Lowering(torch.ops.mhc.pre.default, torch.ops.mhc.post.default, torch.ops.mhc.head.default)
-_PAPER = replace(_OPAQUE, pre=torch.ops.mhc.paper_pre.default)
-_INLINED = _Lowering(inlined.pre, inlined.post, inlined.head)
-LOWERINGS = {"auto": _OPAQUE, "paper": _PAPER, "site": _OPAQUE, "boundary": _OPAQUE, "inductor": _INLINED}
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
+
+
+def _lowering(fusion: Fusion) -> _Lowering:
+    def found(name: str) -> Callable[..., Any]:
+        return getattr(inlined, name) if fusion.inlined else getattr(torch.ops.mhc, name).default
+
+    return _Lowering(found(fusion.pre), found(fusion.post), found(fusion.head))
+
+
+LOWERINGS = {name: _lowering(fusion) for name, fusion in FUSIONS.items()}
+# What "auto" chooses from differs only in what `fuse_boundaries` joins afterwards.
+LOWERINGS["auto"] = LOWERINGS[CANDIDATES[0]]
 
 
 @dataclass

@@ -39,7 +39,7 @@ def mark_cacheable(graph_module: GraphModule) -> GraphModule:
 
 def _is_ours(node: Node) -> bool:
     names = [argument for argument in node.args if isinstance(argument, str)]
-    return all(manifolds.MANIFOLDS[name].project.__module__ == manifolds.__name__ for name in names)
+    return all(manifolds.is_built_in(name) for name in names)
 
 
 @functools.cache

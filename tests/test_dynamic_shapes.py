@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mhc_compile.kernels.fusion_choice import FusionChoice, FusionReason
+from mhc_compile.kernels.costs.fusion_choice import FusionChoice, FusionReason
 from torch._dynamo import mark_dynamic
 
 import mhc_compile

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from mhc_compile.kernels import cost
-from mhc_compile.kernels.gpus import GPUS
+from mhc_compile.kernels.costs import traffic
+from mhc_compile.kernels.costs.gpus import GPUS
 from mhc_compile.passes.count_branch_work import BranchWork, count_branch_work
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,10 +65,10 @@ def test_every_fusion_costs_less_than_the_one_before(gpu):
 
 def test_memory_and_interval_are_those_of_the_cost_model():
     found = predict([chain()], layers_alone(), 4, Workload(8192, "h200"))
-    assert found.intervals == (cost.recompute_interval(64, 4),) == (6,)
+    assert found.intervals == (traffic.recompute_interval(64, 4),) == (6,)
     assert found.plain_bytes == 8192 * 1000
-    kept = cost.saved_bytes_per_token(64, 4, WIDTH, 2)
-    replayed = cost.saved_bytes_per_token(64, 4, WIDTH, 2, 6)
+    kept = traffic.saved_bytes_per_token(64, 4, WIDTH, 2)
+    replayed = traffic.saved_bytes_per_token(64, 4, WIDTH, 2, 6)
     assert found.stored_bytes - found.plain_bytes == 8192 * kept
     assert found.recomputed_bytes - found.plain_bytes == 8192 * replayed
     assert found.recomputed_bytes < found.stored_bytes

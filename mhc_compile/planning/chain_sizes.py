@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import MHCConfig
-from ..kernels.fusion_choice import FusionChoice, FusionReason, choose_fusion
+from ..kernels.costs.fusion_choice import FusionChoice, FusionReason, choose_fusion
 from .sites import Plan, PlannedChain
 
 

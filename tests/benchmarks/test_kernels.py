@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import kernels, problems, ways
+from benchmarks import implementations, kernels, problems
 from benchmarks.problems import OPERATORS, Shape
 from benchmarks.record import Options, Record
 
@@ -47,17 +47,17 @@ def test_what_fails_its_check_is_not_measured(monkeypatch, tmp_path):
     assert record.content["facts"]["failed_operators"] == ["post"]
 
 
-@pytest.mark.parametrize("way", ["boundary", "site", "paper"])
-def test_every_fusion_is_a_way_over_a_boundary(way):
+@pytest.mark.parametrize("name", ["boundary", "site", "paper"])
+def test_every_fusion_implements_a_boundary(name):
     shape = Shape("post_pre", 5, 4, 24, torch.bfloat16)
-    assert ways.problems_of(ways.ways_of("post_pre")[way], shape, "cpu") == []
+    assert implementations.problems_of(implementations.implementations_of("post_pre")[name], shape, "cpu") == []
 
 
-def test_a_way_with_a_wrong_gradient_is_reported():
+def test_an_implementation_with_a_wrong_gradient_is_reported():
     def detached(streams, branch, post, res):
         return OPERATORS["post"].forward(streams, branch, post, res.detach() + 0.0 * res)
 
-    found = ways.problems_of(detached, Shape("post", 5, 4, 24, torch.float32), "cpu")
+    found = implementations.problems_of(detached, Shape("post", 5, 4, 24, torch.float32), "cpu")
     assert [problem.split(" errs")[0] for problem in found] == ["gradient 3"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from mhc_compile.kernels.post import PostConfig
+from mhc_compile.kernels.gpu.post import PostConfig
 
 from benchmarks import tune
 

@@ -5,7 +5,7 @@ import torch
 from mhc_compile.kernels import anchored, boundary, reference
 from mhc_compile.kernels.dispatch import reference_of
 
-from .kernel_problems import Problem, double, inputs, many, output_grads
+from tests.kernels.problems import Problem, double, inputs, many, output_grads
 
 MANIFOLD_EPS = [("sinkhorn", 0.0), ("sinkhorn", 1e-3), ("identity", 0.0), ("none", 0.0)]
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from mhc_compile.kernels import cost
+from mhc_compile.kernels.costs import traffic
 from mhc_compile.passes.annotate_recompute import POLICY, annotate_recompute
 from torch import nn
 from torch.nn.functional import dropout, gelu
@@ -127,13 +127,13 @@ def _stored(sites, interval):
 
 @pytest.mark.parametrize("sites", [8, 24, 48])
 def test_bytes_saved_are_those_of_the_cost_model(sites):
-    n, interval = 4, cost.recompute_interval(sites, 4)
+    n, interval = 4, traffic.recompute_interval(sites, 4)
     partition, _ = _recorded(_trained(lambda: PreNorm(sites)), recompute="auto")
     # The plain model keeps the stream before each site and behind the last; the rest is the branches' own.
     unit = TOKENS * WIDTH * 4
     branches = _plain(lambda: PreNorm(sites)).saved_bytes - (sites + 1) * unit
     numbers = {"sites": sites, "interval": interval, "n_streams": n, "width": WIDTH}
-    held = cost.evaluate(cost.held_elements(True), **numbers) - (n + 2) * WIDTH * interval
+    held = traffic.evaluate(traffic.held_elements(True), **numbers) - (n + 2) * WIDTH * interval
     assert partition.saved_bytes == pytest.approx(branches + TOKENS * 4 * held, rel=0.05)
     # To the byte: head, branches' outputs and readout [*, C]; the first streams are copies of the head.
     assert partition.saved_bytes == branches + unit * (1 + sites + 1 + n * _stored(sites, interval))
@@ -277,7 +277,7 @@ def test_one_compilation_serves_every_batch_and_length(fusion, recompute):
         out.square().sum().backward()
     assert len(recorder.partitions) == 1
     symbolic = [node for node in recorder.last.saved if node.meta["val"].shape[-2:] == (4, WIDTH)]
-    assert len(symbolic) == _stored(6, cost.recompute_interval(6, 4) if recompute == "auto" else recompute)
+    assert len(symbolic) == _stored(6, traffic.recompute_interval(6, 4) if recompute == "auto" else recompute)
     assert all(isinstance(size, torch.SymInt) for node in symbolic for size in node.meta["val"].shape[:2])
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     torch._dynamo.reset()

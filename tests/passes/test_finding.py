@@ -228,12 +228,12 @@ def test_the_graph_that_dynamo_holds_is_left_as_it_was(monkeypatch):
     from mhc_compile import backend
 
     seen = {}
-    original = backend.plan_graph
+    original = backend.analyze
 
-    def spy(graph_module, frame, config):
+    def spy(graph_module):
         seen["module"], seen["code"] = graph_module, graph_module.code
-        return original(graph_module, frame, config)
+        return original(graph_module)
 
-    monkeypatch.setattr(backend, "plan_graph", spy)
+    monkeypatch.setattr(backend, "analyze", spy)
     torch.compile(Made(_in_place), backend="mhc", options=QUICK)(torch.randn(3, 5, 16))
     assert seen["module"].code == seen["code"]

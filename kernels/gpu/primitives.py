@@ -1,0 +1,218 @@
+"""Device functions that kernels share: sums, rounding, split-precision products, Sinkhorn.
+
+They use builtins of the language alone (`tl.reduce`, not `tl.sum`): the wrappers are jitted themselves, and where
+Triton was imported before its interpreter was switched on, they stay compiled and cannot be called.
+"""
+
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language import standard
+
+# Stands in for minus infinity in padding, where inf - inf would be NaN.
+LOWEST = tl.constexpr(-1.0e30)
+
+# Fixed when the kernels are decorated. The interpreter of Triton 3.9 multiplies the bit patterns of bfloat16
+# in a dot and truncates where a device rounds; both are done by hand there.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def total(values: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    """Sum over an axis."""
+    return tl.reduce(values, axis, standard._sum_combine)
+
+
+@triton.jit
+def largest(values: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    """Maximum over an axis."""
+    return tl.reduce(values, axis, standard._elementwise_max)
+
+
+@triton.jit
+def rounded(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Round float32 to `dtype`, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        values = bits.to(tl.float32, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def materialize(values: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return `values` unchanged, computed once and kept in registers.
+
+    Where a matmul takes a value in another register layout, the compiler prefers to compute it again in that layout to
+    moving it. A mix of n streams that every warp computes again costs hundreds of registers: an opaque move stops it.
+    """
+    if INTERPRETED:
+        return values
+    move: tl.constexpr = "v_mov_b32 $0, $1" if PRECISION == "ieee" else "mov.b32 $0, $1;"
+    registers: tl.constexpr = "=v,v" if PRECISION == "ieee" else "=r,r"
+    pack: tl.constexpr = 32 // values.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise(move, registers, [values], dtype=values.dtype, is_pure=False, pack=pack)
+
+
+@triton.jit
+def product(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` on one pair of operands of equal dtype."""
+    if INTERPRETED:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product_exact_left(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` where `right` is float32 and `left` a stream; keeps float32 accuracy.
+
+    A bfloat16 stream is exact as it is, so three bfloat16 pieces of the float32 factor (8 bits each) give
+    every bit of the product, at the price of 1.5 TF32 products.
+    """
+    if left.dtype == tl.bfloat16:
+        high = right.to(tl.bfloat16)
+        rest = right - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = product(left, low, acc, PRECISION)
+        acc = product(left, middle, acc, PRECISION)
+        return product(left, high, acc, PRECISION)
+    return product(left.to(tl.float32), right, acc, PRECISION)
+
+
+@triton.jit
+def product_exact_right(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` where `left` is float32 and `right` a stream; see `product_exact_left`."""
+    if right.dtype == tl.bfloat16:
+        high = left.to(tl.bfloat16)
+        rest = left - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = product(low, right, acc, PRECISION)
+        acc = product(middle, right, acc, PRECISION)
+        return product(high, right, acc, PRECISION)
+    return product(left, right.to(tl.float32), acc, PRECISION)
+
+
+@triton.jit
+def product_pair(
+    left: tl.tensor, right: tl.tensor, acc: tl.tensor, like: tl.constexpr, PRECISION: tl.constexpr
+) -> tl.tensor:
+    """`acc + left @ right`, both float32, for a result that will be rounded to `like`.
+
+    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of TF32.
+    """
+    if like == tl.bfloat16:
+        left_high = left.to(tl.bfloat16)
+        left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
+        right_high = right.to(tl.bfloat16)
+        right_low = (right - right_high.to(tl.float32)).to(tl.bfloat16)
+        acc = product(left_low, right_high, acc, PRECISION)
+        acc = product(left_high, right_low, acc, PRECISION)
+        return product(left_high, right_high, acc, PRECISION)
+    return product(left, right, acc, PRECISION)
+
+
+@triton.jit
+def _nonzero(sums: tl.tensor) -> tl.tensor:
+    """Padding sums to exactly 0; real sums lie in [1/n², n]."""
+    return tl.where(sums == 0.0, 1.0, sums)
+
+
+@triton.jit
+def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr) -> tuple:
+    """First column and row normalization, in the log domain where eps = 0.
+
+    Returns the column softmax, the matrix and its row sums, all zero in the padding.
+    """
+    shown = tl.where(valid, logits, LOWEST)
+    shown = shown - largest(shown, 1)[:, None, :]
+    columns = shown - tl.log(total(tl.exp(shown), 1))[:, None, :]
+    probabilities = tl.where(valid, tl.exp(columns), 0.0)
+    if HAS_EPS:
+        matrix = tl.where(valid, probabilities + eps, 0.0)
+        sums = _nonzero(total(matrix, 2) + eps)
+    else:
+        columns = tl.where(valid, columns, LOWEST)
+        matrix = tl.where(valid, tl.exp(columns - largest(columns, 2)[:, :, None]), 0.0)
+        sums = _nonzero(total(matrix, 2))
+    return probabilities, matrix / sums[:, :, None], sums
+
+
+@triton.jit
+def _sinkhorn_step(matrix: tl.tensor, eps: tl.tensor, active: tl.tensor) -> tuple:
+    """One column, then one row normalization, and their sums; changes nothing unless `active`."""
+    column_sums = tl.where(active, _nonzero(total(matrix, 1) + eps), 1.0)
+    matrix = matrix / column_sums[:, None, :]
+    row_sums = tl.where(active, _nonzero(total(matrix, 2) + eps), 1.0)
+    return matrix / row_sums[:, :, None], column_sums, row_sums
+
+
+@triton.jit
+def _sinkhorn_step_backward(
+    grad: tl.tensor,
+    matrix: tl.tensor,
+    column_sums: tl.tensor,
+    row_sums: tl.tensor,
+    valid: tl.tensor,
+    active: tl.tensor,
+) -> tuple:
+    """Take `_sinkhorn_step` back: the gradient and the matrix before it."""
+    keep = tl.where(active, 1.0, 0.0)
+    grad = (grad - keep * total(grad * matrix, 2)[:, :, None]) / row_sums[:, :, None]
+    matrix = matrix * row_sums[:, :, None]
+    grad = (grad - keep * total(grad * matrix, 1)[:, None, :]) / column_sums[:, None, :]
+    return tl.where(valid, grad, 0.0), matrix * column_sums[:, None, :]
+
+
+@triton.jit
+def sinkhorn_tile(
+    logits: tl.tensor, valid: tl.tensor, iters: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr
+) -> tl.tensor:
+    """Project a tile of logits [tokens, out, in] onto the doubly stochastic matrices, rows last (Eq. 9)."""
+    _, matrix, _ = _sinkhorn_start(logits, valid, eps, HAS_EPS)
+    for _ in range(iters - 1):
+        matrix, _, _ = _sinkhorn_step(matrix, eps, True)
+    return matrix
+
+
+@triton.jit
+def sinkhorn_tile_backward(
+    grad: tl.tensor,
+    logits: tl.tensor,
+    valid: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    HAS_EPS: tl.constexpr,
+) -> tl.tensor:
+    """Differentiate `sinkhorn_tile` exactly, replaying the iterates in registers.
+
+    Four iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are kept,
+    and walking back multiplies by them. The padding of `grad` must be zero.
+    """
+    probabilities, first, first_sums = _sinkhorn_start(logits, valid, eps, HAS_EPS)
+    rounds = iters - 1
+    for segment in range((rounds + 3) // 4):
+        end = rounds - 4 * segment
+        begin = tl.maximum(end - 4, 0)
+        matrix = first
+        for _ in range(begin):
+            matrix, _, _ = _sinkhorn_step(matrix, eps, True)
+        second, third, fourth = begin + 1 < end, begin + 2 < end, begin + 3 < end
+        matrix, columns_1, rows_1 = _sinkhorn_step(matrix, eps, True)
+        matrix, columns_2, rows_2 = _sinkhorn_step(matrix, eps, second)
+        matrix, columns_3, rows_3 = _sinkhorn_step(matrix, eps, third)
+        matrix, columns_4, rows_4 = _sinkhorn_step(matrix, eps, fourth)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_4, rows_4, valid, fourth)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_3, rows_3, valid, third)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_2, rows_2, valid, second)
+        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_1, rows_1, valid, True)
+    if HAS_EPS:
+        grad = (grad - total(grad * first, 2)[:, :, None]) / first_sums[:, :, None]
+        grad = grad * probabilities
+    else:
+        grad = first * (grad - total(grad * first, 2)[:, :, None])
+    return grad - probabilities * total(grad, 1)[:, None, :]

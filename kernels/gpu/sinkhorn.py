@@ -1,0 +1,137 @@
+"""Sinkhorn-Knopp on its own (arXiv 2512.24880, Eq. 9), forward and backward."""
+
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..manifolds import MANIFOLDS
+from .coefficients import anchor_matrix
+from .launch import ceil_div, launch, register_limit
+from .primitives import rounded, sinkhorn_tile, sinkhorn_tile_backward
+
+
+@dataclass(frozen=True)
+class SinkhornConfig:
+    """Launch configuration: tokens of a program's tile, its warps, and most registers of a thread (None: any)."""
+
+    block_tokens: int
+    warps: int
+    registers: int | None = None
+
+
+def forward_config(tokens: int, padded_n: int) -> SinkhornConfig:
+    """Choose tiles of about 1024 matrix entries; few tokens are spread over more programs."""
+    entries = 1024 if tokens > 64 else 256
+    return SinkhornConfig(max(1, entries // padded_n**2), 4 if entries == 1024 else 1)
+
+
+def backward_config(tokens: int, padded_n: int) -> SinkhornConfig:
+    """Choose half the forward's tile: the replay keeps the sums of four iterations in registers as well."""
+    entries = 512 if tokens > 64 else 256
+    many = entries == 512
+    return SinkhornConfig(max(1, entries // padded_n**2), 4 if many else 1, 128 if many else 255)
+
+
+@triton.jit
+def _matrix_offsets(tokens: tl.tensor, n: tl.constexpr, N: tl.constexpr, BLOCK_TOKENS: tl.constexpr) -> tuple:
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    rows = tl.arange(0, N)[None, :, None]
+    columns = tl.arange(0, N)[None, None, :]
+    valid = (rows < n) & (columns < n)
+    offsets = token[:, None, None] * (n * n) + rows * n + columns
+    return offsets, valid, (token < tokens)[:, None, None] & valid
+
+
+@triton.jit(do_not_specialize=["tokens", "iters"])
+def sinkhorn_forward_kernel(
+    logits: tl.tensor,
+    res: tl.tensor,
+    tokens: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+) -> None:
+    """Project a tile of matrices; reads and writes each entry once."""
+    offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
+    tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
+    projected = sinkhorn_tile(tile, valid, iters, eps, HAS_EPS)
+    if ANCHORED:
+        row, column = tl.arange(0, N)[None, :, None], tl.arange(0, N)[None, None, :]
+        projected = anchor_matrix(projected, row, column, valid, EXACT_ROWS)
+    tl.store(res + offsets, rounded(projected, res.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "iters"])
+def sinkhorn_backward_kernel(
+    grad_res: tl.tensor,
+    logits: tl.tensor,
+    grad_logits: tl.tensor,
+    tokens: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+) -> None:
+    """Differentiate a tile of projections; the iterates are replayed in registers."""
+    offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
+    tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_res + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad = sinkhorn_tile_backward(grad, tile, valid, iters, eps, HAS_EPS)
+    tl.store(grad_logits + offsets, rounded(grad, grad_logits.dtype.element_ty), mask=mask)
+
+
+def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> Tensor:
+    """Project [*, n, n] logits onto the doubly stochastic matrices; see `reference.sinkhorn`.
+
+    With `anchored` they are returned as anchored streams are mixed by them. That costs nothing here; as plain
+    PyTorch after this kernel it would be several launches more, held against the paper's split.
+
+    Returns:
+        [*, n, n] in the dtype of `logits`.
+    """
+    logits = logits.contiguous()
+    res = torch.empty_like(logits)
+    n = logits.shape[-1]
+    tokens = logits.numel() // (n * n)
+    if tokens:
+        padded = triton.next_power_of_2(n)
+        config = forward_config(tokens, padded)
+        launch(
+            sinkhorn_forward_kernel, (ceil_div(tokens, config.block_tokens),),
+            logits, res, tokens, iters, eps,
+            n=n, N=padded, HAS_EPS=eps != 0.0, EXACT_ROWS=MANIFOLDS["sinkhorn"].rows_are_exact(eps), ANCHORED=anchored,
+            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
+        )  # fmt: skip
+    return res
+
+
+def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Return the gradient of `sinkhorn` with respect to its logits, [*, n, n] like both arguments."""
+    grad_res, logits = grad_res.contiguous(), logits.contiguous()
+    grad_logits = torch.empty_like(logits)
+    n = logits.shape[-1]
+    tokens = logits.numel() // (n * n)
+    if tokens:
+        padded = triton.next_power_of_2(n)
+        config = backward_config(tokens, padded)
+        launch(
+            sinkhorn_backward_kernel, (ceil_div(tokens, config.block_tokens),),
+            grad_res, logits, grad_logits, tokens, iters, eps,
+            n=n, N=padded, HAS_EPS=eps != 0.0, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
+            **register_limit(config.registers),
+        )  # fmt: skip
+    return grad_logits

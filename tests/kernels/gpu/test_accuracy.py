@@ -1,0 +1,197 @@
+"""The kernels against float64.
+
+No worse than plain PyTorch in the same dtype, and against independent oracles.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mhc_compile.kernels.dispatch import kernel_of
+
+from mhc_compile import functional
+from tests.kernels.problems import (
+    OPERATORS,
+    WITH_BACKWARD,
+    Problem,
+    check,
+    check_backward,
+    check_forward,
+    inputs,
+    many,
+    output_grads,
+    rounded_truth,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Both launches of every operator: up to 64 tokens split over C, more of them fused; 5 streams on, one a
+# program.
+SHAPES = (
+    (3, 4, 80),
+    (67, 4, 72),
+    (66, 3, 17),
+    (2, 7, 40),
+    (65, 5, 24),
+    (5, 1, 33),
+    (9, 2, 130),
+    (4, 6, 20),
+    (3, 8, 24),
+)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("tokens", "n", "width"), SHAPES)
+def test_forward_is_as_good_as_plain_pytorch(operator, tokens, n, width, device):
+    dtype = DTYPES[(tokens + n) % 3]
+    check_forward(operator, Problem(tokens, n, width, dtype), device)
+
+
+@pytest.mark.parametrize("operator", WITH_BACKWARD)
+@pytest.mark.parametrize(("tokens", "n", "width"), SHAPES)
+def test_backward_is_as_good_as_plain_pytorch(operator, tokens, n, width, device):
+    dtype = DTYPES[(tokens + n) % 3]
+    check_backward(operator, Problem(tokens, n, width, dtype), device)
+
+
+# test_anchored.py does the same for the operators that take a layout.
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_post_at_four_streams(dtype, device):
+    check("post", Problem(70, 4, 48, dtype), device)
+
+
+@pytest.mark.parametrize("manifold", ["none", "identity"])
+@pytest.mark.parametrize("tokens", [3, 66])
+@pytest.mark.parametrize("operator", ["pre", "paper_pre", "post_pre"])
+def test_other_manifolds(operator, tokens, manifold, device):
+    problem = Problem(tokens, 4, 40, manifold=manifold)
+    check(operator, problem, device)
+
+
+@pytest.mark.parametrize("operator", ["sinkhorn", "pre", "head"])
+def test_epsilon(operator, device):
+    problem = Problem(7, 4, 40, eps=1e-2)
+    check(operator, problem, device)
+
+
+@pytest.mark.parametrize("iters", [1, 2, 4, 5, 6, 9, 40])
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+def test_sinkhorn_differentiates_every_iteration(iters, eps, device):
+    problem = Problem(9, 4, 1, iters=iters, eps=eps, logit_std=2.0)
+    check("sinkhorn", problem, device)
+
+
+@pytest.mark.parametrize("tokens", [3, 66])
+@pytest.mark.parametrize("n", [4, 5])
+def test_post_pre_reads_the_streams_as_they_are_stored(tokens, n, device):
+    # Projecting the unrounded streams would be off by 1e-3 here.
+    problem = Problem(tokens, n, 48, torch.bfloat16)
+    tensors, constants = inputs("post_pre", problem, device)
+    outputs = kernel_of("post_pre")(*tensors, *constants)
+    alone = kernel_of("pre")(outputs[0], *tensors[4:], *constants)
+    for fused, separate in zip(outputs[2:], alone[1:], strict=True):
+        assert torch.allclose(fused, separate, rtol=0, atol=2e-6)
+    truth, true_grads = rounded_truth(problem, device)
+    assert (outputs[0].double() != truth[0]).float().mean() < 0.01
+    grads = kernel_of("post_pre_backward")(*output_grads(outputs, problem), *tensors, *constants)
+    for ours, true in zip(grads[4:], true_grads[4:], strict=True):
+        assert (ours - true).abs().max() <= 5e-3 * true.abs().max()
+
+
+def test_rows_sum_to_one(device):
+    for n in range(1, 9):
+        logits = 3.0 * torch.randn(64, n, n, generator=torch.Generator().manual_seed(n)).to(device)
+        assert (kernel_of("sinkhorn")(logits, 20, 0.0).sum(-1) - 1).abs().max() <= 1e-6
+    for operator in ("pre", "paper_pre", "post_pre"):
+        tensors, constants = inputs(operator, Problem(66, 4, 64, torch.bfloat16, logit_std=4.0), device)
+        assert (kernel_of(operator)(*tensors, *constants)[-1].sum(-1) - 1).abs().max() <= 1e-6
+
+
+def test_sinkhorn_by_hand(device):
+    # exp = [[1, 2], [3, 4]]; columns: [[1/4, 1/3], [3/4, 2/3]]; then rows, summing to 7/12 and 17/12.
+    logits = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]], device=device).log()
+    expected = torch.tensor([[[3 / 7, 4 / 7], [9 / 17, 8 / 17]]], device=device)
+    assert torch.allclose(kernel_of("sinkhorn")(logits, 1, 0.0), expected, rtol=0, atol=1e-6)
+
+
+def test_orientation_by_hand(device):
+    # Stream 0 takes stream 1; stream 1 takes a quarter of stream 0 and three of its own; the branch enters by
+    # post.
+    streams = torch.tensor([[[1.0], [8.0]]], device=device)
+    res = torch.tensor([[[0.0, 1.0], [0.25, 0.75]]], device=device)
+    branch, post = torch.tensor([[10.0]], device=device), torch.tensor([[1.0, 2.0]], device=device)
+    assert kernel_of("post")(streams, branch, post, res).flatten().tolist() == [18.0, 26.25]
+    # d/dX_1 of X'_0 + X'_1 is 1 + 0.75, d/dres[0, 1] of X'_0 is X_1.
+    grads = kernel_of("post_backward")(torch.ones_like(streams), streams, branch, post, res)
+    assert grads[0].flatten().tolist() == [0.25, 1.75]
+    assert grads[3][0].tolist() == [[1.0, 8.0], [1.0, 8.0]]
+    phi = torch.zeros(8, 2, device=device)
+    bias = torch.cat([torch.zeros(4, device=device), torch.tensor([1.0, 2.0, 3.0, 4.0], device=device).log()])
+    mapping = (phi, torch.ones(3, device=device), bias)
+    expected = torch.tensor([[3 / 7, 4 / 7], [9 / 17, 8 / 17]], device=device)
+    assert torch.allclose(kernel_of("pre")(streams, *mapping, 1, 1e-6, 0.0, "sinkhorn")[2][0], expected, atol=1e-6)
+
+
+def test_sinkhorn_against_log_domain(device):
+    logits = 4.0 * torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log = logits.clone()
+    for _ in range(20):
+        log = log - log.logsumexp(-2, keepdim=True)
+        log = log - log.logsumexp(-1, keepdim=True)
+    ours = kernel_of("sinkhorn")(logits.float().to(device), 20, 0.0)
+    assert (ours.cpu().double() - log.exp()).abs().max() < 5e-6
+
+
+@pytest.mark.usefixtures("kernels")
+def test_agrees_with_deepseek_v4(device):
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    from transformers import DeepseekV4Config
+
+    n, width = 4, 32
+    config = DeepseekV4Config(hidden_size=width, hc_mult=n, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6)
+    theirs = modeling.DeepseekV4HyperConnection(config).to(device)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (theirs.fn, theirs.base, theirs.scale):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    streams = torch.randn(2, 5, n, width, generator=generator).to(device)
+    their_post, comb, collapsed = theirs(streams)
+
+    # Their matrix is comb[in, out].
+    transpose = torch.arange(n * n).view(n, n).T.flatten() + 2 * n
+    order = torch.cat([torch.arange(2 * n), transpose]).to(device)
+    ours = functional.pre(streams, theirs.fn[order], theirs.scale, theirs.base[order], eps=1e-6)
+    assert torch.allclose(ours.layer_input, collapsed, atol=2e-6)
+    assert torch.allclose(ours.post, their_post, atol=2e-6)
+    assert torch.allclose(ours.res, comb.mT, atol=2e-6)
+
+
+@pytest.mark.parametrize("operator", ["sinkhorn", "pre", "post_pre"])
+def test_large_gradients_and_logits_stay_finite(operator, device):
+    check_backward(operator, Problem(20, 4, 40, logit_std=8.0, grad_scale=1e4), device)
+
+
+def test_extreme_logits(device):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randint(0, 2, (40, 4, 4), generator=generator) * 2e4 - 1e4).to(device)
+    logits += torch.randn(logits.shape, generator=generator).to(device)
+    res = kernel_of("sinkhorn")(logits, 20, 0.0)
+    assert (res.sum(-1) - 1).abs().max() <= 1e-6
+    assert torch.isfinite(kernel_of("sinkhorn_backward")(torch.ones_like(res), logits, 20, 0.0)).all()
+    tensors, constants = inputs("pre", Problem(3, 4, 24), device)
+    bias = torch.linspace(-1e4, 1e4, 24, device=device)
+    outputs = kernel_of("pre")(*tensors[:3], bias, *constants)
+    grads = kernel_of("pre_backward")(*(torch.ones_like(out) for out in outputs), *tensors[:3], bias, *constants)
+    assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *grads))
+
+
+@pytest.mark.parametrize("operator", ["pre", "post_pre", "head"])
+@pytest.mark.parametrize("tokens", [2, 65])
+def test_all_zero_tokens(operator, tokens, device):
+    tensors, constants = inputs(operator, Problem(tokens, 4, 24), device)
+    zero = tuple(torch.zeros_like(tensor) for tensor in tensors[:-3])
+    outputs = many(kernel_of(operator)(*zero, *tensors[-3:], *constants))
+    grads = kernel_of(f"{operator}_backward")(
+        *(torch.ones_like(out) for out in outputs), *zero, *tensors[-3:], *constants
+    )
+    assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *grads))

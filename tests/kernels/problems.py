@@ -1,0 +1,139 @@
+"""Random inputs for the operators, their float64 truth, and the accuracy contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mhc_compile.kernels import boundary, reference
+from mhc_compile.kernels.dispatch import kernel_of, reference_of
+from mhc_compile.kernels.manifolds import MANIFOLDS
+from torch import Tensor
+
+OPERATORS = ("sinkhorn", "pre", "paper_pre", "post", "post_pre", "head")
+# `paper_pre` has none of its own: test_paper_pre.py shows that it is that of `pre`, function for function.
+WITH_BACKWARD = tuple(operator for operator in OPERATORS if operator != "paper_pre")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes, how large logits and gradients are, and how the streams are stored."""
+
+    tokens: int
+    n: int
+    width: int
+    dtype: torch.dtype = torch.float32
+    manifold: str = "sinkhorn"
+    iters: int = 20
+    eps: float = 0.0
+    logit_std: float = 1.0
+    grad_scale: float = 1.0
+    seed: int = 0
+    anchored: bool = False
+
+
+def inputs(operator: str, problem: Problem, device: str = "cpu") -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Return an operator's (tensors, constants)."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    tokens, n, width = problem.tokens, problem.n, problem.width
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    family = MANIFOLDS[problem.manifold]
+    rows = n if operator == "head" else family.rows(n)
+    scales = 1 if operator == "head" else family.scales
+    streams, branch = normal(tokens, n, width).to(problem.dtype), normal(tokens, width).to(problem.dtype)
+    mixing = (normal(tokens, n).sigmoid() * 2, normal(tokens, n, n).softmax(-1))
+    phi = problem.logit_std * normal(rows, n * width) / (n * width) ** 0.5
+    mapping = (phi, normal(scales).abs() + 0.5, problem.logit_std * normal(rows))
+    layout = (True,) if problem.anchored else ()
+    site = (problem.iters, 1e-6, problem.eps, problem.manifold, *layout)
+    return {
+        "sinkhorn": ((problem.logit_std * normal(tokens, n, n),), (problem.iters, problem.eps)),
+        "pre": ((streams, *mapping), site),
+        "paper_pre": ((streams, *mapping), site),
+        "post": ((streams, branch, *mixing), ()),
+        "post_pre": ((streams, branch, *mixing, *mapping), site),
+        "head": ((streams, *mapping), (1e-6, problem.eps, *layout)),
+    }[operator]
+
+
+def output_grads(outputs: Sequence[Tensor], problem: Problem) -> tuple[Tensor, ...]:
+    """Return random gradients of an operator's outputs."""
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    return tuple(
+        (problem.grad_scale * torch.randn(out.shape, generator=generator)).to(out.dtype).to(out.device)
+        for out in outputs
+    )
+
+
+def many(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return one or several outputs as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def double(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.double() for tensor in tensors)
+
+
+def assert_as_good(
+    kernel: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype, what: str
+) -> None:
+    """Check |truth − kernel| ≤ |truth − plain PyTorch| + slack, in the largest entry of each tensor.
+
+    The slack is 64 float32 roundings of the largest true entry, for sums taken in another order, and where
+    tensors are of a narrower dtype one rounding to it: which way a tie goes, and which sums are rounded,
+    differs.
+    """
+    assert len(kernel) == len(plain) == len(truth)
+    for index, (ours, theirs, true) in enumerate(zip(kernel, plain, truth, strict=True)):
+        assert ours.shape == theirs.shape == true.shape
+        assert ours.dtype == theirs.dtype
+        if not true.numel():
+            continue
+        assert torch.isfinite(ours).all(), f"{what}: output {index} is not finite"
+        error = (ours.double() - true).abs().max().item()
+        allowed = (theirs.double() - true).abs().max().item()
+        size = true.abs().max().item()
+        slack = 64 * torch.finfo(torch.float32).eps * max(size, 1e-3)
+        if dtype != torch.float32:
+            slack += torch.finfo(dtype).eps / 2 * size
+        assert error <= allowed + slack, f"{what}: output {index} errs by {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+def check_forward(operator: str, problem: Problem, device: str = "cpu") -> None:
+    tensors, constants = inputs(operator, problem, device)
+    ours = many(kernel_of(operator)(*tensors, *constants))
+    plain = many(reference_of(operator)(*tensors, *constants))
+    truth = many(reference_of(operator)(*double(tensors), *constants))
+    assert_as_good(ours, plain, truth, problem.dtype, f"{operator} {problem}")
+
+
+def check_backward(operator: str, problem: Problem, device: str = "cpu") -> None:
+    tensors, constants = inputs(operator, problem, device)
+    grads = output_grads(many(reference_of(operator)(*tensors, *constants)), problem)
+    name = f"{operator}_backward"
+    ours = many(kernel_of(name)(*grads, *tensors, *constants))
+    plain = many(reference_of(name)(*grads, *tensors, *constants))
+    truth = many(reference_of(name)(*double(grads), *double(tensors), *constants))
+    assert_as_good(ours, plain, truth, problem.dtype, f"{name} {problem}")
+
+
+def check(operator: str, problem: Problem, device: str = "cpu") -> None:
+    """Check an operator, and its backward if it has one of its own."""
+    check_forward(operator, problem, device)
+    if operator in WITH_BACKWARD:
+        check_backward(operator, problem, device)
+
+
+def rounded_truth(problem: Problem, device: str = "cpu") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Float64 `post_pre` and its gradients, the new streams rounded to their dtype as they are stored."""
+    tensors, constants = inputs("post_pre", problem, device)
+    fresh = reference.post(*double(tensors[:4])).to(problem.dtype).double()
+    outputs = (fresh, *reference.pre(fresh, *double(tensors[4:]), *constants))
+    grads = double(output_grads(many(boundary.post_pre(*tensors, *constants)), problem))
+    through, *mapping = reference.pre_backward(*grads[1:], fresh, *double(tensors[4:]), *constants)
+    return outputs, (*reference.post_backward(grads[0] + through, *double(tensors[:4])), *mapping)
