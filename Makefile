@@ -25,6 +25,15 @@ DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 endif
 
+# passes/ and kernels/ import as mhc_compile.passes and mhc_compile.kernels, which tools that read files cannot know from
+# where they lie: they get a folder of links that lies as the package imports.
+define LINK_TREE
+rm -rf build/types
+mkdir -p build/types/mhc_compile
+ln -s $(CURDIR)/mhc_compile/* $(CURDIR)/passes $(CURDIR)/kernels build/types/mhc_compile/
+endef
+IMPORTS := PYTHONPATH=. $(TYPES_PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test bench lint format types kernels clean
@@ -46,17 +55,15 @@ kernels: $(TEST_READY)
 lint: $(TEST_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(LINK_TREE)
+	cd build/types && $(IMPORTS) ../../pyproject.toml --no-cache
 
 format: $(TEST_READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# passes/ and kernels/ import as mhc_compile.passes and mhc_compile.kernels, which mypy cannot know from
-# where they lie: it gets a folder of links that lies as the package imports.
 types: $(TEST_READY)
-	rm -rf build/types
-	mkdir -p build/types/mhc_compile
-	ln -s $(CURDIR)/mhc_compile/* $(CURDIR)/passes $(CURDIR)/kernels build/types/mhc_compile/
+	$(LINK_TREE)
 	cd build/types && $(TYPES_PY) -m mypy --config-file ../../pyproject.toml -p mhc_compile
 
 $(VENV)/bin/python:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attachment.entrances import close_entrances
 from .attachment.sentinels import disarm
 from .attachment.site_parameters import CHILD, attached_config, owners_in
 from .config import STRUCTURAL, MHCConfig
@@ -140,6 +141,7 @@ def detach(model: nn.Module) -> None:
     if not owners:
         raise NotAttachedError("the model has no mHC parameters: there is nothing to detach.")
     disarm(root)
+    close_entrances(root)
     for _, owner, _ in owners:
         delattr(owner, CHILD)
     forget_breaks(root)

@@ -15,11 +15,12 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
+from .attachment.entrances import BACKEND_NAME
 from .attachment.sentinels import plain_calls_allowed
 from .config import MHCConfig
 from .dynamo.error_passing import errors_reach_the_user
 from .dynamo.frames import Frame, current_frame, pin_to_modules
-from .dynamo.skipped_frames import BACKEND_NAME, watch_skipped_frames
+from .dynamo.skipped_frames import watch_skipped_frames
 from .errors import MHCError, StreamCutError
 from .passes.analyze import analyze
 from .passes.count_branch_work import BranchWork, count_branch_work
@@ -81,14 +82,16 @@ def look(
     if not args and not kwargs:
         args, kwargs = (), _dummy_inputs(root)
     kwargs = {**kwargs, **_without_cache(root, kwargs)}
-    seen = Look(new_report(root, config))
+    seen = Look(new_report(root, config), StreamLinks(config.strict))
     codes: list[CodeType] = []
 
     @errors_reach_the_user
     def backend(graph_module: GraphModule, example_inputs: Any) -> Any:
         frame = current_frame(graph_module)
         analysis = analyze(graph_module)
-        plan = plan_sites(analysis.findings, frame, config, in_pieces=not _is_whole(frame))
+        plan = plan_sites(
+            analysis.findings, frame, config, in_pieces=not _is_whole(frame) and config.on_graph_break == "carry"
+        )
         plan = check_graph_breaks(graph_module, analysis, plan, frame, config, looking=True)
         number = seen.links.add(plan, frame)
         if count_work:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from .kernels.costs.fusion_choice import FusionChoice
 from .kernels.manifolds import MANIFOLDS
 from .memory import MEMORY
 from .passes.residual import Chain, Reason, Rejection, Site
+from .planning.nothing_found import rejected_by_reason
 from .planning.sites import Plan
 from .prediction import Prediction
 
@@ -192,17 +191,6 @@ class Report:
             for reason in self.cuts
         ]
         return "\n".join(lines)
-
-
-def rejected_by_reason(entries: Iterable[Rejection]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Group rejections by reason, and within one by source line with a count, most frequent first."""
-    counts: dict[Reason, Counter[str]] = {}
-    for entry in entries:
-        counts.setdefault(entry.reason, Counter())[entry.location] += 1
-    return [
-        (reason.value, counter.most_common())
-        for reason, counter in sorted(counts.items(), key=lambda item: -item[1].total())
-    ]
 
 
 def _counted(count: int, noun: str) -> str:

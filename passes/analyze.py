@@ -52,12 +52,31 @@ def analyze(graph_module: GraphModule) -> Analysis:
     needed = _regions_passed(findings) | _regions_with_sentinels(opened)
     if regions - needed:
         plain = normalize(open_regions(graph_module, closed=regions - needed))
-        findings = find_residuals(plain)
+        findings = _named_alike(find_residuals(plain), findings)
     ends = find_stream_ends(plain, findings)
     # Placeholders of `plain` are the ones that the rewrite will know.
     own = {node.target: node for node in plain.graph.nodes if node.op == "placeholder"}
     sentinels = tuple(_over(call, own) for call in read_sentinels(opened))
     return Analysis(plain, findings, sentinels, ends, len(graph_module.graph.nodes))
+
+
+def _named_alike(closed: Findings, opened: Findings) -> Findings:
+    """Have sites whose branch lies in a closed region say what computes it, as they do where the region is open.
+
+    A region is opened once a sentinel is traced in it: names must not change by that. No chain passes the closed ones,
+    so both graphs show the same chains.
+    """
+    chains = tuple(
+        replace(
+            chain,
+            adds=tuple(
+                replace(add, children=twin.children, hosts=twin.hosts)
+                for add, twin in zip(chain.adds, other.adds, strict=True)
+            ),
+        )
+        for chain, other in zip(closed.chains, opened.chains, strict=True)
+    )
+    return replace(closed, chains=chains)
 
 
 def _over(call: SentinelCall, placeholders: dict[object, Node]) -> SentinelCall:

@@ -220,7 +220,7 @@ def test_t5_cuts_its_own_stream_under_checkpointing(options):
     plain = _step(model, lambda: model(**inputs))
     config = MHCConfig(inner="aot_eager", min_sites=1, **options)
     if not options:
-        with pytest.raises(StreamCutError, match=r"modeling_t5\.py:\d+  position_bias\.requires_grad.*collapse"):
+        with pytest.raises(StreamCutError, match=r"modeling_t5\.py:\d+  position_bias\.requires_grad"):
             mhc_compile.attach(model, config=config, **inputs)
         return
     with pytest.warns(MHCWarning, match="requires_grad"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from ..errors import MHCOptionError
+from ...errors import MHCOptionError
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
+from ..attachment.entrances import BACKEND_NAME
 from ..attachment.site_parameters import attached_config
 from ..config import MHCConfig
 from ..errors import MHCWarning, StreamCutError
 from ..passes.analyze import holds_residual_adds
 from ..planning.graph_breaks import cut_message, remember_given_up
-
-BACKEND_NAME = "mhc"
 
 
 def watch_skipped_frames() -> None:

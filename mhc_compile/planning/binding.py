@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attachment.entrances import open_entrances
 from ..attachment.optimizers import watch_optimizers
 from ..attachment.sentinels import arm, arm_root, disarm
 from ..attachment.site_parameters import (
@@ -79,6 +80,8 @@ def attach_plan(
     _arm(plan, frame, config)
     if frame.roots:
         watch_optimizers(frame.root)
+        whole = [chain for chain in plan.chains if chain.selected[0].role.begins and chain.selected[-1].role.ends]
+        open_entrances(frame.model or frame.root, [[site.site.owner for site in chain.selected] for chain in whole])
     return created
 
 

@@ -112,14 +112,12 @@ def check_graph_breaks(
     if not reasons and not looking and (reason := _why_alone(frame, bool(entering), bool(leaving), config)):
         reasons = [reason]
     halves = [entry.reason for entry in around if entry.branch_left]
+    halved = [*analysis.ends.halves] if halves else []
     if carries:
-        halved = [*analysis.ends.halves] if halves else []
-        if halved:
+        if halved and config.strict:
             _refuse(frame, halves[-1], "inside a residual block")
-    else:
-        halved = [*analysis.ends.halves] if halves else []
-        if reasons or halved:
-            plan = _settled(plan, entering, reasons, halved, halves, frame, config)
+    elif reasons or halved:
+        plan = _settled(plan, entering, reasons, halved, halves, frame, config)
     if frame.break_reason is not None:
         left = any(site.add.exits for site in plan.sites)
         MEMORY.breaks.append(Break(weakref.ref(root), frame.break_reason, left, analysis.ends.branch_leaves))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 
 from ..attachment.site_parameters import attached_config
 from ..config import MHCConfig
 from ..dynamo.frames import Frame
 from ..errors import MHCWarning, NoResidualError
-from ..reporting import rejected_by_reason
+from ..passes.residual import Reason, Rejection
 from .graph_breaks import has_open_breaks
 from .sites import Plan
 
@@ -48,3 +50,14 @@ def nothing_found(plan: Plan, config: MHCConfig) -> str:
         + ". mhc_compile.explain(model, …) lists each with its source line. min_sites=1 admits single sites; "
         "strict=False compiles the model as it is."
     )
+
+
+def rejected_by_reason(entries: Iterable[Rejection]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Group rejections by reason, and within one by source line with a count, most frequent first."""
+    counts: dict[Reason, Counter[str]] = {}
+    for entry in entries:
+        counts.setdefault(entry.reason, Counter())[entry.location] += 1
+    return [
+        (reason.value, counter.most_common())
+        for reason, counter in sorted(counts.items(), key=lambda item: -item[1].total())
+    ]

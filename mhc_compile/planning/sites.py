@@ -99,7 +99,7 @@ class Plan:
 def plan_sites(findings: Findings, frame: Frame, config: MHCConfig, in_pieces: bool = False) -> Plan:
     """Name every residual add, keep the chains that the options ask for, reject the rest with a reason.
 
-    With `in_pieces` a chain that may go on in another graph is kept, however short: `without_short_chains` judges it
+    With `in_pieces` a chain that may go on in another graph is kept, however short: `without_chains` judges it
     once the whole stream is known.
     """
     rejections = list(findings.rejections)
@@ -119,26 +119,25 @@ def plan_sites(findings: Findings, frame: Frame, config: MHCConfig, in_pieces: b
         known = any(site_parameters(site.owner, site.label) for site in selected)
         goes_on = in_pieces and (chain.entry is not None or bool(chain.adds[-1].exits))
         if not selected or (len(selected) < config.min_sites and not known and not goes_on):
-            rejections += _too_short(selected, len(selected))
+            rejections += [_rejection(site, Reason.SHORT_CHAIN, str(len(selected))) for site in selected]
             continue
         chains.append(_with_roles(_trimmed(chain, sites)))
     return Plan(tuple(chains), tuple(rejections))
 
 
-def without_short_chains(plan: Plan, lengths: Sequence[int], config: MHCConfig) -> Plan:
-    """Reject the chains whose whole stream has fewer than `min_sites` sites; `lengths` has one for each chain."""
+def without_chains(plan: Plan, reasons: Sequence[tuple[Reason, str] | None]) -> Plan:
+    """Reject chains that the whole model tells against; one reason with its detail for each chain, None for the others.
+
+    A chain that has its parameters is kept, however short.
+    """
     kept, rejections = [], list(plan.rejections)
-    for chain, length in zip(plan.chains, lengths, strict=True):
+    for chain, why in zip(plan.chains, reasons, strict=True):
         known = any(site_parameters(site.owner, site.label) for site in chain.selected)
-        if length < config.min_sites and not known:
-            rejections += _too_short(chain.selected, length)
-        else:
+        if why is None or (why[0] is Reason.SHORT_CHAIN and known):
             kept.append(chain)
+        else:
+            rejections += [_rejection(site, *why) for site in chain.selected]
     return replace(plan, chains=tuple(kept), rejections=tuple(rejections))
-
-
-def _too_short(sites: Sequence[PlannedSite], length: int) -> list[Rejection]:
-    return [_rejection(site, Reason.SHORT_CHAIN, str(length)) for site in sites]
 
 
 def _with_roles(chain: PlannedChain) -> PlannedChain:

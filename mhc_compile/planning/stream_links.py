@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from ..config import MHCConfig
 from ..dynamo.frames import Frame
-from ..errors import StreamCutError
+from ..errors import MHCWarning, StreamCutError
+from ..memory import MEMORY
+from ..passes.residual import Reason
 from .graph_breaks import cut_message
-from .sites import Plan, PlannedChain, placed, without_short_chains
+from .sites import Plan, PlannedChain, placed, without_chains
 
 # A chain, by the number of its graph and its place there.
 _ChainKey = tuple[int, int]
@@ -33,11 +36,14 @@ class StreamLinks:
     """Follows the values that leave one graph into the next.
 
     Attributes:
+        strict: a stream that is lost between two graphs is an error; else what is behind stays plain.
         plans: the graphs in the order in which they were captured, each with its frame.
     """
 
+    strict: bool = True
     plans: list[tuple[Plan, Frame]] = field(default_factory=list)
     _left: list[_Left] = field(default_factory=list)
+    _lost: dict[_ChainKey, str] = field(default_factory=dict)
     _anew: list[tuple[Tensor, _Left]] = field(default_factory=list)
     _before: dict[_ChainKey, _ChainKey] = field(default_factory=dict)
 
@@ -61,15 +67,25 @@ class StreamLinks:
             if same:
                 self._before[number, index] = same[-1].chain
             elif (left := self._source_of(value)) is not None:
-                _, from_frame = self.plans[left.chain[0]]
-                raise StreamCutError(
-                    cut_message(
-                        f"Python code computes the hidden state anew between {from_frame.function} and "
-                        f"{frame.function}, "
-                        f"before {chain.sites[0].site.location}",
-                        "between two graphs",
-                    )
-                )
+                self._lose((number, index), chain, left, frame)
+
+    def _lose(self, key: _ChainKey, chain: PlannedChain, left: _Left, frame: Frame) -> None:
+        """Refuse a chain whose stream was computed anew, or with `strict=False` leave it plain."""
+        _, before = self.plans[left.chain[0]]
+        reason = (
+            f"Python code computes the hidden state anew between {before.function} and {frame.function}, before "
+            f"{chain.sites[0].site.location}"
+        )
+        if MEMORY.breaks:
+            reason = f"{MEMORY.breaks[-1].reason}; {reason}"
+        if self.strict:
+            raise StreamCutError(cut_message(reason, "between two graphs"))
+        self._lost[key] = reason
+        warnings.warn(
+            f"{len(chain.selected)} residual adds stay plain, because their stream is lost: {reason}.",
+            MHCWarning,
+            stacklevel=2,
+        )
 
     def leave(
         self, number: int, inputs: Sequence[Any], outputs: Sequence[Any], passing: Sequence[tuple[int, int]]
@@ -129,6 +145,15 @@ class StreamLinks:
         for key in sorted(self._before):
             lengths[key] = lengths[self._before[key]]
         return [
-            without_short_chains(plan, [lengths[number, index] for index in range(len(plan.chains))], config)
+            without_chains(plan, [self._why_out((number, index), lengths, config) for index in range(len(plan.chains))])
             for number, plan in enumerate(plans)
         ]
+
+    def _why_out(self, key: _ChainKey, lengths: dict[_ChainKey, int], config: MHCConfig) -> tuple[Reason, str] | None:
+        """Say why a chain stays plain: its stream is lost on the way, or too short."""
+        lost: _ChainKey | None = key
+        while lost is not None and lost not in self._lost:
+            lost = self._before.get(lost)
+        if lost is not None:
+            return Reason.CUT, self._lost[lost]
+        return (Reason.SHORT_CHAIN, str(lengths[key])) if lengths[key] < config.min_sites else None

@@ -1,0 +1,93 @@
+"""Let a part of a model that is called by itself run rewritten, once the model is compiled in place.
+
+`generate()` calls the encoder of an encoder-decoder alone; `get_image_features` a vision tower. Their forward is not
+the model's, so `model.compile(backend="mhc")` does not reach it. A submodule that holds whole chains therefore gets an
+entrance in the slot of `nn.Module.compile`: inside a compilation it steps aside; called by Python code, it compiles the
+submodule as the model is compiled. Copies and pickles of a module leave the slot empty, as they do for `compile`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+BACKEND_NAME = "mhc"
+
+
+class Entrance:
+    """Stands in the place of a submodule's compiled call.
+
+    Attributes:
+        module: the submodule.
+        root: the model that it is a part of.
+    """
+
+    def __init__(self, module: nn.Module, root: nn.Module) -> None:
+        """Compile nothing yet."""
+        self.module = module
+        self.root = root
+        self._compiled: tuple[Any, Callable[..., Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the submodule: rewritten, if the model is compiled in place and this call is not a part of its own."""
+        if torch.compiler.is_compiling():
+            return self.module._call_impl(*args, **kwargs)
+        model_call = self.root._compiled_call_impl
+        if model_call is None or _inside_compiled_code():
+            return self.module._call_impl(*args, **kwargs)
+        if self._compiled is None or self._compiled[0] is not model_call:
+            self._compiled = model_call, _compiled_alike(self.module, model_call)
+        return self._compiled[1](*args, **kwargs)
+
+
+def _inside_compiled_code() -> bool:
+    """Return whether compiled code is at work around this call: Dynamo then compiles what is called by itself."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def _compiled_alike(module: nn.Module, model_call: Any) -> Callable[..., Any]:
+    """Compile a submodule with the options that its model was compiled in place with; plain for another backend."""
+    try:
+        context = inspect.getclosurevars(model_call).nonlocals["self"]
+        backend, name = context.callback, None
+    except (TypeError, KeyError, AttributeError):  # another version of torch: the attached options decide alone
+        compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=BACKEND_NAME)
+        return compiled
+    while backend is not None and name is None:
+        name = getattr(backend, "compiler_name", None)
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    alike: Callable[..., Any] = context(module._call_impl) if name == BACKEND_NAME else module._call_impl
+    return alike
+
+
+def open_entrances(root: nn.Module, chains: Iterable[Iterable[str]]) -> None:
+    """Give an entrance to every submodule that holds the whole of a chain.
+
+    Args:
+        root: the model.
+        chains: for each chain, the paths of the modules that own its sites.
+    """
+    for owners in chains:
+        parts = [path.split(".") for path in owners]
+        shared = 0
+        while parts and all(len(path) > shared and path[shared] == parts[0][shared] for path in parts):
+            shared += 1
+        for depth in range(1, shared + 1):
+            path = ".".join(parts[0][:depth])
+            try:
+                module = root.get_submodule(path)
+            except AttributeError:
+                continue
+            if module is not root and module._compiled_call_impl is None:
+                module._compiled_call_impl = Entrance(module, root)
+
+
+def close_entrances(root: nn.Module) -> None:
+    """Take every entrance below a model away."""
+    for module in root.modules():
+        if isinstance(module._compiled_call_impl, Entrance):
+            module._compiled_call_impl = None

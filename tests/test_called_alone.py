@@ -1,0 +1,104 @@
+"""A part of a model that is called by itself runs rewritten, with the same parameters."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mhc_compile
+from mhc_compile import UnrewrittenCallError
+
+from .carrying import perturb
+from .models import CASES, QUICK, Stack, features
+
+
+def attached(name):
+    torch.manual_seed(0)
+    model = CASES[name]().build().eval()
+    mhc_compile.attach(model, **CASES[name]().inputs())
+    perturb(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_generation_with_an_encoder(name):
+    model, inputs = attached(name), CASES[name]().inputs()
+    inputs.pop("labels", None)
+    plain = copy.deepcopy(model)
+    mhc_compile.detach(plain)
+    model.compile(backend="mhc", options=QUICK)
+    key = model.main_input_name
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    greedy = model.generate(inputs[key], **options)
+    beams = model.generate(inputs[key], num_beams=2, **options)
+    assert greedy.shape[0] == beams.shape[0] == inputs[key].shape[0]
+    # Without the cache, each step runs the whole model: the encoder alone has to agree with the encoder inside.
+    assert torch.equal(greedy, model.generate(inputs[key], use_cache=False, **options))
+    hidden = model.get_encoder()(inputs[key]).last_hidden_state
+    whole = model(**{key: inputs[key], "decoder_input_ids": greedy[:, :1]}).encoder_last_hidden_state
+    torch.testing.assert_close(hidden, whole, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(hidden, plain.get_encoder()(inputs[key]).last_hidden_state, atol=1e-3)
+
+
+def test_towers():
+    model, inputs = attached("clip"), CASES["clip"]().inputs()
+    model.compile(backend="mhc", options=QUICK)
+    both = model(**inputs)
+    alone = model.get_image_features(pixel_values=inputs["pixel_values"])
+    alone = getattr(alone, "pooler_output", alone)
+    torch.testing.assert_close(alone / alone.norm(dim=-1, keepdim=True), both.image_embeds, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_without_its_head():
+    model, inputs = attached("llama"), CASES["llama"]().inputs()
+    model.compile(backend="mhc", options=QUICK)
+    whole = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(model.model(inputs["input_ids"]).last_hidden_state, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_is_refused_while_the_model_is_not_compiled_in_place():
+    model, inputs = attached("t5"), CASES["t5"]().inputs()
+    with pytest.raises(UnrewrittenCallError):
+        model.get_encoder()(inputs["input_ids"])
+    torch.compile(model, backend="mhc", options=QUICK)(**inputs)
+    with pytest.raises(UnrewrittenCallError):
+        model.get_encoder()(inputs["input_ids"])
+
+
+def test_a_part_compiled_by_itself():
+    model, inputs = attached("t5"), CASES["t5"]().inputs()
+    want = torch.compile(model, backend="mhc", options=QUICK)(**inputs).encoder_last_hidden_state
+    model.encoder.compile(backend="mhc", options=QUICK)
+    torch.testing.assert_close(model.encoder(inputs["input_ids"]).last_hidden_state, want, rtol=1e-5, atol=1e-5)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.gain = inner, nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        return self.inner(inputs) * self.gain
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_attached_model_inside_a_wrapper(in_place):
+    model = Stack()
+    mhc_compile.attach(model, features())
+    perturb(model)
+    want = torch.compile(copy.deepcopy(model), backend="mhc", options=QUICK)(features())
+    wrapper = Wrapper(model)
+    if in_place:
+        wrapper.compile(backend="mhc", options=QUICK)
+    compiled = wrapper if in_place else torch.compile(wrapper, backend="mhc", options=QUICK)
+    torch.testing.assert_close(compiled(features()), want, rtol=1e-6, atol=1e-6)
+    compiled(features()).sum().backward()
+    assert all(parameter.grad is not None for parameter in mhc_compile.parameters(wrapper).values())
+
+
+def test_detach_closes_the_entrances():
+    model, inputs = attached("t5"), CASES["t5"]().inputs()
+    mhc_compile.detach(model)
+    assert model.get_encoder()(inputs["input_ids"]).last_hidden_state.isfinite().all()
+    assert all(module._compiled_call_impl is None for module in model.modules())
