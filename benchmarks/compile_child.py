@@ -49,8 +49,8 @@ class Clock:
         return whole
 
 
-def measure(setting: Setting, fusion: str, inner: str, device: str) -> dict[str, Any]:
-    """Attach, compile and run two training steps; return seconds.
+def measure(setting: Setting, fusion: str, inner: str, device: str, by_block: bool) -> dict[str, Any]:
+    """Attach, compile and run two training steps; return seconds. `by_block` compiles each layer alone.
 
     `compile` is the first step less the second; `passes` is what the backend takes beside the inner compiler.
     """
@@ -58,13 +58,16 @@ def measure(setting: Setting, fusion: str, inner: str, device: str) -> dict[str,
     batch = tokens_of(setting, device)
     clock = Clock()
     attach = 0.0
-    if fusion == PLAIN:
-        compiled = torch.compile(model, backend=inner, dynamic=False)
-    else:
+    backend_of_case: Any = inner
+    if fusion != PLAIN:
         begin = time.perf_counter()
         mhc_compile.attach(model, input_ids=batch, labels=batch)
         attach = time.perf_counter() - begin
-        compiled = torch.compile(model, backend=clock.timed({"fusion": fusion, "inner": inner}), dynamic=False)
+        backend_of_case = clock.timed({"fusion": fusion, "inner": inner})
+    if by_block:
+        for block in model.model.layers:
+            block.compile(backend=backend_of_case, dynamic=False)
+    compiled = model if by_block else torch.compile(model, backend=backend_of_case, dynamic=False)
     steps = []
     for _ in range(2):
         begin = time.perf_counter()
@@ -86,10 +89,11 @@ def main() -> None:
     parser.add_argument("--fusion", required=True)
     parser.add_argument("--inner", required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--by-block", action="store_true")
     given = parser.parse_args()
     if given.device == "cpu":
         torch.set_num_threads(1)
-    print(json.dumps(measure(Setting(**given.setting), given.fusion, given.inner, given.device)))
+    print(json.dumps(measure(Setting(**given.setting), given.fusion, given.inner, given.device, given.by_block)))
 
 
 if __name__ == "__main__":

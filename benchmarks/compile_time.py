@@ -28,15 +28,21 @@ _ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Case:
-    """A fusion, or the plain model, at a depth."""
+    """A fusion, or the plain model, at a depth; compiled whole, or each layer alone."""
 
     fusion: str
     layers: int
+    by_block: bool = False
 
     @property
     def name(self) -> str:
         """Its name on the command line."""
-        return f"{self.fusion}/{self.layers}"
+        return f"{self.fusion}/{self.layers}{'/by-block' if self.by_block else ''}"
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call it."""
+        return f"{self.fusion}, by block" if self.by_block else self.fusion
 
 
 def cases(quick: bool) -> list[Case]:
@@ -46,9 +52,10 @@ def cases(quick: bool) -> list[Case]:
     longer than all the rest.
     """
     if quick:
-        return [Case(PLAIN, 2), Case("site", 2)]
+        return [Case(PLAIN, 2), Case("site", 2), Case("site", 2, by_block=True)]
+    by_block = [Case(fusion, layers, True) for layers in (4, 32) for fusion in (PLAIN, "site")]
     depths = [Case(fusion, layers) for layers in (4, 16, 32) for fusion in (PLAIN, "site")]
-    return [*depths[:2], Case("boundary", 4), *depths[2:4], Case("inductor", 4), *depths[4:]]
+    return [*depths[:2], Case("boundary", 4), *depths[2:4], *by_block, Case("inductor", 4), *depths[4:]]
 
 
 def compile_in_process(case: Case, setting: Setting, inner: str, options: Options, cache: str) -> dict[str, Any]:
@@ -62,6 +69,7 @@ def compile_in_process(case: Case, setting: Setting, inner: str, options: Option
     command = [
         sys.executable, "-m", "benchmarks.compile_child", "--setting", json.dumps(sizes),
         "--fusion", case.fusion, "--inner", inner, "--device", options.device,
+        *(["--by-block"] if case.by_block else []),
     ]  # fmt: skip
     # Both caches: Inductor's own, and Triton's for the kernels.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
@@ -99,7 +107,7 @@ def run(options: Options, record: Record) -> None:
                 except RuntimeError as error:
                     record.fail(where, str(error))
                     break
-                record.add(fusion=case.fusion, layers=case.layers, start=start, **found)
+                record.add(fusion=case.label, layers=case.layers, start=start, by_block=case.by_block, **found)
 
 
 def _wanted(case: Case, options: Options) -> bool:
@@ -111,19 +119,24 @@ def total(row: dict[str, Any]) -> float:
     return float(row["compile_seconds"]) + float(row["attach_seconds"])
 
 
+def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a row shares with the plain model's that it is compared with."""
+    return row["layers"], row["start"], row.get("by_block", False)
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
     """Return one table: seconds and ratios by depth, start and fusion."""
     rows = result["rows"]
-    plain = {(row["layers"], row["start"]): row for row in rows if row["fusion"] == PLAIN}
+    plain = {_setting(row): row for row in rows if row["fusion"].startswith(PLAIN)}
     cells, best = [], set()
     order = sorted(rows, key=lambda row: (row["layers"], row["start"]))
     for index, row in enumerate(order):
-        same = [other for other in order if (other["layers"], other["start"]) == (row["layers"], row["start"])]
-        ours = [other for other in same if other["fusion"] != PLAIN]
+        same = [other for other in order if _setting(other) == _setting(row)]
+        ours = [other for other in same if not other["fusion"].startswith(PLAIN)]
         if row in ours and len(ours) > 1 and row == min(ours, key=total):
             best.add(index)
-        reference = plain.get((row["layers"], row["start"]))
-        is_plain = row["fusion"] == PLAIN
+        reference = plain.get(_setting(row))
+        is_plain = row["fusion"].startswith(PLAIN)
         share = (row["passes_seconds"] + row["attach_seconds"]) / total(row)
         cells.append(
             (

@@ -17,18 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import register_backend
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 
 from .api import explain, parameters, unwrap
 from .errors import MHCError, NotAttachedError
-from .kernels import ops
-from .kernels.anchored import released_mixing
+from .passes.record_mixing import MixingRecorder
 from .reporting import keep_report, report_of
 
 _INNER = "mhc_record_mixing"
 _RECORD: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("mhc_mixing", default=None)
-
-assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
 
 @dataclass(frozen=True)
@@ -137,17 +134,12 @@ def _recording() -> Iterator[list[tuple[Tensor, Tensor]]]:
         _RECORD.reset(token)
 
 
-class _Recorder(Interpreter):
-    """Interprets the rewritten graph and notes (phi, res) of every `pre`: phi tells which site it is."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = super().call_function(target, args, kwargs)
-        calls = _RECORD.get()
-        if calls is not None and target is torch.ops.mhc.pre.default:
-            calls.append((args[1], released_mixing(result[2])))
-        return result
+def _note(phi: Tensor, res: Tensor) -> None:
+    calls = _RECORD.get()
+    if calls is not None:
+        calls.append((phi, res))
 
 
 @register_backend(name=_INNER)
 def _record_mixing(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    return _Recorder(graph_module).run
+    return MixingRecorder(graph_module, _note).run

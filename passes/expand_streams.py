@@ -114,6 +114,11 @@ class _Expander:
                 # Of two sites that share a reader, the first in the graph feeds it.
                 if site.parameters is not None and site.add.fork is not None:
                     self.reads.setdefault((reader, site.add.fork), site)
+        self.opened_by: dict[Region, list[BoundSite]] = {}
+        for (reader, fork), site in self.reads.items():
+            outside, inside = regions_of(fork), regions_of(reader)
+            if inside[: len(outside)] == outside and len(inside) > len(outside):
+                self.opened_by.setdefault(inside[len(outside)], []).append(site)
         self.readouts = {chain.sites[-1].add.node: chain.readout for chain in chains if chain.readout}
 
     def run(self) -> GraphModule:
@@ -122,7 +127,7 @@ class _Expander:
             if pending and node.op != "placeholder":
                 self._add_streams_inputs()
                 pending = False
-            self.regions, self.mode = regions_of(node), self.modes[node]
+            self._enter_regions(node)
             if node in self.site_at:
                 self._write(self.site_at[node])
             elif node in self.carrier_at:
@@ -132,6 +137,19 @@ class _Expander:
             elif node not in self.absorbed:
                 self.plain[node] = copy_node(self.graph, node, self._reader(node))
         return module_like(self.graph_module, self.graph)
+
+    def _enter_regions(self, node: Node) -> None:
+        """Note where and in which grad mode `node` stands; what a region around it is to be given, is made before it.
+
+        A site whose branch alone lies in a region, such as a checkpoint around attention, has its `pre` outside: it is
+        for the stream, not the region, to store or to compute it again.
+        """
+        around = regions_of(node)
+        for depth, region in enumerate(around):
+            for site in self.opened_by.pop(region, ()):
+                self.regions = around[:depth]
+                self._coefficients(site)
+        self.regions, self.mode = around, self.modes[node]
 
     def _add_streams_inputs(self) -> None:
         """Add an input for the streams that come in beside each entry."""

@@ -226,7 +226,7 @@ def _rejection(site: PlannedSite, reason: Reason, detail: str = "") -> Rejection
 
 def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Calls) -> PlannedSite:
     owner_path, owner = _owner(add, frame)
-    branch_label = "_".join(_relative(path, add) for _, path in add.children) or "add"
+    branch_label = "_".join(_relative(key, path, add, owner, frame) for key, path in add.children) or "add"
     calls[id(owner), branch_label] += 1
     call = calls[id(owner), branch_label] - 1
     label = f"{branch_label}_{call}" if call else branch_label
@@ -245,11 +245,13 @@ def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Calls) -> P
     return PlannedSite(add, site, owner, label, branch_label, hosts, selected=config.wants(name))
 
 
-def _relative(path: str, add: ResidualAdd) -> str:
-    """Return a child's path below the add's innermost module as an identifier."""
-    below = add.module_path[-1][1] if add.module_path else ""
-    text = path.removeprefix(below)
-    text = re.sub(r"^[LG]\['\w+'\]", "", text)
+def _relative(key: str, path: str, add: ResidualAdd, owner: nn.Module, frame: Frame) -> str:
+    """Return a child's path below a site's owner as an identifier; by the child itself, however Dynamo reached it."""
+    found = frame.module_at(key, path)
+    names = (name for name, module in owner.named_modules() if found is not None and module is found[1])
+    text = next(names, None)
+    if text is None:
+        text = re.sub(r"^[LG]\['\w+'\]", "", path.removeprefix(add.module_path[-1][1] if add.module_path else ""))
     return re.sub(r"\W+", "_", text).strip("_")
 
 

@@ -1,0 +1,35 @@
+"""Run a rewritten graph node by node and note the mixing matrices of its sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter
+
+from ..kernels import ops
+from ..kernels.anchored import released_mixing
+
+assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
+
+
+class MixingRecorder(Interpreter):
+    """Interprets a rewritten graph whose sites run `pre` as an operator.
+
+    Attributes:
+        calls: (phi, res) of every `pre`, in order; res [*, n, n] is released, `res[out, in]`. phi tells which site it
+            is.
+    """
+
+    def __init__(self, graph_module: GraphModule, calls: list[tuple[Tensor, Tensor]]) -> None:
+        """Note calls in the list given."""
+        super().__init__(graph_module)
+        self.calls = calls
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operator."""
+        result = super().call_function(target, args, kwargs)
+        if target is torch.ops.mhc.pre.default:
+            self.note(args[1], released_mixing(result[2]))
+        return result
