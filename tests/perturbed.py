@@ -1,0 +1,123 @@
+"""Compare a rewritten model with the oracle where it matters: away from the start that preserves the function."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mhc_compile
+from mhc_compile import MHCConfig
+from mhc_compile.reporting import Report
+
+from .oracle import oracle
+from .preserving import tensors_of
+
+
+def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
+    """Add size·randn to every mHC parameter of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in mhc_compile.parameters(model).values():
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def widened(value: Any) -> Any:
+    """Return inputs with every floating-point tensor in float64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: widened(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(widened(inner) for inner in value)
+    return value
+
+
+def outputs_and_gradients(
+    call: Any, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Call; return the outputs, and the gradients of their sum with fixed random weights, in float64."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    torch.manual_seed(5)
+    outputs = tensors_of(call(*args, **kwargs))
+    generator = torch.Generator().manual_seed(0)
+    loss = torch.zeros((), dtype=torch.float64)
+    for tensor in outputs:
+        weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if tensor.requires_grad:
+            finite = torch.where(torch.isfinite(tensor), tensor, 0.0).double()
+            loss = loss + (finite * weights).sum() / max(tensor.numel(), 1) ** 0.5
+    loss.backward()
+    gradients = {name: p.grad.double() for name, p in parameters.items() if p.grad is not None}
+    return [tensor.detach().double().nan_to_num(posinf=0.0, neginf=0.0) for tensor in outputs], gradients
+
+
+def gaps(
+    wanted: tuple[list[Tensor], dict[str, Tensor]], got: tuple[list[Tensor], dict[str, Tensor]], floor: float
+) -> tuple[float, float, str]:
+    """Return the largest relative differences of outputs and of gradients, and the gradient's name.
+
+    Relative to the largest entry of each tensor; for gradients, at least to `floor` times the largest of all.
+    """
+    assert len(wanted[0]) == len(got[0])
+    assert wanted[1].keys() == got[1].keys(), set(wanted[1]) ^ set(got[1])
+    worst = max((_gap(left, right, 1e-30) for left, right in zip(wanted[0], got[0], strict=True)), default=0.0)
+    top = max((float(gradient.abs().max()) for gradient in wanted[1].values() if gradient.numel()), default=0.0)
+    worst_gradient, name = max(
+        ((_gap(gradient, got[1][name], floor * top), name) for name, gradient in wanted[1].items()), default=(0.0, "")
+    )
+    return worst, worst_gradient, name
+
+
+def _gap(wanted: Tensor, got: Tensor, floor: float) -> float:
+    assert wanted.shape == got.shape
+    if not wanted.numel():
+        return 0.0
+    difference = float((wanted - got).abs().max()) / max(float(wanted.abs().max()), floor, 1e-30)
+    return difference if difference == difference else float("inf")
+
+
+def compare(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    config: MHCConfig,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+    double: bool = False,
+    floor: float = 1e-4,
+) -> tuple[Report, tuple[float, float, str]]:
+    """Attach to a model, perturb, compile, and return how far it is from the oracle (see `gaps`).
+
+    Args:
+        model: a plain model; it keeps its mHC parameters.
+        args: inputs.
+        kwargs: inputs by name.
+        config: the options that decide the function; min_sites must be 1.
+        options: what else is given to the compiler (fusion, recompute, inner).
+        seed: of the perturbation.
+        double: run the rewritten model in float64 as well, so that only rounding to float32 inside it is left.
+        floor: as in `gaps`.
+    """
+    kwargs = kwargs or {}
+    wide = copy.deepcopy(model).double()
+    if double:
+        model.double()
+        args, kwargs = widened(args), widened(kwargs)
+    report = mhc_compile.attach(model, *args, config=config, **kwargs)
+    perturb(model, seed)
+    ours = mhc_compile.parameters(model)
+    copies = {name: parameter.detach().double().requires_grad_() for name, parameter in ours.items()}
+    wanted = outputs_and_gradients(
+        oracle(wide, report, copies, config),
+        {**dict(wide.named_parameters()), **copies},
+        widened(args),
+        widened(kwargs),
+    )
+    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", **(options or {})})
+    got = outputs_and_gradients(compiled, dict(model.named_parameters()), args, kwargs)
+    return report, gaps(wanted, got, floor)
