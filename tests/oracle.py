@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from mhc_compile import MHCConfig
-from mhc_compile.reporting import Report
+from mhc_compile.reporting import Chain, Report
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 _TAG = "oracle_name"
@@ -55,17 +55,24 @@ def oracle(plain: nn.Module, report: Report, parameters: dict[str, Tensor], conf
         config: the options that decide the function.
     """
 
+    graphs = [graph.chains for graph in report.graphs]
+
     def backend(graph_module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        interpreter = _Interpreter(open_regions(graph_module), report, parameters, config)
-        return interpreter.run
+        return _Interpreter(open_regions(graph_module), graphs, parameters, config).run
 
     return torch.compile(plain, backend=backend, dynamic=False)
 
 
 class _Interpreter:
-    def __init__(self, graph_module: GraphModule, report: Report, parameters: dict[str, Tensor], config: MHCConfig):
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        reported: list[tuple[Chain, ...]],
+        parameters: dict[str, Tensor],
+        config: MHCConfig,
+    ):
         self.graph_module, self.parameters, self.config = graph_module, parameters, config
-        sites = _sites(graph_module, report)
+        sites = _sites(graph_module, reported)
         _read_changed_values(graph_module.graph)
         self.order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
         self.site_at = {site.add: site for site in sites}
@@ -236,17 +243,21 @@ class _Interpreter:
         return out.movedim(-1, site.dim).to(streams[0].dtype)
 
 
-def _sites(graph_module: GraphModule, report: Report) -> list[_Site]:
-    """Tell which adds of the captured graph are the report's sites: both list them chain by chain, in order."""
+def _sites(graph_module: GraphModule, reported: list[tuple[Chain, ...]]) -> list[_Site]:
+    """Tell which adds of a captured graph are the report's sites: both list them chain by chain, in order.
+
+    Takes the graph's chains off the list.
+    """
     for node in graph_module.graph.nodes:
         node.meta[_TAG] = node.name
     captured = {node.name: node for node in graph_module.graph.nodes}
     found = find_residuals(normalize(graph_module)).chains
-    assert [[add.location for add in chain.adds] for chain in found] == [
-        [site.location for site in chain.sites] for chain in report.chains
-    ], "the report is of another graph"
+    locations = [[add.location for add in chain.adds] for chain in found]
+    known = [[[site.location for site in chain.sites] for chain in chains] for chains in reported]
+    assert locations in known, f"the report is of other graphs: {locations} is not in {known}"
+    chains = reported.pop(known.index(locations))
     sites: list[_Site] = []
-    for chain, reported in zip(found, report.chains, strict=True):
+    for chain, reported in zip(found, chains, strict=True):
         chained: list[_Site] = []
         for add, public in zip(chain.adds, reported.sites, strict=True):
             node = captured[add.add.meta[_TAG]]

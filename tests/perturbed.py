@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from .oracle import oracle
 from .preserving import tensors_of
 
 
-def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
-    """Add size·randn to every mHC parameter of a model."""
+def perturbed(start: Mapping[str, Tensor], seed: int, size: float = 0.3) -> dict[str, Tensor]:
+    """Return mHC parameters with size·randn added to each."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in mhc_compile.parameters(model).values():
-            parameter += size * torch.randn(parameter.shape, generator=generator)
+    return {name: value + size * torch.randn(value.shape, generator=generator) for name, value in start.items()}
 
 
 def widened(value: Any) -> Any:
@@ -87,11 +86,11 @@ def compare(
     *,
     config: MHCConfig,
     options: dict[str, Any] | None = None,
-    seed: int = 0,
+    seeds: Iterable[int] = (0,),
     double: bool = False,
     floor: float = 1e-4,
-) -> tuple[Report, tuple[float, float, str]]:
-    """Attach to a model, perturb, compile, and return how far it is from the oracle (see `gaps`).
+) -> tuple[Report, list[tuple[float, float, str]]]:
+    """Attach to a model, perturb, compile, and return how far it is from the oracle (see `gaps`), seed by seed.
 
     Args:
         model: a plain model; it keeps its mHC parameters.
@@ -99,7 +98,7 @@ def compare(
         kwargs: inputs by name.
         config: the options that decide the function; min_sites must be 1.
         options: what else is given to the compiler (fusion, recompute, inner).
-        seed: of the perturbation.
+        seeds: of the perturbations.
         double: run the rewritten model in float64 as well, so that only rounding to float32 inside it is left.
         floor: as in `gaps`.
     """
@@ -109,15 +108,30 @@ def compare(
         model.double()
         args, kwargs = widened(args), widened(kwargs)
     report = mhc_compile.attach(model, *args, config=config, **kwargs)
-    perturb(model, seed)
     ours = mhc_compile.parameters(model)
-    copies = {name: parameter.detach().double().requires_grad_() for name, parameter in ours.items()}
-    wanted = outputs_and_gradients(
-        oracle(wide, report, copies, config),
-        {**dict(wide.named_parameters()), **copies},
-        widened(args),
-        widened(kwargs),
-    )
+    start = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    copies = {name: value.double().requires_grad_() for name, value in start.items()}
+    by_oracle = oracle(wide, report, copies, config)
     compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", **(options or {})})
-    got = outputs_and_gradients(compiled, dict(model.named_parameters()), args, kwargs)
-    return report, gaps(wanted, got, floor)
+    found = []
+    for seed in seeds:
+        with torch.no_grad():
+            for name, value in perturbed(start, seed).items():
+                ours[name].copy_(value)
+                copies[name].copy_(value)
+        parameters = {**dict(wide.named_parameters()), **copies}
+        wanted = outputs_and_gradients(by_oracle, parameters, widened(args), widened(kwargs))
+        got = outputs_and_gradients(compiled, dict(model.named_parameters()), args, kwargs)
+        found.append(gaps(wanted, got, floor))
+    return report, found
+
+
+def assert_exact(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, **more: Any
+) -> Report:
+    """Check that a rewritten model is what the oracle says: outputs to 1e-5, every gradient to 1e-4."""
+    report, found = compare(model, args, kwargs, **more)
+    for out, gradient, name in found:
+        assert out <= 1e-5, f"outputs differ by {out:.1e}"
+        assert gradient <= 1e-4, f"the gradient of {name} differs by {gradient:.1e}"
+    return report
