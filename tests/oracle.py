@@ -273,7 +273,9 @@ def _read_changed_values(graph: Graph) -> None:
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        # `operator.and_` bears its underscore for Python's sake.
+        changes = name.endswith("_") and not name.endswith("__") and not hasattr(operator, name)
+        in_place = node.target in _IN_PLACE or changes
         if (in_place or node.kwargs.get("inplace") is True) and node.args and isinstance(node.args[0], Node):
             node.args[0].replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
 
