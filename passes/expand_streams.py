@@ -96,15 +96,18 @@ class _Expander:
         self.site_at = {site.add.add: site for site in sites}
         self.carrier_at: dict[Node, Carrier] = {}
         self.absorbed: set[Node] = set()
-        self.reads: dict[tuple[Node, Node], BoundSite] = {}
+        self.reads: dict[tuple[Node, Node], list[BoundSite]] = {}
         for site in sites:
             for carrier in site.add.carriers:
                 self.carrier_at[carrier.node] = carrier
                 self.absorbed |= carrier.absorbed
+        order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        for site in sorted(sites, key=lambda site: order[site.add.add]):
             for reader in site.add.readers:
                 # Of two sites that share a reader, the first in the graph feeds it.
                 if site.parameters is not None and site.add.fork is not None:
-                    self.reads.setdefault((reader, site.add.fork), site)
+                    self.reads.setdefault((reader, site.add.fork), []).append(site)
+        self.around = _sites_around(chains, self.reads)
         self.readouts = {chain.sites[-1].add.add: chain.readout for chain in chains if chain.readout}
 
     def run(self) -> GraphModule:
@@ -140,13 +143,16 @@ class _Expander:
         """Return how `node` reads its operands: a branch reads its site's layer input."""
 
         def read(operand: Node) -> Node:
-            site = self.reads.get((node, operand))
-            if site is None:
-                return self._collapsed(operand)
-            layer_input, _, _ = self._coefficients(site)
-            return self._unstacked(layer_input, site.add.fork_dim, operand)
+            sites = self.reads.get((node, operand))
+            return self._layer_input(sites[0]) if sites else self._collapsed(operand)
 
         return read
+
+    def _layer_input(self, site: BoundSite) -> Node:
+        """Return what a site's branch reads, in the plain layout of its fork."""
+        assert site.add.fork is not None
+        layer_input, _, _ = self._coefficients(site)
+        return self._unstacked(layer_input, site.add.fork_dim, site.add.fork)
 
     def _collapsed(self, value: Node) -> Node:
         """Return the plain form of a value; a stream value is read out, once."""
@@ -173,17 +179,24 @@ class _Expander:
     def _streams_of(self, value: Node, dim: int) -> _Streams:
         """Return the streams of a value; a chain's head is expanded to n equal ones."""
         if value not in self.streams:
-            features_last = self._moved(self.plain[value], dim, -1, value)
-            wide = self._spelled(value, equal_streams, features_last, self.config.n_streams)
-            self.streams[value] = _Streams(dim, stacked=mark(wide, Role.HEAD))
+            self.streams[value] = self._expanded(self.plain[value], dim, value)
         return self.streams[value]
+
+    def _expanded(self, plain: Node, dim: int, origin: Node) -> _Streams:
+        features_last = self._moved(plain, dim, -1, origin)
+        wide = self._spelled(origin, equal_streams, features_last, self.config.n_streams)
+        return _Streams(dim, stacked=mark(wide, Role.HEAD))
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
         """Return (layer_input, post, res) of a site, computed where they are first needed."""
         if site.add.add not in self.coefficients:
-            base = site.add.fork if site.add.fork is not None else site.add.skip
-            streams = self._stacked(self._streams_of(base, site.add.fork_dim), site.add.fork_dim, base)
-            self.coefficients[site.add.add] = self._pre(site, streams)
+            base, dim = site.add.fork if site.add.fork is not None else site.add.skip, site.add.fork_dim
+            outer = self.around.get(site.add.add)
+            # In the branch of another site, the fork is what that branch reads.
+            found = (
+                self._streams_of(base, dim) if outer is None else self._expanded(self._layer_input(outer), dim, base)
+            )
+            self.coefficients[site.add.add] = self._pre(site, self._stacked(found, dim, base))
         return self.coefficients[site.add.add]
 
     def _pre(self, site: BoundSite, streams: Node) -> tuple[Node, Node, Node]:
@@ -354,6 +367,27 @@ class _Expander:
         if wanted != self.mode:
             put_into(set_grad_mode(self.graph, self.mode), self.regions)
         return mark(node, Role.STREAM)
+
+
+def _sites_around(
+    chains: tuple[BoundChain, ...], reads: dict[tuple[Node, Node], list[BoundSite]]
+) -> dict[Node, BoundSite]:
+    """Return the sites around the adds whose fork lies before their own chain, on another's stream.
+
+    Such as u in h + F(u) with u = norm(h) + G(h): the inner stream begins at norm(h), and G reads what F does.
+    """
+    around: dict[Node, BoundSite] = {}
+    for chain in chains:
+        adds = [site.add for site in chain.sites]
+        own = {chain.head, *(add.add for add in adds), *(carrier.node for add in adds for carrier in add.carriers)}
+        for add in adds:
+            if add.fork is None or add.fork in own:
+                continue
+            claims = next((reads[key] for reader in add.readers if (key := (reader, add.fork)) in reads), [])
+            outer = next((site for site in claims if all(site.add is not inner for inner in adds)), None)
+            if outer is not None:
+                around[add.add] = outer
+    return around
 
 
 def _sizes(node: Node) -> tuple[Any, ...]:

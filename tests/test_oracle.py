@@ -120,6 +120,22 @@ def test_rewritten_models_equal_the_oracle(name, n, manifold, readout, fusion, r
     assert_exact(model, args, kwargs, config=config, options=options, seeds=SEEDS, double=double)
 
 
+class BeginsInside(Stack):
+    """Each branch opens a stream of its own, at a norm of what it reads."""
+
+    def forward(self, values):
+        hidden = self.stem(values)
+        for block in self.blocks:
+            inner = block.norm1(hidden) + block.mixer(hidden)
+            hidden = hidden + torch.tanh(block.mlp(inner))
+        return self.readout(hidden)
+
+
+def test_a_stream_that_begins_inside_a_branch_begins_with_what_the_branch_reads():
+    report = assert_exact(BeginsInside(), (features(),), config=MHCConfig(n_streams=2, min_sites=1), seeds=SEEDS)
+    assert sorted(len(chain.sites) for chain in report.chains) == [1, 1, 2]
+
+
 def test_with_inductor():
     options = {"inner": "inductor", "fusion": "boundary", "recompute": 2}
     assert_exact(Stack(), (features(),), config=MHCConfig(n_streams=3, readout="learned", min_sites=1), options=options)
