@@ -26,6 +26,7 @@ from mhc_compile import MHCConfig
 from mhc_compile.reporting import Chain, Report
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+_MIXING = ("linear", "conv", "matmul", "bmm", "attention")
 _TAG = "oracle_name"
 
 
@@ -43,6 +44,8 @@ class _Site:
     fork: Node | None = None
     fork_dim: int = 0
     trunk: list[Node] = field(default_factory=list)
+    reader: Node | None = None
+    is_inner: bool = False
 
 
 def oracle(plain: nn.Module, report: Report, parameters: dict[str, Tensor], config: MHCConfig) -> Callable[..., Any]:
@@ -78,7 +81,7 @@ class _Interpreter:
         self.site_at = {site.add: site for site in sites}
         self.carried_by: dict[Node, set[Node]] = {}
         self.cuts: set[Node] = set()
-        self.reads: dict[tuple[Node, Node], _Site] = {}
+        self.reads: dict[tuple[Node, Node], list[_Site]] = {}
         for site in sorted(sites, key=lambda site: self.order[site.add]):
             self._place(site)
 
@@ -111,10 +114,13 @@ class _Interpreter:
             site.fork = None
             return
         site.fork_dim = dims[-1]
+        head = site.before[0].skip if site.before else site.skip
+        site.is_inner = site.trunk.index(site.fork) > site.trunk.index(head)
         on_the_stream = {*carriers, *site.trunk[: site.trunk.index(site.fork)]}
         for reader in site.fork.users:
             if reader in branch_nodes and reader not in on_the_stream:
-                self.reads.setdefault((reader, site.fork), site)
+                self.reads.setdefault((reader, site.fork), []).append(site)
+                site.reader = reader
 
     def _position(self, site: _Site) -> int:
         return self.order[site.add]
@@ -163,6 +169,11 @@ class _Interpreter:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         target = self.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        if target is nn.functional.batch_norm:
+            # Its backward on a CPU is wrong for [B, C, 1, W] where input and gradient differ in layout (torch 2.13).
+            result = target(args[0].contiguous(), *args[1:], **kwargs)
+            result.register_hook(lambda gradient: gradient.contiguous()) if result.requires_grad else None
+            return result
         return target(*args, **kwargs)
 
     def _carried(self, node: Node, index: int) -> Any:
@@ -171,10 +182,9 @@ class _Interpreter:
 
     def _plain(self, value: Node, reader: Node | None = None) -> Any:
         """Return what a reader gets: a branch its site's layer input, anyone else the streams collapsed."""
-        site = self.reads.get((reader, value)) if reader is not None else None
-        if site is not None:
-            layer_input, _, _ = self._mapping(site)
-            return layer_input.movedim(-1, site.fork_dim).to(self._streams_of(value)[0].dtype)
+        sites = self.reads.get((reader, value)) if reader is not None else None
+        if sites:
+            return self._layer_input(sites[0])
         if value not in self.values:
             if value in self.site_at:
                 self.values[value] = self._collapsed(self.site_at[value])
@@ -183,6 +193,11 @@ class _Interpreter:
             else:  # a step inside a norm that is written out
                 self.values[value] = self._call(value, self._plain)
         return self.values[value]
+
+    def _layer_input(self, site: _Site) -> Tensor:
+        assert site.fork is not None
+        layer_input, _, _ = self._mapping(site)
+        return layer_input.movedim(-1, site.fork_dim).to(self._streams_of(site.fork)[0].dtype)
 
     def _streams_of(self, value: Node) -> list[Tensor]:
         return self.streams[value] if value in self.streams else [self.values[value]] * self.config.n_streams
@@ -203,7 +218,12 @@ class _Interpreter:
     def _mapping(self, site: _Site) -> tuple[Tensor, Tensor, Tensor]:
         if site not in self.coefficients:
             base, dim = (site.fork, site.fork_dim) if site.fork is not None else (site.skip, site.dim)
-            self.coefficients[site] = self._coefficients(site, _stacked(self._streams_of(base), dim))
+            streams = self._streams_of(base)
+            # A stream that begins inside a branch begins with what that branch reads.
+            around = self.reads[site.reader, base][1:] if site.is_inner and site.reader is not None else []
+            if around:
+                streams = [self._layer_input(around[0])] * self.config.n_streams
+            self.coefficients[site] = self._coefficients(site, _stacked(streams, dim))
         return self.coefficients[site]
 
     def _projected(self, name: str, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,7 +266,7 @@ class _Interpreter:
 def _sites(graph_module: GraphModule, reported: list[tuple[Chain, ...]]) -> list[_Site]:
     """Tell which adds of a captured graph are the report's sites: both list them chain by chain, in order.
 
-    Takes the graph's chains off the list.
+    The graph's chains go to the end of the list: of graphs that look alike, the next one's come next.
     """
     for node in graph_module.graph.nodes:
         node.meta[_TAG] = node.name
@@ -256,6 +276,7 @@ def _sites(graph_module: GraphModule, reported: list[tuple[Chain, ...]]) -> list
     known = [[[site.location for site in chain.sites] for chain in chains] for chains in reported]
     assert locations in known, f"the report is of other graphs: {locations} is not in {known}"
     chains = reported.pop(known.index(locations))
+    reported.append(chains)
     sites: list[_Site] = []
     for chain, reported in zip(found, chains, strict=True):
         chained: list[_Site] = []
@@ -304,7 +325,8 @@ def _is_jumped_over(node: Node, between: list[Node], order: dict[Node, int]) -> 
 
 
 def _same_size_input(node: Node) -> Node | None:
-    if node.op not in ("call_function", "call_method"):
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op not in ("call_function", "call_method") or any(kind in name for kind in _MIXING):
         return None
     inputs = (source for source in node.all_input_nodes if source.op != "get_attr")
     return next((source for source in inputs if _size(source) == _size(node)), None)

@@ -88,6 +88,7 @@ def compare(
     options: dict[str, Any] | None = None,
     seeds: Iterable[int] = (0,),
     double: bool = False,
+    wide: bool = True,
     floor: float = 1e-4,
 ) -> tuple[Report, list[tuple[float, float, str]]]:
     """Attach to a model, perturb, compile, and return how far it is from the oracle (see `gaps`), seed by seed.
@@ -100,10 +101,12 @@ def compare(
         options: what else is given to the compiler (fusion, recompute, inner).
         seeds: of the perturbations.
         double: run the rewritten model in float64 as well, so that only rounding to float32 inside it is left.
+        wide: run the oracle's plain model in float64; a model that casts by hand may not run in it.
         floor: as in `gaps`.
     """
     kwargs = kwargs or {}
-    wide = copy.deepcopy(model).double()
+    widen = widened if wide else lambda value: value
+    plain = copy.deepcopy(model).double() if wide else copy.deepcopy(model)
     if double:
         model.double()
         args, kwargs = widened(args), widened(kwargs)
@@ -111,7 +114,7 @@ def compare(
     ours = mhc_compile.parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in ours.items()}
     copies = {name: value.double().requires_grad_() for name, value in start.items()}
-    by_oracle = oracle(wide, report, copies, config)
+    by_oracle = oracle(plain, report, copies, config)
     compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", **(options or {})})
     found = []
     for seed in seeds:
@@ -119,8 +122,8 @@ def compare(
             for name, value in perturbed(start, seed).items():
                 ours[name].copy_(value)
                 copies[name].copy_(value)
-        parameters = {**dict(wide.named_parameters()), **copies}
-        wanted = outputs_and_gradients(by_oracle, parameters, widened(args), widened(kwargs))
+        parameters = {**dict(plain.named_parameters()), **copies}
+        wanted = outputs_and_gradients(by_oracle, parameters, widen(args), widen(kwargs))
         got = outputs_and_gradients(compiled, dict(model.named_parameters()), args, kwargs)
         found.append(gaps(wanted, got, floor))
     return report, found

@@ -62,6 +62,7 @@ def run_one(zoo_path: Path, name: str) -> dict[str, object]:
                 config=config,
                 options={"fusion": fusion, "recompute": recompute},
                 double=double,
+                wide=double,
                 floor=1e-5 if double else 1e-3,
             )
         except NoResidualError:
