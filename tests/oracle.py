@@ -213,7 +213,7 @@ class _Interpreter:
             _, post, res = self._coefficients(site, _stacked(skip, site.dim))
         mixed = torch.einsum("...oi,...ic->...oc", res, _stacked(skip, site.dim))
         spread = torch.einsum("...o,...c->...oc", post, branch.double().movedim(site.dim, -1))
-        return [stream.movedim(-1, site.dim).to(dtype) for stream in (mixed + spread).unbind(-2)]
+        return [stream.movedim(-1, site.dim).to(dtype).clone() for stream in (mixed + spread).unbind(-2)]
 
     def _mapping(self, site: _Site) -> tuple[Tensor, Tensor, Tensor]:
         if site not in self.coefficients:
