@@ -156,7 +156,8 @@ def _can_leave_place(node: Node, order: dict[Node, int]) -> bool:
         member = stack.pop()
         if member.op in ("placeholder", "get_attr"):
             return False
-        relatives = [user for user in member.users if user is not node and _may_alias(user, member)]
+        # An alias made later is one of the replacement.
+        relatives = [user for user in member.users if order[user] < order[node] and _may_alias(user, member)]
         origin = member.args[0] if member.args else None
         if isinstance(origin, Node) and _may_alias(member, origin):
             relatives.append(origin)
