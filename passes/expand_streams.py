@@ -102,12 +102,13 @@ class _Expander:
                 self.carrier_at[carrier.node] = carrier
                 self.absorbed |= carrier.absorbed
         order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-        for site in sorted(sites, key=lambda site: order[site.add.add]):
+        sites.sort(key=lambda site: order[site.add.add])
+        for site in sites:
             for reader in site.add.readers:
                 # Of two sites that share a reader, the first in the graph feeds it.
                 if site.parameters is not None and site.add.fork is not None:
                     self.reads.setdefault((reader, site.add.fork), []).append(site)
-        self.around = _sites_around(chains, self.reads)
+        self.around = _sites_around(chains, order, self.reads)
         self.readouts = {chain.sites[-1].add.add: chain.readout for chain in chains if chain.readout}
 
     def run(self) -> GraphModule:
@@ -182,6 +183,13 @@ class _Expander:
             self.streams[value] = self._expanded(self.plain[value], dim, value)
         return self.streams[value]
 
+    def _read_by(self, site: BoundSite, value: Node, dim: int) -> _Streams:
+        """Return the streams that a site reads; inside another's branch, they begin with what that branch reads."""
+        outer = self.around.get(site.add.add)
+        if outer is None or value is not site.add.fork:
+            return self._streams_of(value, dim)
+        return self._expanded(self._layer_input(outer), dim, value)
+
     def _expanded(self, plain: Node, dim: int, origin: Node) -> _Streams:
         features_last = self._moved(plain, dim, -1, origin)
         wide = self._spelled(origin, equal_streams, features_last, self.config.n_streams)
@@ -191,12 +199,7 @@ class _Expander:
         """Return (layer_input, post, res) of a site, computed where they are first needed."""
         if site.add.add not in self.coefficients:
             base, dim = site.add.fork if site.add.fork is not None else site.add.skip, site.add.fork_dim
-            outer = self.around.get(site.add.add)
-            # In the branch of another site, the fork is what that branch reads.
-            found = (
-                self._streams_of(base, dim) if outer is None else self._expanded(self._layer_input(outer), dim, base)
-            )
-            self.coefficients[site.add.add] = self._pre(site, self._stacked(found, dim, base))
+            self.coefficients[site.add.add] = self._pre(site, self._stacked(self._read_by(site, base, dim), dim, base))
         return self.coefficients[site.add.add]
 
     def _pre(self, site: BoundSite, streams: Node) -> tuple[Node, Node, Node]:
@@ -212,7 +215,7 @@ class _Expander:
         """Emit a site's `post`: mix the streams and write the branch's output into each."""
         found = site.add
         dim = found.feature_dim
-        streams = self._stacked(self._streams_of(found.skip, dim), dim, found.skip)
+        streams = self._stacked(self._read_by(site, found.skip, dim), dim, found.skip)
         added, skipped = tensor_of(found.add), tensor_of(found.skip)
         assert added is not None
         assert skipped is not None
@@ -370,23 +373,21 @@ class _Expander:
 
 
 def _sites_around(
-    chains: tuple[BoundChain, ...], reads: dict[tuple[Node, Node], list[BoundSite]]
+    chains: tuple[BoundChain, ...], order: dict[Node, int], reads: dict[tuple[Node, Node], list[BoundSite]]
 ) -> dict[Node, BoundSite]:
-    """Return the sites around the adds whose fork lies before their own chain, on another's stream.
+    """Return, for the adds that read another chain's stream inside a branch, the site that this branch belongs to.
 
-    Such as u in h + F(u) with u = norm(h) + G(h): the inner stream begins at norm(h), and G reads what F does.
+    Such as u in h + F(u) with u = norm(h) + G(h) or u = h + G(h): the inner stream begins with what F's branch reads.
     """
     around: dict[Node, BoundSite] = {}
     for chain in chains:
-        adds = [site.add for site in chain.sites]
-        own = {chain.head, *(add.add for add in adds), *(carrier.node for add in adds for carrier in add.carriers)}
-        for add in adds:
-            if add.fork is None or add.fork in own:
-                continue
-            claims = next((reads[key] for reader in add.readers if (key := (reader, add.fork)) in reads), [])
-            outer = next((site for site in claims if all(site.add is not inner for inner in adds)), None)
-            if outer is not None:
-                around[add.add] = outer
+        own = {site.add.add for site in chain.sites}
+        for add in (site.add for site in chain.sites):
+            for reader in (*add.readers, add.add):
+                claims = reads.get((reader, add.fork), []) if add.fork is not None else []
+                for outer in claims:
+                    if outer.add.add not in own and order[outer.add.add] > order[add.add]:
+                        around.setdefault(add.add, outer)
     return around
 
 

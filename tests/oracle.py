@@ -45,7 +45,7 @@ class _Site:
     fork_dim: int = 0
     trunk: list[Node] = field(default_factory=list)
     reader: Node | None = None
-    is_inner: bool = False
+    chain: list[_Site] = field(default_factory=list)
 
 
 def oracle(plain: nn.Module, report: Report, parameters: dict[str, Tensor], config: MHCConfig) -> Callable[..., Any]:
@@ -114,8 +114,6 @@ class _Interpreter:
             site.fork = None
             return
         site.fork_dim = dims[-1]
-        head = site.before[0].skip if site.before else site.skip
-        site.is_inner = site.trunk.index(site.fork) > site.trunk.index(head)
         on_the_stream = {*carriers, *site.trunk[: site.trunk.index(site.fork)]}
         for reader in site.fork.users:
             if reader in branch_nodes and reader not in on_the_stream:
@@ -202,10 +200,19 @@ class _Interpreter:
     def _streams_of(self, value: Node) -> list[Tensor]:
         return self.streams[value] if value in self.streams else [self.values[value]] * self.config.n_streams
 
+    def _read_by(self, site: _Site, value: Node, reader: Node | None) -> list[Tensor]:
+        """Return the streams that a site reads; inside another's branch, they begin with what that branch reads."""
+        claims = self.reads.get((reader, value), []) if reader is not None else []
+        around = [
+            other for other in claims if other.chain is not site.chain and self._position(other) > self._position(site)
+        ]
+        return [self._layer_input(around[0])] * self.config.n_streams if around else self._streams_of(value)
+
     def _write(self, site: _Site) -> list[Tensor]:
         operands = _operands(site.add)
         factors = _factors(site.add)
-        skip = [factors[site.skip_index](value, self._plain) for value in self._streams_of(operands[site.skip_index])]
+        streams = self._read_by(site, operands[site.skip_index], site.add)
+        skip = [factors[site.skip_index](value, self._plain) for value in streams]
         branch = factors[1 - site.skip_index](self._plain(operands[1 - site.skip_index], site.add), self._plain)
         dtype = skip[0].dtype if site.add.target in (*_IN_PLACE, "add_") else torch.result_type(skip[0], branch)
         _, post, res = self._mapping(site)
@@ -218,11 +225,7 @@ class _Interpreter:
     def _mapping(self, site: _Site) -> tuple[Tensor, Tensor, Tensor]:
         if site not in self.coefficients:
             base, dim = (site.fork, site.fork_dim) if site.fork is not None else (site.skip, site.dim)
-            streams = self._streams_of(base)
-            # A stream that begins inside a branch begins with what that branch reads.
-            around = self.reads[site.reader, base][1:] if site.is_inner and site.reader is not None else []
-            if around:
-                streams = [self._layer_input(around[0])] * self.config.n_streams
+            streams = self._read_by(site, base, site.reader)
             self.coefficients[site] = self._coefficients(site, _stacked(streams, dim))
         return self.coefficients[site]
 
@@ -285,6 +288,8 @@ def _sites(graph_module: GraphModule, reported: list[tuple[Chain, ...]]) -> list
             skip_index = 0 if add.add.args[0] is add.skip else 1
             chained.append(_Site(public.name, node, skip_index, add.feature_dim, list(chained)))
         chained[-1].last = True
+        for site in chained:
+            site.chain = chained
         sites += chained
     return sites
 

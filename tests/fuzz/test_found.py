@@ -21,6 +21,18 @@ FOUND = {
         ("x *= 0.5", 0),
         ("x = old + self.b(x)", 1),
     ),
+    "an activation in place on what an add in place changed": (
+        ("h = self.a(x)", 0),
+        ("h.add_(x)", 1),
+        ("x = F.relu(h, inplace=True)", 0),
+        ("x = x + self.b(x)", 1),
+    ),
+    "a stream inside a branch that begins at the outer one's value": (
+        ("x = x + self.a(x)", 1),
+        ("h = x + self.b(x)", 1),
+        ("h = h + self.c(h)", 1),
+        ("x = x + self.d(h)", 1),
+    ),
 }
 
 
