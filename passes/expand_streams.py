@@ -33,6 +33,7 @@ from .dataflow import is_dropout, sizes_of, tensor_of
 from .grad_modes import grad_modes, set_grad_mode
 from .graph_copy import copy_node, module_like
 from .lifting import is_linear, is_training_batch_norm, keeps_layout
+from .nested_chains import sites_around
 from .regions import Region, put_into, regions_of
 from .roles import Role, mark
 
@@ -108,7 +109,7 @@ class _Expander:
                 # Of two sites that share a reader, the first in the graph feeds it.
                 if site.parameters is not None and site.add.fork is not None:
                     self.reads.setdefault((reader, site.add.fork), []).append(site)
-        self.around = _sites_around(chains, order, self.reads)
+        self.around = sites_around(chains, order, self.reads)
         self.readouts = {chain.sites[-1].add.add: chain.readout for chain in chains if chain.readout}
 
     def run(self) -> GraphModule:
@@ -370,25 +371,6 @@ class _Expander:
         if wanted != self.mode:
             put_into(set_grad_mode(self.graph, self.mode), self.regions)
         return mark(node, Role.STREAM)
-
-
-def _sites_around(
-    chains: tuple[BoundChain, ...], order: dict[Node, int], reads: dict[tuple[Node, Node], list[BoundSite]]
-) -> dict[Node, BoundSite]:
-    """Return, for the adds that read another chain's stream inside a branch, the site that this branch belongs to.
-
-    Such as u in h + F(u) with u = norm(h) + G(h) or u = h + G(h): the inner stream begins with what F's branch reads.
-    """
-    around: dict[Node, BoundSite] = {}
-    for chain in chains:
-        own = {site.add.add for site in chain.sites}
-        for add in (site.add for site in chain.sites):
-            for reader in (*add.readers, add.add):
-                claims = reads.get((reader, add.fork), []) if add.fork is not None else []
-                for outer in claims:
-                    if outer.add.add not in own and order[outer.add.add] > order[add.add]:
-                        around.setdefault(add.add, outer)
-    return around
 
 
 def _sizes(node: Node) -> tuple[Any, ...]:
