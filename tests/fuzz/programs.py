@@ -219,6 +219,13 @@ def programs(draw: Any) -> Program:
             for _ in range(draw(st.integers(1, 2))):
                 program.add("h = h + " + _branch(draw, "h"), 1)
             program.add(fill("x = x + self.{M}(h)"), 1)
+        elif step == "group":
+            program.add("h = " + draw(st.sampled_from(("x", "x", "self.n(x)"))) + " + " + _branch(draw, "x"), 1)
+            for _ in range(draw(st.integers(1, 2))):
+                program.add("h = h + " + _branch(draw, "h"), 1)
+            program.add(fill("x = x + self.{M}(h)"), 1)
+        elif step == "frozen":
+            program.add(fill("with torch.no_grad(): x = x + {B}"), 1)
         elif step == "flattened":
             program.add("x = x.flatten(0, 1)")
             program.add("x = x + " + _branch(draw, "x", ("mixer", "mlp", "gated", "tokens", "exit norm")), 1)
@@ -249,8 +256,8 @@ def programs(draw: Any) -> Program:
 
 
 _STEPS = (
-    *("site",) * 6, "in place", "pre-activation", "shared norm", "nested", "flattened", "transposed", "carrier",
+    *("site",) * 6, "in place", "pre-activation", "shared norm", "nested", "group", "frozen", "flattened", "transposed", "carrier",
     "carrier", "reader", "dead", "other stream", "alias", "other", "other", "shortcut",
 )  # fmt: skip
 _LAST_ONLY = ("flattened", "transposed")
-_GO_ON = ("site", "in place", "shared norm", "nested", "pre-activation", *_LAST_ONLY)
+_GO_ON = ("site", "in place", "shared norm", "nested", "group", "frozen", "pre-activation", *_LAST_ONLY)
