@@ -240,6 +240,8 @@ def programs(draw: Any) -> Program:
             program.add(fill(draw(st.sampled_from(_READERS))))
         elif step == "dead":
             program.add(fill("dead = x + {B}"), None)
+            if shortcut is not None:
+                program.sites[shortcut], shortcut = None, None
         elif step == "other stream":
             program.add(fill("y = y + {B}").replace("(x)", "(y)").replace("x.", "y."), 1)
             program.add("out.append(y)")
@@ -256,8 +258,8 @@ def programs(draw: Any) -> Program:
 
 
 _STEPS = (
-    *("site",) * 6, "in place", "pre-activation", "shared norm", "nested", "group", "frozen", "flattened", "transposed", "carrier",
-    "carrier", "reader", "dead", "other stream", "alias", "other", "other", "shortcut",
+    *("site",) * 6, "in place", "pre-activation", "shared norm", "nested", "group", "frozen", "flattened",
+    "transposed", "carrier", "carrier", "reader", "dead", "other stream", "alias", "other", "other", "shortcut",
 )  # fmt: skip
 _LAST_ONLY = ("flattened", "transposed")
 _GO_ON = ("site", "in place", "shared norm", "nested", "group", "frozen", "pre-activation", *_LAST_ONLY)
