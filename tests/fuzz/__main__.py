@@ -7,7 +7,7 @@ import sys
 import time
 
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from .checking import check, options
 from .programs import programs
@@ -20,15 +20,17 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=100, help="programs a batch; a batch ends at its first failure")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch")
     parser.add_argument("--inner", default="eager", help="the Dynamo backend that compiles the result")
+    parser.add_argument("--no-shrink", action="store_true", help="show failures as drawn: shrinking takes minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    phases = (Phase.generate,) if arguments.no_shrink else (Phase.generate, Phase.shrink)
     failed, started = 0, time.time()
     for batch in range(-(-arguments.programs // arguments.batch)):
 
         @seed(arguments.seed + batch)
         @settings(
             max_examples=arguments.batch, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-            print_blob=False, report_multiple_bugs=False,
+            print_blob=False, report_multiple_bugs=False, phases=phases,
         )  # fmt: skip
         @given(programs(), options(arguments.inner))
         def run(program, chosen):
