@@ -154,7 +154,8 @@ class _Expander:
         """Return what a site's branch reads, in the plain layout of its fork."""
         assert site.add.fork is not None
         layer_input, _, _ = self._coefficients(site)
-        return self._unstacked(layer_input, site.add.fork_dim, site.add.fork)
+        # For the add, not for the fork: that one may be frozen, and the mapping's gradient would be lost.
+        return self._unstacked(layer_input, site.add.fork_dim, site.add.add)
 
     def _collapsed(self, value: Node) -> Node:
         """Return the plain form of a value; a stream value is read out, once."""
@@ -189,7 +190,7 @@ class _Expander:
         outer = self.around.get(site.add.add)
         if outer is None or value is not site.add.fork:
             return self._streams_of(value, dim)
-        return self._expanded(self._layer_input(outer), dim, value)
+        return self._expanded(self._layer_input(outer), dim, site.add.add)
 
     def _expanded(self, plain: Node, dim: int, origin: Node) -> _Streams:
         features_last = self._moved(plain, dim, -1, origin)

@@ -33,13 +33,17 @@ FOUND = {
         ("h = h + self.c(h)", 1),
         ("x = x + self.d(h)", 1),
     ),
+    "channels first, the first trained site behind a frozen one": (
+        ("with torch.no_grad(): x = x + self.d(self.n(x))", 1),
+        ("x = x + self.c(self.n(x))", 1),
+    ),
 }
 
 
 @pytest.mark.parametrize("fusion", ["site", "boundary"])
 @pytest.mark.parametrize("kind", sorted(FOUND))
 def test_found(kind, fusion):
-    program = Program("Toolbox")
+    program = Program("FeaturesFirst" if kind.startswith("channels first") else "Toolbox")
     for line, sites in FOUND[kind]:
         program.add(line, sites)
     # aot_eager takes in-place operations apart: what the eager backend refuses is silent there.
