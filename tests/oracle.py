@@ -146,8 +146,10 @@ class _Interpreter:
         self.values: dict[Node, Any] = {}
         self.streams: dict[Node, list[Tensor]] = {}
         self.coefficients: dict[_Site, tuple[Tensor, Tensor, Tensor]] = {}
+        self.modes: dict[Node, bool] = {}
         arguments = iter(inputs)
         for node in self.graph_module.graph.nodes:
+            self.modes[node] = torch.is_grad_enabled()
             if node.op == "placeholder":
                 self.values[node] = next(arguments)
             elif node.op == "output":
@@ -184,12 +186,14 @@ class _Interpreter:
         if sites:
             return self._layer_input(sites[0])
         if value not in self.values:
-            if value in self.site_at:
-                self.values[value] = self._collapsed(self.site_at[value])
-            elif value in self.cuts:
-                self.values[value] = torch.stack(self.streams[value]).mean(0)
-            else:  # a step inside a norm that is written out
-                self.values[value] = self._call(value, self._plain)
+            # What was made under `no_grad` is frozen, whoever reads it.
+            with torch.set_grad_enabled(self.modes[value]):
+                if value in self.site_at:
+                    self.values[value] = self._collapsed(self.site_at[value])
+                elif value in self.cuts:
+                    self.values[value] = torch.stack(self.streams[value]).mean(0)
+                else:  # a step inside a norm that is written out
+                    self.values[value] = self._call(value, self._plain)
         return self.values[value]
 
     def _layer_input(self, site: _Site) -> Tensor:
