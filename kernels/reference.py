@@ -261,7 +261,8 @@ def _split(logits: Tensor, family: Manifold, n: int) -> tuple[Tensor, Tensor, Te
         pre_logits, post_logits, res_logits = logits.split((n, n, n * n), dim=-1)
         return pre_logits, post_logits, res_logits.unflatten(-1, (n, n))
     pre_logits, post_logits = logits.split((n, n), dim=-1)
-    identity = torch.eye(n, dtype=logits.dtype, device=logits.device)
+    # Not `torch.eye`: made from the logits, it is a fake tensor where they are.
+    identity = torch.diag_embed(logits.new_ones(n))
     return pre_logits, post_logits, identity.expand(*logits.shape[:-1], n, n)
 
 

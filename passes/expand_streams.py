@@ -34,6 +34,7 @@ from .fx.dataflow import is_dropout, output_values, sizes_of, tensor_of
 from .fx.grad_modes import grad_modes, set_grad_mode
 from .fx.graph_copy import copy_node, module_like
 from .fx.regions import Region, put_into, regions_of
+from .nested_chains import sites_around
 from .residual import Carrier, ResidualAdd
 
 
@@ -102,23 +103,25 @@ class _Expander:
         self.site_at = {site.add.node: site for site in sites}
         self.carrier_at: dict[Node, Carrier] = {}
         self.absorbed: set[Node] = set()
-        self.reads: dict[tuple[Node, Node], BoundSite] = {}
+        self.reads: dict[tuple[Node, Node], list[BoundSite]] = {}
         steps = [chain.entry.carriers for chain in chains if chain.entry is not None]
         steps += [site.add.carriers for site in sites]
         steps += [leaving.carriers for chain in chains for leaving in chain.exits]
         for carrier in (carrier for carriers in steps for carrier in carriers):
             self.carrier_at[carrier.node] = carrier
             self.absorbed |= carrier.absorbed
+        sites.sort(key=lambda site: site.add.position)
         for site in sites:
             for reader in site.add.readers:
                 # Of two sites that share a reader, the first in the graph feeds it.
                 if site.parameters is not None and site.add.fork is not None:
-                    self.reads.setdefault((reader, site.add.fork), site)
+                    self.reads.setdefault((reader, site.add.fork), []).append(site)
+        self.around = sites_around(chains, self.reads)
         self.opened_by: dict[Region, list[BoundSite]] = {}
-        for (reader, fork), site in self.reads.items():
+        for (reader, fork), readers in self.reads.items():
             outside, inside = regions_of(fork), regions_of(reader)
             if inside[: len(outside)] == outside and len(inside) > len(outside):
-                self.opened_by.setdefault(inside[len(outside)], []).append(site)
+                self.opened_by.setdefault(inside[len(outside)], []).append(readers[0])
         self.readouts = {chain.sites[-1].add.node: chain.readout for chain in chains if chain.readout}
 
     def run(self) -> GraphModule:
@@ -179,16 +182,20 @@ class _Expander:
         """Return how `node` reads its operands: a branch reads its site's layer input."""
 
         def read(operand: Node) -> Node:
-            site = self.reads.get((node, operand))
-            if site is None:
-                return self._collapsed(operand)
-            layer_input, _, _ = self._coefficients(site)
-            return self._unstacked(layer_input, site.add.fork_dim, operand)
+            sites = self.reads.get((node, operand))
+            return self._layer_input(sites[0]) if sites else self._collapsed(operand)
 
         return read
 
     def _inputs(self, parameters: Parameters) -> tuple[Node, Node, Node]:
         return self.plain[parameters.phi], self.plain[parameters.scale], self.plain[parameters.bias]
+
+    def _layer_input(self, site: BoundSite) -> Node:
+        """Return what a site's branch reads, in the plain layout of its fork."""
+        assert site.add.fork is not None
+        layer_input, _, _ = self._coefficients(site)
+        # For the add, not for the fork: that one may be frozen, and the mapping's gradient would be lost.
+        return self._unstacked(layer_input, site.add.fork_dim, site.add.node)
 
     def _collapsed(self, value: Node) -> Node:
         """Return the plain form of a value; a stream value is read out, once."""
@@ -215,17 +222,26 @@ class _Expander:
     def _streams_of(self, value: Node, dim: int) -> _Streams:
         """Return the streams of a value; a chain's head is expanded to n equal ones."""
         if value not in self.streams:
-            features_last = self._moved(self.plain[value], dim, -1, value)
-            wide = self._spelled(value, equal_streams, features_last, self.config.n_streams)
-            self.streams[value] = _Streams(dim, stacked=mark(wide, Role.HEAD))
+            self.streams[value] = self._expanded(self.plain[value], dim, value)
         return self.streams[value]
+
+    def _read_by(self, site: BoundSite, value: Node, dim: int) -> _Streams:
+        """Return the streams that a site reads; inside another's branch, they begin with what that branch reads."""
+        outer = self.around.get(site.add.node)
+        if outer is None or value is not site.add.fork:
+            return self._streams_of(value, dim)
+        return self._expanded(self._layer_input(outer), dim, site.add.node)
+
+    def _expanded(self, plain: Node, dim: int, origin: Node) -> _Streams:
+        features_last = self._moved(plain, dim, -1, origin)
+        wide = self._spelled(origin, equal_streams, features_last, self.config.n_streams)
+        return _Streams(dim, stacked=mark(wide, Role.HEAD))
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
         """Return (layer_input, post, res) of a site, computed where they are first needed."""
         if site.add.node not in self.coefficients:
-            base = site.add.fork if site.add.fork is not None else site.add.skip
-            streams = self._stacked(self._streams_of(base, site.add.fork_dim), site.add.fork_dim, base)
-            self.coefficients[site.add.node] = self._pre(site, streams)
+            base, dim = site.add.fork if site.add.fork is not None else site.add.skip, site.add.fork_dim
+            self.coefficients[site.add.node] = self._pre(site, self._stacked(self._read_by(site, base, dim), dim, base))
         return self.coefficients[site.add.node]
 
     def _pre(self, site: BoundSite, streams: Node) -> tuple[Node, Node, Node]:
@@ -241,7 +257,7 @@ class _Expander:
         """Emit a site's `post`: mix the streams and write the branch's output into each."""
         found = site.add
         dim = found.feature_dim
-        streams = self._stacked(self._streams_of(found.skip, dim), dim, found.skip)
+        streams = self._stacked(self._read_by(site, found.skip, dim), dim, found.skip)
         added, skipped = tensor_of(found.node), tensor_of(found.skip)
         assert added is not None
         assert skipped is not None

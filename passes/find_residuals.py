@@ -300,15 +300,17 @@ class _Finder:
     def _drop_branch_local(self) -> None:
         """Reject an add that feeds only the branch of another add with the same skip (Zamba's h + T(h)).
 
-        Where a carrier stands between, as in T(h) + norm(h), the add begins a stream inside the branch.
+        Where a carrier stands between, as in T(h) + norm(h), or another site goes on from it, as in a group of residual
+        blocks with a skip around, the add begins a stream inside the branch.
         """
+        continued = {self._previous(site.skip)[0] for site in self.found.values()}
         by_stream: dict[Node, list[ResidualAdd]] = {}
         for site in self.found.values():
             by_stream.setdefault(self._previous(site.skip)[0], []).append(site)
         for sharers in by_stream.values():
             for inner in sharers:
                 outer = next((site for site in sharers if site is not inner and self._feeds_only(inner, site)), None)
-                if outer is not None and outer.skip is inner.skip:
+                if outer is not None and outer.skip is inner.skip and inner.node not in continued:
                     del self.found[inner.node]
                     self._reject(inner.node, Reason.BRANCH_LOCAL)
                 elif outer is not None:
@@ -352,14 +354,17 @@ class _Finder:
         """Join the sites whose skip leads, over carriers, to the same head or to an earlier site."""
         members: dict[Node, list[ResidualAdd]] = {}
         root_of: dict[Node, Node] = {}
+        heads: dict[Node, Node] = {}
         for add in sorted(self.found, key=self.order.__getitem__):
             previous, carriers = self._previous(self.found[add].skip)
             if add in self.nested:
                 previous, carriers = self.found[add].skip, []
             # Before the first site nothing is a stream yet: what carries the head in is the plain model's business.
             head = previous if previous in self.found else self.found[add].skip
-            root = root_of.get(head, head)
+            # A nested stream may begin at a value that is on the outer one, too.
+            root = add if add in self.nested else root_of.get(head, head)
             root_of[add] = root
+            heads.setdefault(root, head)
             if previous not in self.found:
                 carriers = []
             site = replace(
@@ -372,15 +377,17 @@ class _Finder:
                 ),
             )
             members.setdefault(root, []).append(site)
-        for head, sites in members.items():
+        for root, sites in members.items():
             if len(sites) > 1 and sites[1].norm == "post":
                 sites[0] = replace(sites[0], norm="post")
+            head = heads[root]
             yield ResidualChain(tuple(sites), head, location_of(head), self._entry(head, sites[0]))
 
     def _entry(self, head: Node, first: ResidualAdd) -> Entry | None:
         """Return the input that a chain's head is, over carriers; None where the head is computed in this graph."""
         origin, carriers = self._previous(head)
-        if not is_activation_input(origin):
+        # A nested stream begins with what its branch reads, wherever that comes from.
+        if first.node in self.nested or not is_activation_input(origin):
             return None
         steps = tuple(self._carrier(carrier) for carrier in reversed(carriers))
         dim = first.feature_dim if shape_of(origin) == shape_of(first.node) else feature_dim_of(origin, origin)

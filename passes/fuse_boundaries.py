@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..kernels import ops
+from .fx.grad_modes import grad_modes
 from .fx.graph_copy import copy_node, module_like
 from .fx.regions import regions_of
 
@@ -54,6 +55,7 @@ def fuse_boundaries(graph_module: GraphModule) -> GraphModule:
 def _partners(graph_module: GraphModule) -> dict[Node, Node]:
     """Return, for each `post`, the first `pre` that reads its streams; its parameters are graph inputs."""
     partners: dict[Node, Node] = {}
+    modes = grad_modes(graph_module)
     for node in graph_module.graph.nodes:
         if node.target is not _PRE:
             continue
@@ -65,6 +67,8 @@ def _partners(graph_module: GraphModule) -> dict[Node, Node]:
             and streams.target is _POST
             and inputs_only
             and regions_of(streams) == regions_of(node)
+            # Fused, a `pre` behind `no_grad` would run under it, and its parameters would get no gradient.
+            and modes[streams] == modes[node]
         ):
             partners.setdefault(streams, node)
     return partners

@@ -2,7 +2,7 @@
 
 Handles `torch.add` and `Tensor.add` (with `alpha`), `addcmul`, `operator.iadd` and `Tensor.add_`. An in-place add
 becomes an ordinary one where no alias of the changed value is read afterwards; elsewhere it stays, and the finder
-says so.
+says so. Other elementwise operations in place likewise: a branch that begins with `relu_(x)` changes the skip, too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from .fx.graph_copy import copy_node, module_like
 
 _OUT_OF_PLACE_ADDS = {torch.add, "add"}
 _ADDCMULS = {torch.addcmul, "addcmul"}
+
+# Other in-place operations on single elements; those that take `inplace=True` are known by it.
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.imul: operator.mul, operator.itruediv: operator.truediv, operator.isub: operator.sub,
+    torch.relu_: torch.relu, torch.tanh_: torch.tanh, torch.sigmoid_: torch.sigmoid, torch.clamp_: torch.clamp,
+    **{f"{name}_": name for name in ("mul", "div", "sub", "relu", "tanh", "sigmoid", "clamp", "neg")},
+}  # fmt: skip
 
 # What may return its input itself, or a view of it.
 _ALIASING_NAMES = {
@@ -41,8 +48,8 @@ def normalize(graph_module: GraphModule) -> GraphModule:
         if is_sentinel(node):
             continue
         replacement = _respelled(graph, node, values)
-        if replacement is None and is_in_place_add(node) and _can_leave_place(node, order):
-            replacement = _add_out_of_place(graph, node, values)
+        if replacement is None and _changes_in_place(node) and _can_leave_place(node, order):
+            replacement = (_add_out_of_place if is_in_place_add(node) else _out_of_place)(graph, node, values)
             # Later readers of the changed value must see the change.
             values[node.args[0]] = replacement
         values[node] = replacement or copy_node(graph, node, values.__getitem__)
@@ -96,6 +103,34 @@ def _add_out_of_place(graph: Graph, node: Node, values: dict[Node, Node]) -> Nod
     return _emit(graph, node, operator.add, (mapped_left, mapped_right), tensor_of(node))
 
 
+def _changes_in_place(node: Node) -> bool:
+    """Tell whether a node changes its first operand, which a stream may be, element by element."""
+    if is_in_place_add(node):
+        return True
+    if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
+        return False
+    elementwise = node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") is True
+    return elementwise and tensor_of(node.args[0]) is not None and _keeps_dtype(node)
+
+
+def _keeps_dtype(node: Node) -> bool:
+    """Tell whether the out-of-place form has the same dtype: the in-place one would not promote."""
+    tensors = [tensor_of(operand) for operand in node.args if tensor_of(operand) is not None]
+    return all(tensor.dtype == tensors[0].dtype for tensor in tensors if tensor is not None and tensors[0] is not None)
+
+
+def _out_of_place(graph: Graph, node: Node, values: dict[Node, Node]) -> Node:
+    """Emit an in-place activation or product as an ordinary one."""
+    args: tuple[Any, ...] = torch.fx.node.map_arg(node.args, values.__getitem__)
+    keywords: dict[str, Any] = dict(torch.fx.node.map_arg(dict(node.kwargs), values.__getitem__))
+    keywords.pop("inplace", None)
+    target: Any = _OUT_OF_PLACE.get(node.target, node.target)
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    emitted = graph.create_node(kind, target, args, keywords, name=node.name)
+    emitted.meta = dict(node.meta)
+    return emitted
+
+
 def _emit(graph: Graph, origin: Node, target: Any, args: tuple[Any, ...], example: Any) -> Node:
     kind = "call_method" if isinstance(target, str) else "call_function"
     emitted = graph.create_node(kind, target, args, {}, name=origin.name)
@@ -116,9 +151,11 @@ def _can_leave_place(node: Node, order: dict[Node, int]) -> bool:
         member = stack.pop()
         if member.op in ("placeholder", "get_attr"):
             return False
-        relatives = [user for user in member.users if user is not node and _may_alias(user, member)]
-        if op_name(member) in _ALIASING_NAMES and member.args and isinstance(member.args[0], Node):
-            relatives.append(member.args[0])
+        # An alias made later is one of the replacement.
+        relatives = [user for user in member.users if order[user] < order[node] and _may_alias(user, member)]
+        origin = member.args[0] if member.args else None
+        if isinstance(origin, Node) and _may_alias(member, origin):
+            relatives.append(origin)
         for relative in relatives:
             if relative not in family:
                 family.add(relative)
@@ -128,4 +165,5 @@ def _can_leave_place(node: Node, order: dict[Node, int]) -> bool:
 
 
 def _may_alias(user: Node, source: Node) -> bool:
-    return op_name(user) in _ALIASING_NAMES and bool(user.args) and user.args[0] is source
+    aliases = op_name(user) in _ALIASING_NAMES or user.kwargs.get("inplace") is True
+    return aliases and bool(user.args) and user.args[0] is source
