@@ -132,13 +132,13 @@ struct Site {
 
 // Where a mapping's backward leaves its results.
 struct MappingGradient {
-    float* rows;   // [tokens, padded]
+    float* rows;   // [tokens of whole chunks, padded]
     float* sums;   // [chunks, 2, rows]: shares of the gradients of bias and scale
     float* phi;    // [rows, n · width]
     float* scale;  // one each group
     float* bias;   // [rows]
 
-    static int64_t rows_size(const Site& site) { return site.tokens * site.phi.padded; }
+    static int64_t rows_size(const Site& site) { return chunks_of(site.tokens) * CHUNK * site.phi.padded; }
     static int64_t sums_size(const Site& site) { return chunks_of(site.tokens) * 2 * site.phi.rows; }
 };
 
@@ -170,7 +170,7 @@ void backward_chunk(
     coefficient_gradients(
         mapping, products, squares, gates, grad, chunk.live, history, slopes, sums, sums + phi.rows);
     float* rows = result.rows + chunk.first * phi.padded;
-    memset(rows, 0, sizeof(float) * chunk.live * phi.padded);
+    memset(rows, 0, sizeof(float) * CHUNK * phi.padded);
     for (int t = 0; t < chunk.live; t++)
         for (int row = 0; row < phi.rows; row++) rows[t * phi.padded + row] = slopes.rows[row][t];
     site.each_block([&](Channels channels) {

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import boundary, reference
+from ..manifolds import MANIFOLDS
 from .build import BuildError, library
 
+# As in operators.cpp.
 _ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD = 1, 2, 4, 8, 16
-_FLAGS = {"sinkhorn": _GATED | _MIXES | _SINKHORN, "none": _MIXES, "identity": _GATED}
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -47,7 +48,7 @@ def pre(
     """See `reference.pre`."""
     streams = streams.contiguous()
     outputs = _pre_outputs(streams)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _FLAGS[manifold] | anchored)
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
     _call("mhc_pre", streams, (streams, _wide(phi), _wide(scale), _wide(bias), *outputs), *constants)
     return outputs
 
@@ -73,7 +74,7 @@ def pre_backward(
     grads = (_like(grad_layer_input, streams), _wide(grad_post), _wide(grad_res))
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
     grad_mapping = _empty(mapping)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _FLAGS[manifold] | anchored)
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
     _call("mhc_pre_backward", streams, (*grads, streams, *mapping, grad_streams, *grad_mapping), *constants)
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
 
@@ -95,7 +96,7 @@ def head(
     streams = streams.contiguous()
     output = streams.new_empty(*streams.shape[:-2], streams.shape[-1])
     tensors = (streams, _wide(phi), _wide(scale), _wide(bias), output, None, None)
-    _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | anchored)
+    _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored)
     return output
 
 
@@ -114,7 +115,7 @@ def head_backward(
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
     grad_mapping = _empty(mapping)
     tensors = (_like(grad_output, streams), None, None, streams, *mapping, grad_streams, *grad_mapping)
-    _call("mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | anchored)
+    _call("mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored)
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
 
 
@@ -164,7 +165,7 @@ def post_pre(
     fresh, outputs = torch.empty_like(streams), _pre_outputs(streams)
     coefficients = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
     tensors = (streams, _like(branch, streams), *coefficients, fresh, *outputs)
-    _call("mhc_post_pre", streams, tensors, *_sizes(streams), iters, norm_eps, eps, _FLAGS[manifold] | anchored)
+    _call("mhc_post_pre", streams, tensors, *_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
     return (fresh, *outputs)
 
 
@@ -195,9 +196,15 @@ def post_pre_backward(
     grads = (_like(grad_fresh, streams), _like(grad_layer_input, streams), _wide(grad_next_post), _wide(grad_next_res))
     tensors = (streams, _like(branch, streams), *(_wide(tensor) for tensor in inputs[2:]))
     results = _empty(tensors)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _FLAGS[manifold] | anchored)
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
     _call("mhc_post_pre_backward", streams, (*grads, *tensors, torch.empty_like(streams), *results), *constants)
     return (results[0], *_as(results[1:], inputs[1:]))
+
+
+def _flags(manifold: str, anchored: bool) -> int:
+    family = MANIFOLDS[manifold]
+    mixing = _MIXES * family.mixes | _SINKHORN * (family.kernel_matrix == "sinkhorn")
+    return _ANCHORED * anchored | _GATED * family.gated | mixing
 
 
 def _wide(tensor: Tensor) -> Tensor:

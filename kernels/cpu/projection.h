@@ -42,42 +42,64 @@ struct Phi {
     }
 };
 
-// Add phi · streams to products [rows], of TOKENS tokens whose streams begin at x[…].
-static inline void project_tokens(
-    const float* const (&x)[TOKENS], int64_t stream_stride, const Phi& phi, Channels channels, int row, float* result
+// Panels whose streams, of TOKENS tokens, stay in the first cache while all rows of phi are multiplied with them.
+constexpr int SLICE = 4 * PANEL;
+
+// Add the products of COUNT tokens' channels with ROWS rows of phi to `sums`, vectors of shares.
+//
+// Alone in a function: between other code its addresses would not all be in registers.
+template <int COUNT>
+__attribute__((noinline)) static void project_rows(
+    const float* x, int64_t token_stride, const float* rows, int64_t panel_size, int channels, float* sums
 ) {
-    Vector sums[TOKENS][ROWS] = {};
-    for (int stream = 0; stream < N; stream++) {
-        for (int begin = 0; begin < channels.padded; begin += PANEL) {
-            const float* rows = phi.panel(channels, stream, begin / PANEL) + row * PANEL;
-            const int64_t at = stream * stream_stride + begin;
-            const int count = channels.padded - begin < PANEL ? channels.padded - begin : PANEL;
-            for (int c = 0; c < count; c += LANES) {
-                Vector values[TOKENS];
+    Vector shares[COUNT][ROWS];
 #pragma GCC unroll 8
-                for (int t = 0; t < TOKENS; t++) values[t] = load(x[t] + at + c);
+    for (int t = 0; t < COUNT; t++)
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) {
-                    const Vector factor = load(rows + r * PANEL + c);
+        for (int r = 0; r < ROWS; r++) shares[t][r] = load(sums + (t * ROWS + r) * LANES);
+    for (int begin = 0; begin < channels; begin += PANEL, rows += panel_size) {
+        const int count = channels - begin < PANEL ? channels - begin : PANEL;
+        for (int c = 0; c < count; c += LANES) {
+            Vector factor[ROWS];
 #pragma GCC unroll 8
-                    for (int t = 0; t < TOKENS; t++) sums[t][r] += values[t] * factor;
-                }
+            for (int r = 0; r < ROWS; r++) factor[r] = in_register(load(rows + r * PANEL + c));
+#pragma GCC unroll 8
+            for (int t = 0; t < COUNT; t++) {
+                const Vector value = in_register(load(x + t * token_stride + begin + c));
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) shares[t][r] += value * factor[r];
             }
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < TOKENS; t++) result[r * CHUNK + t] += total(sums[t][r]);
+#pragma GCC unroll 8
+    for (int t = 0; t < COUNT; t++)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) store(sums + (t * ROWS + r) * LANES, shares[t][r]);
+}
+
+template <int COUNT>
+static inline void project_tokens(Source streams, int token, const Phi& phi, Channels channels, Lane* products) {
+    alignas(64) float sums[MOST_PADDED * COUNT * LANES];
+    memset(sums, 0, sizeof(float) * phi.padded * COUNT * LANES);
+    for (int stream = 0; stream < N; stream++)
+        for (int begin = 0; begin < channels.padded; begin += SLICE) {
+            const int count = channels.padded - begin < SLICE ? channels.padded - begin : SLICE;
+            const float* x = streams.row(token, stream) + begin;
+            const float* panel = phi.panel(channels, stream, begin / PANEL);
+            for (int row = 0; row < phi.padded; row += ROWS)
+                project_rows<COUNT>(
+                    x, streams.token, panel + row * PANEL, phi.padded * PANEL, count, sums + row * COUNT * LANES);
+        }
+    for (int row = 0; row < phi.padded; row++)
+        for (int t = 0; t < COUNT; t++)
+            products[row][token + t] += total(load(sums + ((row / ROWS * COUNT + t) * ROWS + row % ROWS) * LANES));
 }
 
 // Add phi · streams of a tile to products [padded rows].
 static void project(Source streams, int live, const Phi& phi, Channels channels, Lane* products) {
-    for (int token = 0; token < live; token += TOKENS) {
-        const float* x[TOKENS];
-        // Behind the last token it is computed again: no one reads that.
-        for (int t = 0; t < TOKENS; t++) x[t] = streams.row(token + t < live ? token + t : live - 1);
-        for (int row = 0; row < phi.padded; row += ROWS)
-            project_tokens(x, streams.stream, phi, channels, row, products[row] + token);
-    }
+    int token = 0;
+    for (; token + TOKENS <= live; token += TOKENS) project_tokens<TOKENS>(streams, token, phi, channels, products);
+    for (; token < live; token++) project_tokens<1>(streams, token, phi, channels, products);
 }
 
 // Add the sums of squares of the streams that a tile stands for, and with GATES the products of those that it stores
@@ -122,74 +144,99 @@ static void collapse(Source streams, const Lane* weights, int live, Channels cha
     }
 }
 
+// Tokens whose gradients are computed at once.
+constexpr int QUAD = 4;
+
 // What the gradient of the streams of a tile is made of.
 struct StreamGradient {
     Source streams;
     Source grad;         // of the layer input [tokens, channels]
-    const float* rows;   // [tokens, padded]: gradient of the products
+    const float* rows;   // [tokens, padded], readable for CHUNK tokens: gradient of the products
     const Slopes* slopes;
     const Source* more;  // added to it, or null
     Target result;
 };
 
-// The gradient of VECTORS vectors of channels of one stream, of TOKENS tokens from `token` on:
-// phiᵀ · rows + pull · X + weight · grad, on the streams as they are stored.
+// phiᵀ · rows: VECTORS vectors of channels of one stream, of QUAD tokens whose gradients lie `padded` apart.
 template <int VECTORS>
-static inline void stream_gradient(
-    const StreamGradient& of, const Phi& phi, const float* panel, int token, int live, int stream, int channel
+__attribute__((noinline)) static void lift_rows(
+    const float* rows, int64_t padded, const float* panel, int count, float* result, int64_t result_stride
 ) {
-    Vector sums[TOKENS][VECTORS] = {};
-    const float* g[TOKENS];
-    for (int t = 0; t < TOKENS; t++) g[t] = of.rows + int64_t(token + t < live ? token + t : live - 1) * phi.padded;
-    for (int row = 0; row < phi.rows; row++) {
-        Vector factors[VECTORS];
+    Vector sums[QUAD][VECTORS] = {};
+    for (const float* end = rows + count; rows < end; rows++, panel += PANEL) {
+        Vector factor[VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) factors[v] = load(panel + row * PANEL + v * LANES);
+        for (int v = 0; v < VECTORS; v++) factor[v] = in_register(load(panel + v * LANES));
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; t++) {
-            const Vector slope = all(g[t][row]);
+        for (int t = 0; t < QUAD; t++) {
+            const Vector slope = all(rows[t * padded]);
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) sums[t][v] += slope * factors[v];
+            for (int v = 0; v < VECTORS; v++) sums[t][v] += slope * factor[v];
         }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++) {
-        if (token + t >= live) break;
-        const float* x = of.streams.row(token + t) + channel;
-        const float* grad = of.grad.row(token + t) + channel;
-        const Vector pull = all(of.slopes->pull[token + t]), weight = all(of.slopes->weights[stream][token + t]);
-        float* to = of.result.row(token + t, stream) + channel;
+    for (int t = 0; t < QUAD; t++)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) {
-            Vector value = load(x + stream * of.streams.stream + v * LANES);
-            if (phi.anchored && stream) value += load(x + v * LANES);
-            if (phi.anchored && !stream) {
-                value *= float(N);
-                for (int s = 1; s < N; s++) value += load(x + s * of.streams.stream + v * LANES);
+        for (int v = 0; v < VECTORS; v++) store(result + t * result_stride + v * LANES, sums[t][v]);
+}
+
+// The gradient of a panel's channels of one token: lifted + pull · X + weight · grad, on the streams as they are stored.
+template <bool ANCHORED, bool MORE>
+static void finish_panel(
+    const float* x, int64_t stream_stride, const float* grad, const float* more, int64_t more_stride, float pull,
+    const float* weights, const float* lifted, int count, float* result, int64_t result_stride
+) {
+    Vector weight[N];
+    for (int s = 0; s < N; s++) weight[s] = all(weights[s * CHUNK]);
+    for (int c = 0; c < count; c += LANES) {
+        Vector value[N];
+        for (int s = 0; s < N; s++) value[s] = load(x + s * stream_stride + c);
+        if (ANCHORED) {
+            // The anchor's gradient is the sum of all streams' gradients.
+            const Vector anchor = value[0];
+            for (int s = 1; s < N; s++) {
+                value[s] += anchor;
+                value[0] += value[s];
             }
-            Vector sum = sums[t][v] + pull * value;
-            sum += weight * load(grad + v * LANES);
-            if (of.more) sum += load(of.more->row(token + t, stream) + channel + v * LANES);
-            store(to + v * LANES, sum);
         }
+        const Vector slope = load(grad + c);
+        for (int s = 0; s < N; s++) {
+            value[s] = load(lifted + s * PANEL + c) + pull * value[s];
+            value[s] += weight[s] * slope;
+            if (MORE) value[s] += load(more + s * more_stride + c);
+        }
+        for (int s = 0; s < N; s++) store(result + s * result_stride + c, value[s]);
     }
 }
 
 static void stream_gradients(const StreamGradient& of, const Phi& phi, int live, Channels channels) {
     constexpr int WHOLE = LANES == 16 ? 4 : 2;
-    for (int stream = 0; stream < N; stream++) {
+    alignas(64) float lifted[QUAD * N * PANEL];
+    const auto finish = phi.anchored ? (of.more ? finish_panel<true, true> : finish_panel<true, false>)
+                                     : (of.more ? finish_panel<false, true> : finish_panel<false, false>);
+    // Tokens outside: their streams are then read in one go, and phi from the second cache.
+    for (int token = 0; token < live; token += QUAD)
         for (int begin = 0; begin < channels.padded; begin += PANEL) {
-            const float* panel = phi.panel(channels, stream, begin / PANEL);
-            const int end = channels.padded - begin < PANEL ? channels.padded - begin : PANEL;
-            int c = 0;
-            for (; c + WHOLE * LANES <= end; c += WHOLE * LANES)
-                for (int token = 0; token < live; token += TOKENS)
-                    stream_gradient<WHOLE>(of, phi, panel + c, token, live, stream, begin + c);
-            for (; c < end; c += LANES)
-                for (int token = 0; token < live; token += TOKENS)
-                    stream_gradient<1>(of, phi, panel + c, token, live, stream, begin + c);
+            const int count = channels.padded - begin < PANEL ? channels.padded - begin : PANEL;
+            for (int stream = 0; stream < N; stream++) {
+                const float* rows = of.rows + int64_t(token) * phi.padded;
+                const float* panel = phi.panel(channels, stream, begin / PANEL);
+                float* to = lifted + stream * PANEL;
+                int c = 0;
+                for (; c + WHOLE * LANES <= count; c += WHOLE * LANES)
+                    lift_rows<WHOLE>(rows, phi.padded, panel + c, phi.rows, to + c, N * PANEL);
+                for (; c < count; c += LANES)
+                    lift_rows<1>(rows, phi.padded, panel + c, phi.rows, to + c, N * PANEL);
+            }
+            for (int t = 0; t < QUAD && token + t < live; t++) {
+                const int at = token + t;
+                finish(
+                    of.streams.row(at) + begin, of.streams.stream, of.grad.row(at) + begin,
+                    of.more ? of.more->row(at) + begin : nullptr, of.more ? of.more->stream : 0, of.slopes->pull[at],
+                    &of.slopes->weights[0][at], lifted + t * N * PANEL, count, of.result.row(at) + begin,
+                    of.result.stream);
+            }
         }
-    }
 }
 
 // Tokens whose products with the streams are added up before they are added to the rest: the error of a long sum

@@ -11,8 +11,8 @@
 
 constexpr int PANEL = 64;                                                    // channels of a panel of phi
 constexpr int BLOCK = 4096 / N / PANEL * PANEL;                              // most channels of a tile
-constexpr int ROWS = LANES == 16 ? 6 : 3;                                    // rows of phi that are multiplied at once
-constexpr int TOKENS = 4;                                                    // tokens that are multiplied at once
+constexpr int ROWS = 3;                                                      // rows of phi that are multiplied at once
+constexpr int TOKENS = LANES == 16 ? 8 : 4;                                  // tokens that are multiplied at once
 constexpr int MOST_PADDED = (MOST_ROWS + ROWS - 1) / ROWS * ROWS;
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

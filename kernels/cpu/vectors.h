@@ -28,6 +28,16 @@ static inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*
 static inline Vector all(float value) { return value - Vector{}; }
 static inline Vector larger(Vector a, Vector b) { return a < b ? b : a; }
 
+// A value that several operations use is loaded once: compilers would fold the load into each.
+static inline Vector in_register(Vector value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#elif defined(__AVX__)
+    asm("" : "+x"(value));
+#endif
+    return value;
+}
+
 static inline float total(Vector value) {
     // Halves, so that the order of the sum is fixed and its error small.
     float lanes[LANES];
