@@ -136,9 +136,9 @@ def measure_shape(shape: Shape, options: Options, record: Record, bandwidth: flo
 
 def run(options: Options, record: Record) -> None:
     """Check, then measure what passed."""
-    # What the operators run as here: the Triton kernels, the interpreter, or plain PyTorch.
-    triton = dispatch.uses_triton((torch.empty(1, device=options.device),), 4)
-    record.fact(implementation=kernels_report.TRITON if triton else "plain PyTorch")
+    record.fact(
+        implementation=kernels_report.NAMES[dispatch.implementation((torch.empty(1, device=options.device),), 4)]
+    )
     failed = check_all(options, record)
     if options.only == ("check",):
         return

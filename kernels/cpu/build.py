@@ -69,7 +69,9 @@ def why_not(n_streams: int, dtype: torch.dtype) -> str | None:
 def compiler() -> str | None:
     """Return the path of the C++ compiler, None if there is none."""
     wanted = os.environ.get("CXX")
-    return next((path for name in ([wanted] if wanted else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ([wanted] if wanted else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None
+    )
 
 
 def _compiled(n_streams: int, dtype: torch.dtype) -> Path:

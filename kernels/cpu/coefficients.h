@@ -25,10 +25,10 @@ struct Mapping {
     bool gated;
     bool mixes;
     bool sinkhorn;
+    // Rows of res sum to 1 by construction: column 0 of the anchored matrix is then constant.
+    bool exact;
     bool head;
 
-    // Rows of res sum to 1 by construction: column 0 of the anchored matrix is then constant.
-    bool exact() const { return eps == 0.0f && (sinkhorn || !mixes); }
     int group(int row) const { return row < N ? 0 : row < 2 * N ? 1 : 2; }
 };
 
@@ -187,7 +187,7 @@ static void coefficients(const Mapping& mapping, const Lane* products, const flo
         if (mapping.sinkhorn) sinkhorn(res, mapping.iters, mapping.eps, nullptr);
         if (mapping.anchored) {
             for (int out = 0; out < N; out++) {
-                if (mapping.exact()) res[out][0] = all(1.0f);
+                if (mapping.exact) res[out][0] = all(1.0f);
                 else
                     for (int in = 1; in < N; in++) res[out][0] += res[out][in];
             }
@@ -265,7 +265,7 @@ static void coefficient_gradients(
                 for (int out = 1; out < N; out++)
                     for (int in = 0; in < N; in++) res[0][in] -= res[out][in];
                 for (int out = 0; out < N; out++) {
-                    if (mapping.exact()) res[out][0] = Vector{};
+                    if (mapping.exact) res[out][0] = Vector{};
                     for (int in = 1; in < N; in++) res[out][in] += res[out][0];
                 }
             }

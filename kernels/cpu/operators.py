@@ -5,6 +5,7 @@ Streams stay in their dtype. Parameters and coefficients, small beside them, are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..manifolds import MANIFOLDS
 from .build import BuildError, library
 
 # As in operators.cpp.
-_ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD = 1, 2, 4, 8, 16
+_ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT = 1, 2, 4, 8, 16, 32
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -48,11 +49,9 @@ def pre(
     """See `reference.pre`."""
     streams = streams.contiguous()
     outputs = _pre_outputs(streams)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
     _call("mhc_pre", streams, (streams, _wide(phi), _wide(scale), _wide(bias), *outputs), *constants)
     return outputs
-
-
 
 
 def pre_backward(
@@ -74,7 +73,7 @@ def pre_backward(
     grads = (_like(grad_layer_input, streams), _wide(grad_post), _wide(grad_res))
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
     grad_mapping = _empty(mapping)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
     _call("mhc_pre_backward", streams, (*grads, streams, *mapping, grad_streams, *grad_mapping), *constants)
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
 
@@ -115,14 +114,16 @@ def head_backward(
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
     grad_mapping = _empty(mapping)
     tensors = (_like(grad_output, streams), None, None, streams, *mapping, grad_streams, *grad_mapping)
-    _call("mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored)
+    _call(
+        "mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored
+    )
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
 
 
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """See `reference.post`."""
     if _wider(branch, streams):
-        return reference.post(streams, branch, post, res)
+        return _plain(reference.post, streams, branch, post, res)
     streams = streams.contiguous()
     result = torch.empty_like(streams)
     tensors = (streams, _like(branch, streams), _wide(post), _wide(res), result)
@@ -135,7 +136,7 @@ def post_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.post_backward`."""
     if _wider(branch, streams):
-        return reference.post_backward(grad_streams, streams, branch, post, res)
+        return _plain(reference.post_backward, grad_streams, streams, branch, post, res)
     streams = streams.contiguous()
     tensors = (streams, _like(branch, streams), _wide(post), _wide(res))
     grads = _empty(tensors)
@@ -160,12 +161,12 @@ def post_pre(
     """See `boundary.post_pre`."""
     constants = (iters, norm_eps, eps, manifold, anchored)
     if _wider(branch, streams):
-        return boundary.post_pre(streams, branch, post, res, phi, scale, bias, *constants)
+        return _plain(boundary.post_pre, streams, branch, post, res, phi, scale, bias, *constants)
     streams = streams.contiguous()
     fresh, outputs = torch.empty_like(streams), _pre_outputs(streams)
     coefficients = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
     tensors = (streams, _like(branch, streams), *coefficients, fresh, *outputs)
-    _call("mhc_post_pre", streams, tensors, *_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
+    _call("mhc_post_pre", streams, tensors, *_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
     return (fresh, *outputs)
 
 
@@ -191,20 +192,20 @@ def post_pre_backward(
     inputs = (streams, branch, post, res, phi, scale, bias)
     grads: tuple[Tensor, ...] = (grad_fresh, grad_layer_input, grad_next_post, grad_next_res)
     if _wider(branch, streams):
-        return boundary.post_pre_backward(*grads, *inputs, iters, norm_eps, eps, manifold, anchored)
+        return _plain(boundary.post_pre_backward, *grads, *inputs, iters, norm_eps, eps, manifold, anchored)
     streams = streams.contiguous()
     grads = (_like(grad_fresh, streams), _like(grad_layer_input, streams), _wide(grad_next_post), _wide(grad_next_res))
     tensors = (streams, _like(branch, streams), *(_wide(tensor) for tensor in inputs[2:]))
     results = _empty(tensors)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, anchored))
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
     _call("mhc_post_pre_backward", streams, (*grads, *tensors, torch.empty_like(streams), *results), *constants)
     return (results[0], *_as(results[1:], inputs[1:]))
 
 
-def _flags(manifold: str, anchored: bool) -> int:
+def _flags(manifold: str, eps: float, anchored: bool) -> int:
     family = MANIFOLDS[manifold]
     mixing = _MIXES * family.mixes | _SINKHORN * (family.kernel_matrix == "sinkhorn")
-    return _ANCHORED * anchored | _GATED * family.gated | mixing
+    return _ANCHORED * anchored | _GATED * family.gated | mixing | _EXACT * family.rows_are_exact(eps)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -218,6 +219,11 @@ def _like(tensor: Tensor, streams: Tensor) -> Tensor:
 def _wider(branch: Tensor, streams: Tensor) -> bool:
     """Whether a branch would lose precision in the streams' dtype."""
     return torch.promote_types(branch.dtype, streams.dtype) != streams.dtype
+
+
+def _plain(function: Callable[..., Any], *arguments: Any) -> Any:
+    with torch.autocast("cpu", enabled=False):
+        return function(*arguments)
 
 
 def _empty(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
