@@ -90,10 +90,8 @@ static void mix_products(
                     for (int out = 0; out < OUTPUTS; out++) mixing[out][in] += slope[out] * value;
                 }
             }
-            for (int out = 0; out < OUTPUTS; out++) {
-                post[first + out] += total(writing[out]);
-                for (int in = 0; in < N; in++) res[(first + out) * N + in] += total(mixing[out][in]);
-            }
+            add_totals(writing, OUTPUTS, post + first);
+            add_totals(&mixing[0][0], OUTPUTS * N, res + first * N);
         }
     }
 }

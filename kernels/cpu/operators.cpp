@@ -46,12 +46,18 @@ bool in_parallel(int64_t count, int threads, int64_t floats, Work work) {
     return !failed;
 }
 
+// Consecutive tokens, at most CHUNK.
 struct Chunk {
     int64_t first;
     int live;
-    Chunk(int64_t index, int64_t tokens)
-        : first(index * CHUNK), live(int(tokens - first < CHUNK ? tokens - first : CHUNK)) {}
+
+    Chunk part(int begin, int most) const { return {first + begin, live - begin < most ? live - begin : most}; }
 };
+
+Chunk chunk_at(int64_t index, int64_t tokens) {
+    const int64_t first = index * CHUNK;
+    return {first, int(tokens - first < CHUNK ? tokens - first : CHUNK)};
+}
 
 int64_t chunks_of(int64_t tokens) { return ceil_div(tokens, CHUNK); }
 
@@ -146,12 +152,12 @@ constexpr int64_t BACKWARD_SCRATCH = 2 * STREAM_TILE + VALUE_TILE;
 
 // The backward of `pre` and `head` of a chunk, up to phi's gradient.
 //
-// For each block of channels `open` says where the streams' gradient is to be written and what else is added to it, and
-// `close` takes it on.
-template <class Open, class Close>
+// For each block of channels `more` may view what else is added to the streams' gradient. Then, for a few tokens at a
+// time, `open` says where it is to be written and `close` takes it on.
+template <class More, class Open, class Close>
 void backward_chunk(
     const Site& site, Chunk chunk, const Stored* grad_input, const float* grad_post, const float* grad_res,
-    const MappingGradient& result, Open open, Close close
+    const MappingGradient& result, More more, Open open, Close close
 ) {
     const Mapping& mapping = site.mapping;
     const Phi& phi = site.phi;
@@ -179,12 +185,13 @@ void backward_chunk(
         const Source x = kept ? Source{held.at, held.token, held.stream} : site.tile(chunk, channels, memory);
         const Source g = kept ? Source{held_grad.at, held_grad.token, held_grad.stream}
                               : read_tile(grad_input, site.width, 1, chunk.first, chunk.live, channels, grad_memory);
-        Source more{};
-        StreamGradient of{x, g, rows, &slopes, nullptr, {}};
-        of.result = open(channels, more);
-        if (more.at) of.more = &more;
-        stream_gradients(of, phi, chunk.live, channels);
-        close(channels, of.result);
+        const StreamGradient of{x, g, rows, &slopes, more(channels)};
+        for (int token = 0; token < chunk.live; token += QUAD) {
+            const Chunk part = chunk.part(token, QUAD);
+            const Target to = open(part, channels);
+            stream_gradients(of, phi, token, part.live, channels, to);
+            close(part, channels, to);
+        }
     });
 }
 
@@ -294,9 +301,13 @@ struct MixGradient {
         const Source b = read_tile(branch, width, 1, first, live, channels, branch_memory);
         const Target to = open_tile(grad_streams, width, N, first, channels, result_memory);
         const Target to_branch = open_tile(grad_branch, width, 1, first, channels, branch_memory + VALUE_TILE);
-        // A few tokens at a time, so that what both read is still in the first cache.
-        mix_products(grad, x, b, live, channels, grad_post + first * N, grad_res + first * N * N);
-        mix_backward(grad, post + first * N, res + first * N * N, live, channels, to, to_branch);
+        // A token at a time: what both read of it is then in the first cache.
+        for (int t = 0; t < live; t++) {
+            const int64_t at = first + t;
+            mix_products(grad.from(t), x.from(t), b.from(t), 1, channels, grad_post + at * N, grad_res + at * N * N);
+            mix_backward(
+                grad.from(t), post + at * N, res + at * N * N, 1, channels, to.from(t), to_branch.from(t));
+        }
         write_tile(grad_streams, width, N, first, live, channels, to);
         write_tile(grad_branch, width, 1, first, live, channels, to_branch);
     }
@@ -308,7 +319,7 @@ extern "C" {
 
 int mhc_sinkhorn(const float* logits, float* res, int64_t tokens, int iters, float eps, int threads) {
     return !in_parallel(chunks_of(tokens), threads, 0, [&](int64_t index) {
-        const Chunk chunk(index, tokens);
+        const Chunk chunk = chunk_at(index, tokens);
         alignas(64) Lane lanes[N * N];
         transpose_in<N * N>(logits + chunk.first * N * N, chunk.live, lanes);
         for (int lane = 0; lane < CHUNK; lane += LANES) {
@@ -325,7 +336,7 @@ int mhc_sinkhorn_backward(
     const float* grad_res, const float* logits, float* grad_logits, int64_t tokens, int iters, float eps, int threads
 ) {
     return !in_parallel(chunks_of(tokens), threads, history_size(iters), [&](int64_t index) {
-        const Chunk chunk(index, tokens);
+        const Chunk chunk = chunk_at(index, tokens);
         float* history = scratch.take(history_size(iters));
         alignas(64) Lane lanes[N * N], slopes[N * N];
         transpose_in<N * N>(logits + chunk.first * N * N, chunk.live, lanes);
@@ -351,7 +362,7 @@ int mhc_pre(
     const Buffer panels(site.phi.size());
     if (!panels.get() || !pack(site, phi, panels.get(), threads)) return 1;
     return !in_parallel(chunks_of(tokens), threads, STREAM_TILE + VALUE_TILE, [&](int64_t index) {
-        site.forward(Chunk(index, tokens), layer_input, post, res);
+        site.forward(chunk_at(index, tokens), layer_input, post, res);
     });
 }
 
@@ -366,13 +377,16 @@ int mhc_pre_backward(
     const MappingGradient result{rows.get(), sums.get(), grad_phi, grad_scale, grad_bias};
     const int64_t floats = BACKWARD_SCRATCH + history_size(iters);
     const bool done = in_parallel(chunks_of(tokens), threads, floats, [&](int64_t index) {
-        const Chunk chunk(index, tokens);
+        const Chunk chunk = chunk_at(index, tokens);
         float* memory = scratch.take(STREAM_TILE);
         backward_chunk(
             site, chunk, grad_layer_input, grad_post, grad_res, result,
-            [&](Channels channels, Source&) { return open_tile(grad_streams, width, N, chunk.first, channels, memory); },
-            [&](Channels channels, Target to) {
-                write_tile(grad_streams, width, N, chunk.first, chunk.live, channels, to);
+            [](Channels) { return Source{}; },
+            [&](Chunk part, Channels channels) {
+                return open_tile(grad_streams, width, N, part.first, channels, memory);
+            },
+            [&](Chunk part, Channels channels, Target to) {
+                write_tile(grad_streams, width, N, part.first, part.live, channels, to);
             });
     });
     return !(done && finish_backward(site, result, threads));
@@ -387,7 +401,7 @@ int mhc_post(
         float* result_memory = scratch.take(STREAM_TILE);
         float* branch_memory = scratch.take(VALUE_TILE);
         mix_chunk(
-            Chunk(index, tokens), width, streams, branch, post, res, result, memory, branch_memory, result_memory);
+            chunk_at(index, tokens), width, streams, branch, post, res, result, memory, branch_memory, result_memory);
     });
 }
 
@@ -398,7 +412,7 @@ int mhc_post_backward(
 ) {
     const MixGradient mixing{width, streams, branch, post, res, grad_streams, grad_branch, grad_post, grad_res};
     return !in_parallel(chunks_of(tokens), threads, STREAM_TILE + MixGradient::SCRATCH, [&](int64_t index) {
-        const Chunk chunk(index, tokens);
+        const Chunk chunk = chunk_at(index, tokens);
         float* grad_memory = scratch.take(STREAM_TILE);
         float* memory = scratch.take(MixGradient::SCRATCH);
         mixing.begin(chunk);
@@ -421,7 +435,7 @@ int mhc_post_pre(
     if (!panels.get() || !pack(site, phi, panels.get(), threads)) return 1;
     const int64_t floats = 2 * STREAM_TILE + VALUE_TILE;
     return !in_parallel(chunks_of(tokens), threads, floats, [&](int64_t index) {
-        const Chunk chunk(index, tokens);
+        const Chunk chunk = chunk_at(index, tokens);
         float* memory = scratch.take(STREAM_TILE);
         float* result_memory = scratch.take(STREAM_TILE);
         float* branch_memory = scratch.take(VALUE_TILE);
@@ -446,7 +460,7 @@ int mhc_post_pre_backward(
     const MixGradient mixing{width, streams, branch, post, res, grad_streams, grad_branch, grad_post, grad_res};
     const int64_t floats = 2 * STREAM_TILE + MixGradient::SCRATCH + BACKWARD_SCRATCH + history_size(iters);
     const bool done = in_parallel(chunks_of(tokens), threads, floats, [&](int64_t index) {
-        const Chunk chunk(index, tokens);
+        const Chunk chunk = chunk_at(index, tokens);
         float* through = scratch.take(STREAM_TILE);
         float* more_memory = scratch.take(STREAM_TILE);
         float* memory = scratch.take(MixGradient::SCRATCH);
@@ -455,12 +469,12 @@ int mhc_post_pre_backward(
         mixing.begin(chunk);
         backward_chunk(
             site, chunk, grad_layer_input, grad_next_post, grad_next_res, result,
-            [&](Channels channels, Source& more) {
-                more = read_tile(grad_fresh, width, N, chunk.first, chunk.live, channels, more_memory);
-                return scratch_tile(through, channels, N);
+            [&](Channels channels) {
+                return read_tile(grad_fresh, width, N, chunk.first, chunk.live, channels, more_memory);
             },
-            [&](Channels channels, Target to) {
-                mixing.block(chunk, channels, Source{to.at, to.token, to.stream}, memory);
+            [&](Chunk, Channels channels) { return scratch_tile(through, channels, N); },
+            [&](Chunk part, Channels channels, Target to) {
+                mixing.block(part, channels, Source{to.at, to.token, to.stream}, memory);
             });
     });
     return !(done && finish_backward(site, result, threads));

@@ -50,13 +50,13 @@ constexpr int SLICE = 4 * PANEL;
 // Alone in a function: between other code its addresses would not all be in registers.
 template <int COUNT>
 __attribute__((noinline)) static void project_rows(
-    const float* x, int64_t token_stride, const float* rows, int64_t panel_size, int channels, float* sums
+    const float* x, int64_t token_stride, const float* rows, int64_t panel_size, int channels, Vector* sums
 ) {
     Vector shares[COUNT][ROWS];
 #pragma GCC unroll 8
     for (int t = 0; t < COUNT; t++)
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) shares[t][r] = load(sums + (t * ROWS + r) * LANES);
+        for (int r = 0; r < ROWS; r++) shares[t][r] = sums[r * COUNT + t];
     for (int begin = 0; begin < channels; begin += PANEL, rows += panel_size) {
         const int count = channels - begin < PANEL ? channels - begin : PANEL;
         for (int c = 0; c < count; c += LANES) {
@@ -74,13 +74,13 @@ __attribute__((noinline)) static void project_rows(
 #pragma GCC unroll 8
     for (int t = 0; t < COUNT; t++)
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) store(sums + (t * ROWS + r) * LANES, shares[t][r]);
+        for (int r = 0; r < ROWS; r++) sums[r * COUNT + t] = shares[t][r];
 }
 
 template <int COUNT>
 static inline void project_tokens(Source streams, int token, const Phi& phi, Channels channels, Lane* products) {
-    alignas(64) float sums[MOST_PADDED * COUNT * LANES];
-    memset(sums, 0, sizeof(float) * phi.padded * COUNT * LANES);
+    Vector sums[MOST_PADDED * COUNT];
+    memset(sums, 0, sizeof(Vector) * phi.padded * COUNT);
     for (int stream = 0; stream < N; stream++)
         for (int begin = 0; begin < channels.padded; begin += SLICE) {
             const int count = channels.padded - begin < SLICE ? channels.padded - begin : SLICE;
@@ -88,11 +88,9 @@ static inline void project_tokens(Source streams, int token, const Phi& phi, Cha
             const float* panel = phi.panel(channels, stream, begin / PANEL);
             for (int row = 0; row < phi.padded; row += ROWS)
                 project_rows<COUNT>(
-                    x, streams.token, panel + row * PANEL, phi.padded * PANEL, count, sums + row * COUNT * LANES);
+                    x, streams.token, panel + row * PANEL, phi.padded * PANEL, count, sums + row * COUNT);
         }
-    for (int row = 0; row < phi.padded; row++)
-        for (int t = 0; t < COUNT; t++)
-            products[row][token + t] += total(load(sums + ((row / ROWS * COUNT + t) * ROWS + row % ROWS) * LANES));
+    for (int row = 0; row < phi.padded; row++) add_totals(sums + row * COUNT, COUNT, products[row] + token);
 }
 
 // Add phi · streams of a tile to products [padded rows].
@@ -123,8 +121,11 @@ static void measure(Source streams, Source grad, int live, Channels channels, fl
         }
         for (int s = 1; s < N; s++) square[0] += square[s];
         squares[token] += total(square[0]);
-        if (GATES)
-            for (int s = 0; s < N; s++) gates[s][token] += total(gate[s]);
+        if (GATES) {
+            float sums[N] = {};
+            add_totals(gate, N, sums);
+            for (int s = 0; s < N; s++) gates[s][token] += sums[s];
+        }
     }
 }
 
@@ -153,8 +154,7 @@ struct StreamGradient {
     Source grad;         // of the layer input [tokens, channels]
     const float* rows;   // [tokens, padded], readable for CHUNK tokens: gradient of the products
     const Slopes* slopes;
-    const Source* more;  // added to it, or null
-    Target result;
+    Source more;         // added to it, or none
 };
 
 // phiᵀ · rows: VECTORS vectors of channels of one stream, of QUAD tokens whose gradients lie `padded` apart.
@@ -209,34 +209,31 @@ static void finish_panel(
     }
 }
 
-static void stream_gradients(const StreamGradient& of, const Phi& phi, int live, Channels channels) {
+// Of `live` tokens from `token` on, at most QUAD, into `result`, whose first token is `token`.
+static void stream_gradients(
+    const StreamGradient& of, const Phi& phi, int token, int live, Channels channels, Target result
+) {
     constexpr int WHOLE = LANES == 16 ? 4 : 2;
     alignas(64) float lifted[QUAD * N * PANEL];
-    const auto finish = phi.anchored ? (of.more ? finish_panel<true, true> : finish_panel<true, false>)
-                                     : (of.more ? finish_panel<false, true> : finish_panel<false, false>);
-    // Tokens outside: their streams are then read in one go, and phi from the second cache.
-    for (int token = 0; token < live; token += QUAD)
-        for (int begin = 0; begin < channels.padded; begin += PANEL) {
-            const int count = channels.padded - begin < PANEL ? channels.padded - begin : PANEL;
-            for (int stream = 0; stream < N; stream++) {
-                const float* rows = of.rows + int64_t(token) * phi.padded;
-                const float* panel = phi.panel(channels, stream, begin / PANEL);
-                float* to = lifted + stream * PANEL;
-                int c = 0;
-                for (; c + WHOLE * LANES <= count; c += WHOLE * LANES)
-                    lift_rows<WHOLE>(rows, phi.padded, panel + c, phi.rows, to + c, N * PANEL);
-                for (; c < count; c += LANES)
-                    lift_rows<1>(rows, phi.padded, panel + c, phi.rows, to + c, N * PANEL);
-            }
-            for (int t = 0; t < QUAD && token + t < live; t++) {
-                const int at = token + t;
-                finish(
-                    of.streams.row(at) + begin, of.streams.stream, of.grad.row(at) + begin,
-                    of.more ? of.more->row(at) + begin : nullptr, of.more ? of.more->stream : 0, of.slopes->pull[at],
-                    &of.slopes->weights[0][at], lifted + t * N * PANEL, count, of.result.row(at) + begin,
-                    of.result.stream);
-            }
+    const float* rows = of.rows + int64_t(token) * phi.padded;
+    const auto finish = phi.anchored ? (of.more.at ? finish_panel<true, true> : finish_panel<true, false>)
+                                     : (of.more.at ? finish_panel<false, true> : finish_panel<false, false>);
+    for (int begin = 0; begin < channels.padded; begin += PANEL) {
+        const int count = channels.padded - begin < PANEL ? channels.padded - begin : PANEL;
+        for (int stream = 0; stream < N; stream++) {
+            const float* panel = phi.panel(channels, stream, begin / PANEL);
+            float* to = lifted + stream * PANEL;
+            int c = 0;
+            for (; c + WHOLE * LANES <= count; c += WHOLE * LANES)
+                lift_rows<WHOLE>(rows, phi.padded, panel + c, phi.rows, to + c, N * PANEL);
+            for (; c < count; c += LANES) lift_rows<1>(rows, phi.padded, panel + c, phi.rows, to + c, N * PANEL);
         }
+        for (int t = 0; t < live; t++)
+            finish(
+                of.streams.row(token + t) + begin, of.streams.stream, of.grad.row(token + t) + begin,
+                of.more.at ? of.more.row(token + t) + begin : nullptr, of.more.stream, of.slopes->pull[token + t],
+                &of.slopes->weights[0][token + t], lifted + t * N * PANEL, count, result.row(t) + begin, result.stream);
+    }
 }
 
 // Tokens whose products with the streams are added up before they are added to the rest: the error of a long sum

@@ -36,6 +36,7 @@ struct Tile {
     int64_t stream;
 
     Value* row(int t, int s = 0) const { return at + t * token + s * stream; }
+    Tile from(int t) const { return {row(t), token, stream}; }
 };
 typedef Tile<const float> Source;
 typedef Tile<float> Target;

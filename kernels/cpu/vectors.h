@@ -38,13 +38,55 @@ static inline Vector in_register(Vector value) {
     return value;
 }
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Integers){__VA_ARGS__})
+#endif
+
+// Add the sums of four vectors' lanes to four floats: each step adds halves and packs two vectors into one.
+static inline void add_four_totals(Vector a, Vector b, Vector c, Vector d, float* to) {
+#if defined(__AVX512F__)
+    const Vector ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                      SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const Vector cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                      SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    Vector abcd = SHUFFLE(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                  SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    abcd += SHUFFLE(abcd, abcd, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    abcd += SHUFFLE(abcd, abcd, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    const Vector sums = SHUFFLE(abcd, abcd, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+#elif defined(__AVX__)
+    Vector ab = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    Vector cd = SHUFFLE(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+    ab += SHUFFLE(ab, ab, 2, 3, 0, 1, 6, 7, 4, 5);
+    cd += SHUFFLE(cd, cd, 2, 3, 0, 1, 6, 7, 4, 5);
+    ab += SHUFFLE(ab, ab, 1, 0, 3, 2, 5, 4, 7, 6);
+    cd += SHUFFLE(cd, cd, 1, 0, 3, 2, 5, 4, 7, 6);
+    const Vector sums = SHUFFLE(ab, cd, 0, 4, 8, 12, 0, 4, 8, 12);
+#else
+    const Vector ab = SHUFFLE(a, b, 0, 1, 4, 5) + SHUFFLE(a, b, 2, 3, 6, 7);
+    const Vector cd = SHUFFLE(c, d, 0, 1, 4, 5) + SHUFFLE(c, d, 2, 3, 6, 7);
+    const Vector sums = SHUFFLE(ab, cd, 0, 2, 4, 6) + SHUFFLE(ab, cd, 1, 3, 5, 7);
+#endif
+    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+    Four four;
+    memcpy(&four, &sums, sizeof four);
+    *reinterpret_cast<Four*>(to) += four;
+}
+
 static inline float total(Vector value) {
-    // Halves, so that the order of the sum is fixed and its error small.
-    float lanes[LANES];
-    store(lanes, value);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    float four[4] = {};
+    add_four_totals(value, Vector{}, Vector{}, Vector{}, four);
+    return four[0];
+}
+
+// Add the sums of `count` vectors' lanes to as many floats.
+static inline void add_totals(const Vector* values, int count, float* to) {
+    int index = 0;
+    for (; index + 4 <= count; index += 4)
+        add_four_totals(values[index], values[index + 1], values[index + 2], values[index + 3], to + index);
+    for (; index < count; index++) to[index] += total(values[index]);
 }
 
 static inline Vector square_root(Vector value) {
