@@ -4,8 +4,8 @@
 
 Times are those of differentiable calls on rotating inputs, and shares are of the copy bandwidth measured in the same
 run, counting only the least traffic of the operator. `post_pre` is the boundary between two sites: each fusion choice
-is a way to compute it. What fails its check is not measured, and the exit status is 1. On a CPU the checks run in
-plain PyTorch or, with `MHC_KERNELS=triton TRITON_INTERPRET=1`, in the interpreter, and times mean little.
+is a way to compute it. What fails its check is not measured, and the exit status is 1. On a CPU the compiled C++ is
+measured; with `MHC_KERNELS=triton TRITON_INTERPRET=1` the Triton kernels run in the interpreter, and times mean little.
 `--only check` only checks.
 """
 

@@ -4,9 +4,9 @@ On a CUDA or ROCm device the Triton kernels, on a CPU the C++, which is compiled
 what neither covers: float64, more than 8 streams, manifolds that others register, a machine without a C++ compiler.
 Triton is imported on the first call that uses it, so that the operators work without it.
 
-The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference` always takes
-plain PyTorch; `cpu` takes the C++ on CPU tensors, or says why there is none; `triton` also runs the kernels on CPU
-tensors, which needs Triton's interpreter (`TRITON_INTERPRET=1`).
+The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference` always
+takes plain PyTorch; `cpu` takes the C++ on CPU tensors, or says why there is none; `triton` also runs the kernels on
+CPU tensors, which needs Triton's interpreter (`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
@@ -68,17 +68,28 @@ def covered(tensors: tuple[Tensor, ...], n_streams: int, manifold: str) -> bool:
     )
 
 
-def implementation(tensors: tuple[Tensor, ...], n_streams: int, manifold: str = "sinkhorn") -> str:
-    """Return what a call with these tensors takes: "triton", "cpu" or "reference".
+def implementation(
+    tensors: tuple[Tensor, ...],
+    n_streams: int,
+    manifold: str = "sinkhorn",
+    device: torch.device | None = None,
+) -> str:
+    """Return what a call takes: "triton", "cpu" (the compiled C++) or "reference" (plain PyTorch).
+
+    Args:
+        tensors: of the call; the first is of the streams' dtype.
+        n_streams: n.
+        manifold: a name of `MANIFOLDS`.
+        device: where the tensors would be; None for where they are.
 
     Raises:
         BuildError: `MHC_KERNELS=cpu` asks for the C++, which cannot be compiled here.
     """
     choice = current_choice()
-    device = tensors[0].device.type
-    if choice == "reference" or device not in ("cuda", "cpu") or not covered(tensors, n_streams, manifold):
+    kind = (device or tensors[0].device).type
+    if choice == "reference" or kind not in ("cuda", "cpu") or not covered(tensors, n_streams, manifold):
         return "reference"
-    if device == "cuda" or choice == "triton":
+    if kind == "cuda" or choice == "triton":
         return "triton" if choice != "cpu" and have_triton() else "reference"
     reason = build.why_not(n_streams, tensors[0].dtype)
     if reason is not None and choice == "cpu":

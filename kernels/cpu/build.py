@@ -1,8 +1,8 @@
 """Compile the operators for the machine at hand, once, and load them.
 
 One shared library for each number of streams and dtype of the streams, in the folder of PyTorch's own extensions
-(`TORCH_EXTENSIONS_DIR`, by default `~/.cache/torch_extensions`), named by a hash of the source, the compiler, its options
-and the processor. The compiler is `$CXX`, or the first of c++, g++ and clang++ that is there.
+(`TORCH_EXTENSIONS_DIR`, by default `~/.cache/torch_extensions`), named by a hash of the source, the compiler, its
+options and the processor. The compiler is `$CXX`, or the first of c++, g++ and clang++ that is there.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def why_not(n_streams: int, dtype: torch.dtype) -> str | None:
 def compiler() -> str | None:
     """Return the path of the C++ compiler, None if there is none."""
     wanted = os.environ.get("CXX")
-    return next(
-        (path for name in ([wanted] if wanted else ["c++", "g++", "clang++"]) if (path := shutil.which(name))), None
-    )
+    names = [wanted] if wanted else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)
 
 
 def _compiled(n_streams: int, dtype: torch.dtype) -> Path:

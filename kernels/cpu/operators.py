@@ -67,7 +67,7 @@ def pre_backward(
     eps: float,
     manifold: str,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See `reference.pre_backward`."""
     streams = streams.contiguous()
     grads = (_like(grad_layer_input, streams), _wide(grad_post), _wide(grad_res))
@@ -108,7 +108,7 @@ def head_backward(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See `reference.head_backward`."""
     streams = streams.contiguous()
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
@@ -133,7 +133,7 @@ def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
 
 def post_backward(
     grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See `reference.post_backward`."""
     if _wider(branch, streams):
         return _plain(reference.post_backward, grad_streams, streams, branch, post, res)
@@ -157,7 +157,7 @@ def post_pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See `boundary.post_pre`."""
     constants = (iters, norm_eps, eps, manifold, anchored)
     if _wider(branch, streams):
