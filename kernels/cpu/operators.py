@@ -79,7 +79,7 @@ def pre_backward(
 
 
 # The paper's split is another lowering of the same function.
-paper_pre, paper_pre_backward = pre, pre_backward
+paper_pre = pre
 
 
 def head(
