@@ -40,7 +40,7 @@ class FusionReason(Enum):
 
     ASKED = "asked for"
     PLAIN_PYTORCH = "plain PyTorch runs the operators here, and joining them saves it nothing"
-    COMPILED = "C++ compiled for this CPU runs the operators, and a joined one walks over the streams once less"
+    COMPILED = "C++ compiled for this CPU runs the operators"
     MEASURED = "the faster one in a measurement on this GPU"
     PREDICTED = "the faster one in the cost model; not measured"
 
@@ -92,7 +92,7 @@ def choose_fusion(
     chosen = dispatch.implementation(one, n_streams, manifold, device)
     if device.type != "cuda" or chosen != "triton":
         if chosen == "cpu":
-            return FusionChoice("boundary", FusionReason.COMPILED)
+            return FusionChoice("site", FusionReason.COMPILED)
         return FusionChoice("site", FusionReason.PLAIN_PYTORCH, _missing(device, one, n_streams, manifold))
     gpu = gpu_of_device(torch.cuda.get_device_name(device))
     if gpu is not None:

@@ -113,7 +113,7 @@ def test_the_choice_of_an_implementation():
 @pytest.mark.usefixtures("compiled")
 def test_the_choice_of_a_fusion():
     choice = choose_fusion(64, 8, 2, torch.float32, "cpu")
-    assert (choice.fusion, choice.reason) == ("boundary", FusionReason.COMPILED)
+    assert (choice.fusion, choice.reason) == ("site", FusionReason.COMPILED)
     assert choose_fusion(64, 8, 2, torch.float64, "cpu").reason is FusionReason.PLAIN_PYTORCH
     with choosing("reference"):
         assert choose_fusion(64, 8, 2, torch.float32, "cpu").reason is FusionReason.PLAIN_PYTORCH
