@@ -4,8 +4,8 @@
 
 Times are those of differentiable calls on rotating inputs, and shares are of the copy bandwidth measured in the same
 run, counting only the least traffic of the operator. `post_pre` is the boundary between two sites: each fusion choice
-is a way to compute it. What fails its check is not measured, and the exit status is 1. On a CPU the checks run in
-plain PyTorch or, with `MHC_KERNELS=triton TRITON_INTERPRET=1`, in the interpreter, and times mean little.
+is a way to compute it. What fails its check is not measured, and the exit status is 1. On a CPU the compiled C++ is
+measured; with `MHC_KERNELS=triton TRITON_INTERPRET=1` the Triton kernels run in the interpreter, and times mean little.
 `--only check` only checks.
 """
 
@@ -136,9 +136,9 @@ def measure_shape(shape: Shape, options: Options, record: Record, bandwidth: flo
 
 def run(options: Options, record: Record) -> None:
     """Check, then measure what passed."""
-    # What the operators run as here: the Triton kernels, the interpreter, or plain PyTorch.
-    triton = dispatch.uses_triton((torch.empty(1, device=options.device),), 4)
-    record.fact(implementation=kernels_report.TRITON if triton else "plain PyTorch")
+    record.fact(
+        implementation=kernels_report.NAMES[dispatch.implementation((torch.empty(1, device=options.device),), 4)]
+    )
     failed = check_all(options, record)
     if options.only == ("check",):
         return

@@ -10,7 +10,8 @@ from .implementations import INDUCTOR
 from .terminal import Table, microseconds
 
 Row = dict[str, Any]
-TRITON = "Triton kernels"
+PLAIN = "plain PyTorch"
+NAMES = {"triton": "Triton kernels", "cpu": "compiled C++", "reference": PLAIN}
 _SHAPE = ("operator", "tokens", "n", "width", "dtype")
 
 
@@ -57,7 +58,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ),
         tuple(cells),
         # Plain PyTorch under three names has no best.
-        frozenset(best) if facts["implementation"] == TRITON else frozenset(),
+        frozenset(best) if facts["implementation"] != PLAIN else frozenset(),
         " ".join(notes),
     )
     return [table]

@@ -204,8 +204,8 @@ def recorded_mixing() -> Iterator[list[Tensor]]:
 
     def run(name: str, *arguments: Any) -> Any:
         results = dispatch(name, *arguments)
-        if name == "pre":
-            matrices.append(results[2].detach())
+        if name in ("pre", "post_pre"):
+            matrices.append(results[-1].detach())
         return results
 
     with mock.patch.object(ops, "run", run):

@@ -1,12 +1,12 @@
-"""Which implementation a call takes: the Triton kernels or plain PyTorch.
+"""Which implementation a call takes: the Triton kernels, the compiled C++ of `cpu`, or plain PyTorch.
 
-On a CUDA or ROCm device the kernels, on a CPU the reference. The reference also takes what the kernels do not
-cover: float64, more than 8 streams, manifolds that others register. Triton is imported on the first call that
-uses it, so that the operators work without it.
+On a CUDA or ROCm device the Triton kernels, on a CPU the C++, which is compiled at its first call. Plain PyTorch takes
+what neither covers: float64, more than 8 streams, manifolds that others register, a machine without a C++ compiler.
+Triton is imported on the first call that uses it, so that the operators work without it.
 
-The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference`
-never uses the kernels; `triton` also runs them on CPU tensors, which needs Triton's interpreter
-(`TRITON_INTERPRET=1`).
+The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference` always
+takes plain PyTorch; `cpu` takes the C++ on CPU tensors, or says why there is none; `triton` also runs the kernels on
+CPU tensors, which needs Triton's interpreter (`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from . import boundary, reference
+from .cpu import build
 from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
 
-CHOICES = ("auto", "triton", "reference")
+CHOICES = ("auto", "triton", "cpu", "reference")
 
 _KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 _chosen: str | None = None
@@ -67,25 +68,48 @@ def covered(tensors: tuple[Tensor, ...], n_streams: int, manifold: str) -> bool:
     )
 
 
-def uses_triton(tensors: tuple[Tensor, ...], n_streams: int, manifold: str = "sinkhorn") -> bool:
-    """Whether a call with these tensors takes the Triton kernels."""
+def implementation(
+    tensors: tuple[Tensor, ...],
+    n_streams: int,
+    manifold: str = "sinkhorn",
+    device: torch.device | None = None,
+) -> str:
+    """Return what a call takes: "triton", "cpu" (the compiled C++) or "reference" (plain PyTorch).
+
+    Args:
+        tensors: of the call; the first is of the streams' dtype.
+        n_streams: n.
+        manifold: a name of `MANIFOLDS`.
+        device: where the tensors would be; None for where they are.
+
+    Raises:
+        BuildError: `MHC_KERNELS=cpu` asks for the C++, which cannot be compiled here.
+    """
     choice = current_choice()
-    device = tensors[0].device.type
-    if choice == "reference" or device not in ("cuda", "cpu") or (device == "cpu" and choice != "triton"):
-        return False
-    return have_triton() and covered(tensors, n_streams, manifold)
+    kind = (device or tensors[0].device).type
+    if choice == "reference" or kind not in ("cuda", "cpu") or not covered(tensors, n_streams, manifold):
+        return "reference"
+    if kind == "cuda" or choice == "triton":
+        return "triton" if choice != "cpu" and have_triton() else "reference"
+    reason = build.why_not(n_streams, tensors[0].dtype)
+    if reason is not None and choice == "cpu":
+        raise build.BuildError(f"MHC_KERNELS=cpu: {reason}. MHC_KERNELS=auto takes plain PyTorch instead.")
+    return "cpu" if reason is None else "reference"
 
 
 def run(name: str, tensors: tuple[Tensor, ...], n_streams: int, manifold: str, *constants: Any) -> Any:
     """Call operator `name` (or `name_backward`) in the implementation that fits."""
     streams = tensors[0]
-    # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
-    with torch.autocast(device_type=streams.device.type, enabled=False):
-        if not uses_triton(tensors, n_streams, manifold):
-            return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
+    chosen = implementation(tensors, n_streams, manifold)
+    if chosen == "cpu":
+        return compiled_of(name)(*tensors, *constants)
+    if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
             return kernel_of(name)(*tensors, *constants)
+    # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
+    with torch.autocast(device_type=streams.device.type, enabled=False):
+        return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
 
 
 def reference_of(name: str) -> Callable[..., Any]:
@@ -99,3 +123,8 @@ def kernel_of(name: str) -> Callable[..., Any]:
     """Return the Triton implementation of an operator or its backward."""
     module = importlib.import_module(f".gpu.{name.removesuffix('_backward')}", __package__)
     return getattr(module, name)
+
+
+def compiled_of(name: str) -> Callable[..., Any]:
+    """Return the C++ implementation of an operator or its backward."""
+    return getattr(importlib.import_module(".cpu.operators", __package__), name)

@@ -110,9 +110,12 @@ def _streams_at_sites(model, inputs):
 
     class Collect(torch.fx.Interpreter):
         def call_function(self, target, args, kwargs):
+            result = super().call_function(target, args, kwargs)
             if target is torch.ops.mhc.pre.default:
                 seen.append(release(args[0].detach()))
-            return super().call_function(target, args, kwargs)
+            if target is torch.ops.mhc.post_pre.default:
+                seen.append(release(result[0].detach()))
+            return result
 
     name = f"collect_{id(seen)}"
     torch._dynamo.register_backend(lambda graph_module, examples: Collect(graph_module).run, name=name)

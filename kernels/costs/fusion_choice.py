@@ -1,7 +1,7 @@
 """Which operators `fusion="auto"` runs, `site` or `boundary`, by device, number of tokens and width.
 
-A measurement decides where there is one, the cost model elsewhere. Measurements are rows of `fusion_times.json`
-beside this file, a list of
+On a CPU the implementation decides; on a GPU a measurement where there is one, the cost model elsewhere. Measurements
+are rows of `fusion_times.json` beside this file, a list of
 
     {"gpu": "h200", "dtype": "bfloat16", "n_streams": 4, "width": 4096, "tokens": 8192, "training": true,
      "microseconds": {"site": 310.0, "boundary": 220.0}}
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..cpu import build
 from ..fusions import CANDIDATES
 from . import traffic
 from .gpus import GPU, GPUS, LAUNCH_SECONDS, gpu_of_device
@@ -39,6 +40,7 @@ class FusionReason(Enum):
 
     ASKED = "asked for"
     PLAIN_PYTORCH = "plain PyTorch runs the operators here, and joining them saves it nothing"
+    COMPILED = "C++ compiled for this CPU runs the operators"
     MEASURED = "the faster one in a measurement on this GPU"
     PREDICTED = "the faster one in the cost model; not measured"
 
@@ -86,8 +88,12 @@ def choose_fusion(
         table: measurements; None reads `TABLE`, if it is there.
     """
     device = torch.device(device)
-    if not _kernels_run(device, dtype, n_streams, manifold):
-        return FusionChoice("site", FusionReason.PLAIN_PYTORCH)
+    one = (torch.empty(0, dtype=dtype, device="cpu"),)
+    chosen = dispatch.implementation(one, n_streams, manifold, device)
+    if device.type != "cuda" or chosen != "triton":
+        if chosen == "cpu":
+            return FusionChoice("site", FusionReason.COMPILED)
+        return FusionChoice("site", FusionReason.PLAIN_PYTORCH, _missing(device, one, n_streams, manifold))
     gpu = gpu_of_device(torch.cuda.get_device_name(device))
     if gpu is not None:
         return choose_on(gpu, tokens, width, n_streams, dtype, training=training, table=table)
@@ -130,13 +136,12 @@ def site_seconds(
     )
 
 
-def _kernels_run(device: torch.device, dtype: torch.dtype, n_streams: int, manifold: str) -> bool:
-    return (
-        device.type == "cuda"
-        and dispatch.current_choice() != "reference"
-        and dispatch.have_triton()
-        and dispatch.covered((torch.empty(0, dtype=dtype),), n_streams, manifold)
-    )
+def _missing(device: torch.device, tensors: tuple[torch.Tensor, ...], n_streams: int, manifold: str) -> str:
+    """Return why there is no C++ for a CPU that would run it, empty for any other case."""
+    wanted = device.type == "cpu" and dispatch.current_choice() == "auto"
+    if not wanted or not dispatch.covered(tensors, n_streams, manifold):
+        return ""
+    return build.why_not(n_streams, tensors[0].dtype) or ""
 
 
 def _fastest(seconds: dict[str, float], reason: FusionReason, tokens: int, width: int, gpu: GPU) -> FusionChoice:

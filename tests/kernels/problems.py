@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor
 OPERATORS = ("sinkhorn", "pre", "paper_pre", "post", "post_pre", "head")
 # `paper_pre` has none of its own: test_paper_pre.py shows that it is that of `pre`, function for function.
 WITH_BACKWARD = tuple(operator for operator in OPERATORS if operator != "paper_pre")
+
+# From the name of an operator, or of its backward, to an implementation.
+FunctionOf = Callable[[str], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -104,29 +107,29 @@ def assert_as_good(
         assert error <= allowed + slack, f"{what}: output {index} errs by {error:.2e}, plain PyTorch {allowed:.2e}"
 
 
-def check_forward(operator: str, problem: Problem, device: str = "cpu") -> None:
+def check_forward(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
     tensors, constants = inputs(operator, problem, device)
-    ours = many(kernel_of(operator)(*tensors, *constants))
+    ours = many(function_of(operator)(*tensors, *constants))
     plain = many(reference_of(operator)(*tensors, *constants))
     truth = many(reference_of(operator)(*double(tensors), *constants))
     assert_as_good(ours, plain, truth, problem.dtype, f"{operator} {problem}")
 
 
-def check_backward(operator: str, problem: Problem, device: str = "cpu") -> None:
+def check_backward(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
     tensors, constants = inputs(operator, problem, device)
     grads = output_grads(many(reference_of(operator)(*tensors, *constants)), problem)
     name = f"{operator}_backward"
-    ours = many(kernel_of(name)(*grads, *tensors, *constants))
+    ours = many(function_of(name)(*grads, *tensors, *constants))
     plain = many(reference_of(name)(*grads, *tensors, *constants))
     truth = many(reference_of(name)(*double(grads), *double(tensors), *constants))
     assert_as_good(ours, plain, truth, problem.dtype, f"{name} {problem}")
 
 
-def check(operator: str, problem: Problem, device: str = "cpu") -> None:
-    """Check an operator, and its backward if it has one of its own."""
-    check_forward(operator, problem, device)
+def check(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
+    """Check an implementation of an operator, and of its backward if it has one of its own."""
+    check_forward(operator, problem, device, function_of)
     if operator in WITH_BACKWARD:
-        check_backward(operator, problem, device)
+        check_backward(operator, problem, device, function_of)
 
 
 def rounded_truth(problem: Problem, device: str = "cpu") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from mhc_compile.kernels import dispatch, ops
-from mhc_compile.kernels.dispatch import choosing, reference_of, uses_triton
+from mhc_compile.kernels.dispatch import choosing, implementation, reference_of
 from mhc_compile.kernels.manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
 
 from mhc_compile import functional
@@ -74,7 +74,7 @@ def no_kernels(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_kernels")
-def test_cpu_takes_the_reference():
+def test_cpu_takes_no_triton():
     with choosing("auto"):
         ops.pre(*(part for group in inputs("pre", Problem(3, 4, 8)) for part in group))
     # The override is what makes the difference.
@@ -98,12 +98,14 @@ def test_what_the_kernels_do_not_cover_takes_the_reference(device, monkeypatch):
 
 def test_choice_by_environment(monkeypatch):
     streams = torch.zeros(1, 2, 4)
-    assert not uses_triton((streams,), 2)
+    assert implementation((streams,), 2) != "triton"
     monkeypatch.setenv("MHC_KERNELS", "triton")
-    assert uses_triton((streams,), 2)
-    with choosing("reference"):
-        assert not uses_triton((streams,), 2)
-    with pytest.raises(ValueError, match="auto, triton, reference"), choosing("cuda"):
+    assert implementation((streams,), 2) == "triton"
+    monkeypatch.setenv("MHC_KERNELS", "reference")
+    assert implementation((streams,), 2) == "reference"
+    with choosing("triton"):
+        assert implementation((streams,), 2) == "triton"
+    with pytest.raises(ValueError, match="auto, triton, cpu, reference"), choosing("cuda"):
         pass
 
 

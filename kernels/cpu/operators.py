@@ -1,0 +1,262 @@
+"""Calls of the compiled operators; arguments and results are those of `reference` and `boundary`.
+
+Streams stay in their dtype. Parameters and coefficients, small beside them, are handed on as float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import boundary, reference
+from ..manifolds import MANIFOLDS
+from .build import BuildError, library
+
+# As in operators.cpp.
+_ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT = 1, 2, 4, 8, 16, 32
+
+
+def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """See `reference.sinkhorn`."""
+    wide = _wide(logits)
+    res = torch.empty_like(wide)
+    _call("mhc_sinkhorn", wide, (wide, res), _tokens(wide, 2), iters, eps)
+    return res.to(logits.dtype)
+
+
+def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+    """See `reference.sinkhorn_backward`."""
+    grad, wide = _wide(grad_res), _wide(logits)
+    grad_logits = torch.empty_like(wide)
+    _call("mhc_sinkhorn_backward", wide, (grad, wide, grad_logits), _tokens(wide, 2), iters, eps)
+    return grad_logits.to(logits.dtype)
+
+
+def pre(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.pre`."""
+    streams = streams.contiguous()
+    outputs = _pre_outputs(streams)
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
+    _call("mhc_pre", streams, (streams, _wide(phi), _wide(scale), _wide(bias), *outputs), *constants)
+    return outputs
+
+
+def pre_backward(
+    grad_layer_input: Tensor,
+    grad_post: Tensor,
+    grad_res: Tensor,
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+) -> tuple[Tensor, ...]:
+    """See `reference.pre_backward`."""
+    streams = streams.contiguous()
+    grads = (_like(grad_layer_input, streams), _wide(grad_post), _wide(grad_res))
+    grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
+    grad_mapping = _empty(mapping)
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
+    _call("mhc_pre_backward", streams, (*grads, streams, *mapping, grad_streams, *grad_mapping), *constants)
+    return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
+
+
+# The paper's split is another lowering of the same function.
+paper_pre = pre
+
+
+def head(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    anchored: bool = False,
+) -> Tensor:
+    """See `reference.head`."""
+    streams = streams.contiguous()
+    output = streams.new_empty(*streams.shape[:-2], streams.shape[-1])
+    tensors = (streams, _wide(phi), _wide(scale), _wide(bias), output, None, None)
+    _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored)
+    return output
+
+
+def head_backward(
+    grad_output: Tensor,
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    anchored: bool = False,
+) -> tuple[Tensor, ...]:
+    """See `reference.head_backward`."""
+    streams = streams.contiguous()
+    grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
+    grad_mapping = _empty(mapping)
+    tensors = (_like(grad_output, streams), None, None, streams, *mapping, grad_streams, *grad_mapping)
+    _call(
+        "mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored
+    )
+    return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
+
+
+def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    """See `reference.post`."""
+    if _wider(branch, streams):
+        return _plain(reference.post, streams, branch, post, res)
+    streams = streams.contiguous()
+    result = torch.empty_like(streams)
+    tensors = (streams, _like(branch, streams), _wide(post), _wide(res), result)
+    _call("mhc_post", streams, tensors, *_sizes(streams))
+    return result
+
+
+def post_backward(
+    grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+) -> tuple[Tensor, ...]:
+    """See `reference.post_backward`."""
+    if _wider(branch, streams):
+        return _plain(reference.post_backward, grad_streams, streams, branch, post, res)
+    streams = streams.contiguous()
+    tensors = (streams, _like(branch, streams), _wide(post), _wide(res))
+    grads = _empty(tensors)
+    _call("mhc_post_backward", streams, (_like(grad_streams, streams), *tensors, *grads), *_sizes(streams))
+    return (grads[0], *_as(grads[1:], (branch, post, res)))
+
+
+def post_pre(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+) -> tuple[Tensor, ...]:
+    """See `boundary.post_pre`."""
+    constants = (iters, norm_eps, eps, manifold, anchored)
+    if _wider(branch, streams):
+        return _plain(boundary.post_pre, streams, branch, post, res, phi, scale, bias, *constants)
+    streams = streams.contiguous()
+    fresh, outputs = torch.empty_like(streams), _pre_outputs(streams)
+    coefficients = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
+    tensors = (streams, _like(branch, streams), *coefficients, fresh, *outputs)
+    _call("mhc_post_pre", streams, tensors, *_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
+    return (fresh, *outputs)
+
+
+def post_pre_backward(
+    grad_fresh: Tensor,
+    grad_layer_input: Tensor,
+    grad_next_post: Tensor,
+    grad_next_res: Tensor,
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+) -> tuple[Tensor, ...]:
+    """See `boundary.post_pre_backward`."""
+    inputs = (streams, branch, post, res, phi, scale, bias)
+    grads: tuple[Tensor, ...] = (grad_fresh, grad_layer_input, grad_next_post, grad_next_res)
+    if _wider(branch, streams):
+        return _plain(boundary.post_pre_backward, *grads, *inputs, iters, norm_eps, eps, manifold, anchored)
+    streams = streams.contiguous()
+    grads = (_like(grad_fresh, streams), _like(grad_layer_input, streams), _wide(grad_next_post), _wide(grad_next_res))
+    tensors = (streams, _like(branch, streams), *(_wide(tensor) for tensor in inputs[2:]))
+    results = _empty(tensors)
+    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
+    _call("mhc_post_pre_backward", streams, (*grads, *tensors, torch.empty_like(streams), *results), *constants)
+    return (results[0], *_as(results[1:], inputs[1:]))
+
+
+def _flags(manifold: str, eps: float, anchored: bool) -> int:
+    family = MANIFOLDS[manifold]
+    mixing = _MIXES * family.mixes | _SINKHORN * (family.kernel_matrix == "sinkhorn")
+    return _ANCHORED * anchored | _GATED * family.gated | mixing | _EXACT * family.rows_are_exact(eps)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
+def _like(tensor: Tensor, streams: Tensor) -> Tensor:
+    return tensor.to(streams.dtype).contiguous()
+
+
+def _wider(branch: Tensor, streams: Tensor) -> bool:
+    """Whether a branch would lose precision in the streams' dtype."""
+    return torch.promote_types(branch.dtype, streams.dtype) != streams.dtype
+
+
+def _plain(function: Callable[..., Any], *arguments: Any) -> Any:
+    with torch.autocast("cpu", enabled=False):
+        return function(*arguments)
+
+
+def _empty(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in tensors)
+
+
+def _as(tensors: tuple[Tensor, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(model.dtype) for tensor, model in zip(tensors, like, strict=True))
+
+
+def _pre_outputs(streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    *tokens, n, width = streams.shape
+    return (
+        streams.new_empty(*tokens, width),
+        streams.new_empty(*tokens, n, dtype=torch.float32),
+        streams.new_empty(*tokens, n, n, dtype=torch.float32),
+    )
+
+
+def _tokens(tensor: Tensor, per_token: int) -> int:
+    """Return the product of a tensor's leading sizes, its last `per_token` ones left out."""
+    return tensor.shape[:-per_token].numel()
+
+
+def _sizes(streams: Tensor) -> tuple[int, int]:
+    return _tokens(streams, 2), streams.shape[-1]
+
+
+def _call(name: str, streams: Tensor, tensors: tuple[Tensor | None, ...], *constants: Any) -> None:
+    compiled = library(streams.shape[-2], streams.dtype)
+    if isinstance(compiled, BuildError):
+        raise compiled
+    # The tensors outlive the call: the caller holds them.
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    if getattr(compiled, name)(*pointers, *constants, torch.get_num_threads()):
+        raise MemoryError(f"{name}: no memory for scratch")
