@@ -121,7 +121,9 @@ class _Expander:
         for (reader, fork), readers in self.reads.items():
             outside, inside = regions_of(fork), regions_of(reader)
             if inside[: len(outside)] == outside and len(inside) > len(outside):
-                self.opened_by.setdefault(inside[len(outside)], []).append(readers[0])
+                border = inside[len(outside)]
+                if border not in regions_of(readers[0].add.node):
+                    self.opened_by.setdefault(border, []).append(readers[0])
         self.readouts = {chain.sites[-1].add.node: chain.readout for chain in chains if chain.readout}
 
     def run(self) -> GraphModule:

@@ -288,8 +288,8 @@ def _sites(graph_module: GraphModule, reported: list[tuple[Chain, ...]]) -> list
     for chain, reported in zip(found, chains, strict=True):
         chained: list[_Site] = []
         for add, public in zip(chain.adds, reported.sites, strict=True):
-            node = captured[add.add.meta[_TAG]]
-            skip_index = 0 if add.add.args[0] is add.skip else 1
+            node = captured[add.node.meta[_TAG]]
+            skip_index = 0 if add.node.args[0] is add.skip else 1
             chained.append(_Site(public.name, node, skip_index, add.feature_dim, list(chained)))
         chained[-1].last = True
         for site in chained:

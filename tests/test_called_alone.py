@@ -35,6 +35,8 @@ def test_generation_with_an_encoder(name):
     assert greedy.shape[0] == beams.shape[0] == inputs[key].shape[0]
     # Without the cache, each step runs the whole model: the encoder alone has to agree with the encoder inside.
     assert torch.equal(greedy, model.generate(inputs[key], use_cache=False, **options))
+    # Three generations have used up the graphs that Dynamo keeps of one function.
+    torch._dynamo.reset()
     hidden = model.get_encoder()(inputs[key]).last_hidden_state
     whole = model(**{key: inputs[key], "decoder_input_ids": greedy[:, :1]}).encoder_last_hidden_state
     torch.testing.assert_close(hidden, whole, rtol=1e-5, atol=1e-5)
