@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ class MixingRecorder(Interpreter):
     """Interprets a rewritten graph whose sites run `pre` as an operator.
 
     Attributes:
-        calls: (phi, res) of every `pre`, in order; res [*, n, n] is released, `res[out, in]`. phi tells which site it
-            is.
+        note: is told phi and res of every `pre`, in order; res [*, n, n] is released, `res[out, in]`. phi tells which
+            site it is.
     """
 
-    def __init__(self, graph_module: GraphModule, calls: list[tuple[Tensor, Tensor]]) -> None:
-        """Note calls in the list given."""
+    def __init__(self, graph_module: GraphModule, note: Callable[[Tensor, Tensor], None]) -> None:
+        """Tell `note`."""
         super().__init__(graph_module)
-        self.calls = calls
+        self.note = note
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator."""
