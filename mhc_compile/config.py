@@ -143,6 +143,11 @@ class MHCConfig:
         inherited = {name: getattr(attached, name) for name in _INHERITED}
         return cls(**{**inherited, **options})
 
+    @property
+    def function_key(self) -> str:
+        """The options that decide what is computed, as a text: where it differs, graphs do."""
+        return ", ".join(f"{name}={self.to_dict()[name]!r}" for name in _INHERITED)
+
     def wants(self, site_name: str) -> bool:
         """Tell whether the `sites` option picks the site of this name."""
         if self.sites is None:

@@ -40,7 +40,7 @@ def _calls(graph_module: GraphModule) -> Iterator[SentinelCall]:
             yield from _calls(body)
     for node in graph_module.graph.nodes:
         if is_sentinel(node):
-            inputs, labels, _ = node.args
+            inputs, labels, *_ = node.args
             yield SentinelCall(
                 labels=tuple(str(label) for label in labels),
                 inputs=tuple(inputs),

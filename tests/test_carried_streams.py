@@ -412,6 +412,25 @@ def test_repeated_calls_of_a_block_compiled_alone_raise():
         model(features())
 
 
+@pytest.mark.parametrize("options", [{"sinkhorn_iters": 1}, {"manifold": "none"}])
+def test_models_that_differ_in_an_option_alone_share_no_graph(options):
+    """Their parameters have the same shapes, so nothing else would tell Dynamo."""
+
+    def attached(**options) -> nn.Module:
+        torch.manual_seed(0)
+        model = Stack(3)
+        mhc_compile.attach(model, features(), config=mhc_compile.MHCConfig(**options))
+        perturb(model)
+        return model
+
+    usual, other = attached(), attached(**options)
+    together = [torch.compile(model, backend="mhc", options=QUICK)(features()) for model in (usual, other)]
+    torch._dynamo.reset()
+    alone = torch.compile(other, backend="mhc", options=QUICK)(features())
+    assert torch.equal(together[1], alone)
+    assert not torch.allclose(together[0], alone, atol=1e-3)
+
+
 def test_perturbation_is_seen():
     """The tests above could not fail at the preserving start; here the streams matter."""
     torch.manual_seed(0)

@@ -114,7 +114,7 @@ def test_a_graph_takes_what_suits_its_largest_chain(monkeypatch):
 
 def test_the_report_says_what_was_asked_for_and_what_a_cpu_runs(tmp_path):
     for option, said in (
-        ({}, "fusion: site, plain PyTorch runs the operators here"),
+        ({}, "fusion: site, C++ compiled for this CPU runs the operators"),
         ({"fusion": "boundary"}, "fusion: boundary, asked for"),
     ):
         model = Stack()

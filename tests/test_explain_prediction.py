@@ -191,7 +191,7 @@ def test_what_cannot_be_predicted_says_why(monkeypatch):
     def refuse(self, *inputs):
         raise RuntimeError("needs data")
 
-    monkeypatch.setattr("mhc_compile.branch_work.Interpreter.run", refuse)
+    monkeypatch.setattr("mhc_compile.passes.count_branch_work.Interpreter.run", refuse)
     with pytest.raises(MHCError, match="does not run on shapes alone: needs data"):
         mhc_compile.explain(Stack(), torch.randn(2, 32), predict_for=Workload())
 

@@ -2,10 +2,11 @@
 
 Every child whose output a site writes into the stream has a forward pre-hook, which hands the site's parameters to the
 operator `mhc::sentinel`. That is how they enter a graph: Dynamo lifts them as inputs like any other parameter, so equal
-blocks share one graph, and FSDP or a loaded checkpoint may replace them. The operator raises. Inside a graph that
-backend="mhc" compiles, the rewrite takes the sentinel out together with the add it stands for; on any other way to run
-the child, eagerly, behind a recompile limit or a graph break, under `suppress_errors`, on another backend, in an
-exported program, the operator is still there.
+blocks share one graph, and FSDP or a loaded checkpoint may replace them. The role of a site and the options that decide
+what is computed go along, for Dynamo to guard on: two models may differ in nothing else. The operator raises. Inside a
+graph that backend="mhc" compiles, the rewrite takes the sentinel out together with the add it stands for; on any other
+way to run the child, eagerly, behind a recompile limit or a graph break, under `suppress_errors`, on another backend,
+in an exported program, the operator is still there.
 
 A check that asks "am I being compiled?" would not do: Dynamo traces it into a frame that later falls back.
 """
@@ -25,7 +26,7 @@ from ..errors import UnrewrittenCallError
 from .site_parameters import OwnedParameters, SiteParameters, parameters_of
 
 _LIBRARY = torch.library.Library("mhc", "FRAGMENT")
-_LIBRARY.define("sentinel(Tensor[] parameters, str[] labels, str[] roles) -> ()")
+_LIBRARY.define("sentinel(Tensor[] parameters, str[] labels, str[] roles, str options) -> ()")
 
 
 _PLAIN_ALLOWED: ContextVar[bool] = ContextVar("mhc_plain_allowed", default=False)
@@ -62,7 +63,7 @@ class Sentinel:
             site = self.owned._modules[label]
             parameters += [site.phi, site.scale, site.bias]  # type: ignore[union-attr,list-item]
             roles.append(site.role)  # type: ignore[union-attr,arg-type]
-        torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles)
+        torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles, self.owned.options)
 
 
 class RootSentinel:
@@ -75,10 +76,12 @@ class RootSentinel:
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the model's forward."""
         if torch.compiler.is_compiling():
-            torch.ops.mhc.sentinel.default([], [], [])
+            torch.ops.mhc.sentinel.default([], [], [], "")
 
 
-def raise_if_plain(parameters: Sequence[Tensor], labels: Sequence[str], roles: Sequence[str]) -> None:
+def raise_if_plain(
+    parameters: Sequence[Tensor], labels: Sequence[str], roles: Sequence[str] = (), options: str = ""
+) -> None:
     """Refuse to run the plain forward of a module that carries mHC parameters.
 
     A child that is called by itself, outside its owner's forward, writes into no stream and runs.
@@ -114,7 +117,7 @@ def running_sites(labels: Sequence[str]) -> list[str]:
 
 
 _LIBRARY.impl("sentinel", raise_if_plain, "CompositeExplicitAutograd")
-torch.library.register_fake("mhc::sentinel", lambda parameters, labels, roles: None, lib=_LIBRARY)
+torch.library.register_fake("mhc::sentinel", lambda parameters, labels, roles, options: None, lib=_LIBRARY)
 # Without tensors out, every dead-code elimination would drop it.
 torch.fx.node.has_side_effect(torch.ops.mhc.sentinel.default)
 

@@ -92,6 +92,7 @@ class OwnedParameters(nn.Module):
 
     Attributes:
         config: the options that made them.
+        options: those of them that decide what is computed, as a text.
         on_first_call: a first call made them, which saw no more of the model than it compiled.
     """
 
@@ -99,6 +100,7 @@ class OwnedParameters(nn.Module):
         """Start empty."""
         super().__init__()
         self.config = config
+        self.options = config.function_key
         self.on_first_call = False
 
     def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:

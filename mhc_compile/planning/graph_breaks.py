@@ -93,6 +93,7 @@ def check_graph_breaks(
         refuse_split_calls(plan, frame)
     carries = config.on_graph_break == "carry" and (looking or _is_attached(plan))
     if carries and not looking:
+        _remember_break(frame)
         return _carried(plan, frame, piece)
     if is_split_by_ddp(captured):
         return _in_bucket(analysis, plan, config)
@@ -102,9 +103,7 @@ def check_graph_breaks(
             _refuse(frame, inside[-1], "inside a residual block")
         return plan
     root = frame.root
-    nested = any(entry.root() is not root and _below(root, entry.root()) for entry in MEMORY.breaks)
-    if not frame.resumed and not nested:
-        forget_breaks(root)
+    _begin_call(frame)
     entering = [chain for chain in plan.chains if chain.start is not None]
     leaving = [chain for chain in plan.chains if chain.sites[-1].add.exits]
     around = [entry for entry in MEMORY.breaks if _below(root, entry.root())]
@@ -124,6 +123,21 @@ def check_graph_breaks(
     # A graph that ends early, or that of a module inside a forward that runs as plain Python.
     goes_on = frame.break_reason is not None or frame.caller is not None
     return _read_out_by_mean(plan, config) if goes_on and not carries else plan
+
+
+def _begin_call(frame: Frame) -> None:
+    """Forget the breaks of a model whose forward begins anew with this frame."""
+    nested = any(entry.root() is not frame.root and _below(frame.root, entry.root()) for entry in MEMORY.breaks)
+    if not frame.resumed and not nested:
+        forget_breaks(frame.root)
+
+
+def _remember_break(frame: Frame) -> None:
+    """Remember the break behind a graph whose streams are carried: what follows is a piece, and loses nothing."""
+    if frame.roots:
+        _begin_call(frame)
+        if frame.break_reason is not None:
+            MEMORY.breaks.append(Break(weakref.ref(frame.root), frame.break_reason, stream_left=False))
 
 
 def _is_attached(plan: Plan) -> bool:

@@ -64,7 +64,7 @@ def remaining_checks(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame) 
         inside = any(_runs_inside(call, owner, frame) for _, owner in known)
         answered = known and all(_answered(owner, label, rewritten) for label, owner in known)
         if call.labels and not inside and not answered:
-            checks.append(functools.partial(raise_if_plain, (), list(call.labels), ()))
+            checks.append(functools.partial(raise_if_plain, (), list(call.labels)))
     return checks
 
 
