@@ -13,6 +13,7 @@ from .attachment.site_parameters import CHILD, attached_config, owners_in
 from .config import STRUCTURAL, MHCConfig
 from .errors import ConfigMismatchError, NoResidualError, NotAttachedError
 from .look import look
+from .memory import MEMORY
 from .planning.binding import attach_plan
 from .planning.chain_sizes import chain_sizes
 from .planning.graph_breaks import forget_breaks
@@ -54,6 +55,9 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     for plan, frame in zip(found.plans, frames, strict=True):
         attach_plan(plan, frame, config)
     found.forget()
+    if any(module in MEMORY.plain for module in root.modules()):
+        MEMORY.plain.clear()
+        torch._dynamo.reset()
     keep_report(root, found.report)
     return found.report
 

@@ -12,7 +12,7 @@ from .attachment.site_parameters import attached_config
 from .carrying import carry_streams
 from .config import MHCConfig
 from .dynamo.error_passing import TraceAnew, errors_reach_the_user, trace_anew
-from .dynamo.frames import Frame, current_frame, is_split_by_ddp
+from .dynamo.frames import Frame, current_frame, is_split_by_ddp, pin_to_modules
 from .dynamo.inner import compile_inner
 from .dynamo.skipped_frames import watch_skipped_frames
 from .kernels.costs.fusion_choice import FusionChoice
@@ -84,6 +84,10 @@ def _compiled(
     require_sites(plan, frame, config)
 
     graph, fusion = analysis.plain, None
+    if not plan.chains and analysis.findings.chains:
+        # Dynamo does not guard on hooks: this graph would serve another module of the class that has its parameters.
+        pin_to_modules(frame)
+        MEMORY.plain.update(frame.roots)
     if plan.chains:
         if attach_on_first_call(plan, frame, config):
             trace_anew("mHC parameters were attached")

@@ -149,7 +149,7 @@ class MHCConfig:
         return ", ".join(f"{name}={self.to_dict()[name]!r}" for name in _INHERITED)
 
     def wants(self, site_name: str) -> bool:
-        """Tell whether the `sites` option picks the site of this name."""
+        """Return whether the `sites` option picks the site of this name."""
         if self.sites is None:
             return True
         if isinstance(self.sites, str):

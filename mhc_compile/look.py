@@ -153,7 +153,7 @@ def _codes_of(function: Any) -> list[CodeType]:
 
 
 def _holds_dead_entries(code: CodeType) -> bool:
-    """Tell whether code was compiled for a module that is gone by now.
+    """Return whether code was compiled for a module that is gone by now.
 
     Graphs are pinned to their modules, and Dynamo counts the graphs of dead ones towards its recompile limit: without
     this, the ninth model of one class in a process could not be compiled.

@@ -26,6 +26,7 @@ class Memory:
             compiled.
         calls: for a model, how often its shared modules were called before a graph break, by the break's line.
         reports: what was last reported on a model.
+        plain: modules whose residual adds a compilation has left plain: their compiled code must not outlive `attach`.
         watched: models whose optimizers are checked at their next step.
         checked: optimizers that have been checked since a model was last watched.
     """
@@ -36,6 +37,7 @@ class Memory:
     )
     calls: weakref.WeakKeyDictionary[nn.Module, dict[int, Calls]] = field(default_factory=weakref.WeakKeyDictionary)
     reports: weakref.WeakKeyDictionary[nn.Module, Report] = field(default_factory=weakref.WeakKeyDictionary)
+    plain: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     watched: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     checked: weakref.WeakSet[torch.optim.Optimizer] = field(default_factory=weakref.WeakSet)
 

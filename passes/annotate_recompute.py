@@ -108,7 +108,7 @@ def _policy(node: Node, stored: set[Node]) -> CheckpointPolicy | None:
 
 
 def _is_deterministic(node: Node) -> bool:
-    """Tell whether a node gives the same again, and changes nothing: not a dropout, no running statistics."""
+    """Return whether a node gives the same again, and changes nothing: not a dropout, no running statistics."""
     return not is_dropout(node) and op_name(node) not in _KEEPS_STATISTICS
 
 

@@ -251,7 +251,7 @@ class _Finder:
         return reach
 
     def _is_projection_beside(self, skip: Node, branch: Node) -> bool:
-        """Tell whether `skip` is a linear projection of a value that `branch` computes something deeper from.
+        """Return whether `skip` is a linear projection of a value that `branch` computes something deeper from.
 
         LoRA's base(x) + lora(x) and parallel convolutions are none: no nonlinearity stands in the branch.
         """
@@ -323,7 +323,7 @@ class _Finder:
             self._reject(add, Reason.NATIVE_STREAMS)
 
     def _is_on_native(self, value: Node) -> bool:
-        """Tell whether a value is one of several streams that the model carries itself, or a slice of them."""
+        """Return whether a value is one of several streams that the model carries itself, or a slice of them."""
         source: Node | None = value if self.native else None
         while source is not None and source not in self.native:
             if source in self.found:
@@ -333,7 +333,7 @@ class _Finder:
         return source is not None
 
     def _feeds_only(self, inner: ResidualAdd, outer: ResidualAdd) -> bool:
-        """Tell whether every way onward from one add ends in another's branch."""
+        """Return whether every way onward from one add ends in another's branch."""
         add, branch = inner.node, outer.branch
         limit = self.order[branch]
         if self.order[add] > limit:

@@ -104,7 +104,7 @@ def _add_out_of_place(graph: Graph, node: Node, values: dict[Node, Node]) -> Nod
 
 
 def _changes_in_place(node: Node) -> bool:
-    """Tell whether a node changes its first operand, which a stream may be, element by element."""
+    """Return whether a node changes its first operand, which a stream may be, element by element."""
     if is_in_place_add(node):
         return True
     if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
@@ -114,7 +114,7 @@ def _changes_in_place(node: Node) -> bool:
 
 
 def _keeps_dtype(node: Node) -> bool:
-    """Tell whether the out-of-place form has the same dtype: the in-place one would not promote."""
+    """Return whether the out-of-place form has the same dtype: the in-place one would not promote."""
     tensors = [tensor_of(operand) for operand in node.args if tensor_of(operand) is not None]
     return all(tensor.dtype == tensors[0].dtype for tensor in tensors if tensor is not None and tensors[0] is not None)
 
@@ -139,7 +139,7 @@ def _emit(graph: Graph, origin: Node, target: Any, args: tuple[Any, ...], exampl
 
 
 def _can_leave_place(node: Node, order: dict[Node, int]) -> bool:
-    """Tell whether nothing can see the difference between an in-place add and an ordinary one.
+    """Return whether nothing can see the difference between an in-place add and an ordinary one.
 
     The changed value must be made in this graph, and no other name for its memory may be read later.
     """

@@ -431,6 +431,21 @@ def test_models_that_differ_in_an_option_alone_share_no_graph(options):
     assert not torch.allclose(together[0], alone, atol=1e-3)
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_what_was_compiled_plain_is_not_used_once_parameters_are_attached(another):
+    options = {**QUICK, "strict": False, "min_sites": 100}
+    first = Stack(3)
+    compiled = torch.compile(first, backend="mhc", options=options)
+    compiled(features())
+    model = Stack(3) if another else first
+    mhc_compile.attach(model, features(), config=mhc_compile.MHCConfig(min_sites=2))
+    perturb(model)
+    if another:
+        compiled = torch.compile(model, backend="mhc", options=options)
+    with pytest.raises(mhc_compile.ConfigMismatchError):
+        compiled(features())
+
+
 def test_perturbation_is_seen():
     """The tests above could not fail at the preserving start; here the streams matter."""
     torch.manual_seed(0)

@@ -3,10 +3,11 @@
 Every child whose output a site writes into the stream has a forward pre-hook, which hands the site's parameters to the
 operator `mhc::sentinel`. That is how they enter a graph: Dynamo lifts them as inputs like any other parameter, so equal
 blocks share one graph, and FSDP or a loaded checkpoint may replace them. The role of a site and the options that decide
-what is computed go along, for Dynamo to guard on: two models may differ in nothing else. The operator raises. Inside a
-graph that backend="mhc" compiles, the rewrite takes the sentinel out together with the add it stands for; on any other
-way to run the child, eagerly, behind a recompile limit or a graph break, under `suppress_errors`, on another backend,
-in an exported program, the operator is still there.
+what is computed go along, for Dynamo to guard on: two models may differ in nothing else.
+
+The operator raises. Inside a graph that backend="mhc" compiles, the rewrite takes the sentinel out together with the
+add it stands for; on any other way to run the child, eagerly, behind a recompile limit or a graph break, under
+`suppress_errors`, on another backend, in an exported program, the operator is still there.
 
 A check that asks "am I being compiled?" would not do: Dynamo traces it into a frame that later falls back.
 """

@@ -193,7 +193,7 @@ def _plain_callers(roots: tuple[nn.Module, ...]) -> tuple[list[_Caller], list[_C
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Tell whether a module stands around the user's model, such as DDP: it adds a step to every path."""
+    """Return whether a module stands around the user's model, such as DDP: it adds a step to every path."""
     return type(module).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
 
 
@@ -219,7 +219,7 @@ def _break_line(reason: Any) -> int | None:
 
 
 def is_split_by_ddp(graph_module: GraphModule) -> bool:
-    """Tell whether DDPOptimizer has cut this graph out of a larger one; it leaves a note on each piece."""
+    """Return whether DDPOptimizer has cut this graph out of a larger one; it leaves a note on each piece."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     return reason is not None and "DDPOptimizer" in str(reason)
 
@@ -231,7 +231,7 @@ def is_sharded(root: nn.Module) -> bool:
 
 
 def inside_ddp() -> bool:
-    """Tell whether the frame runs inside a DistributedDataParallel forward."""
+    """Return whether the frame runs inside a DistributedDataParallel forward."""
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel._get_active_ddp_module() is not None

@@ -56,7 +56,7 @@ def veto(
 
 
 def writes_streams(write: Node, rest: Node, causes: Causes) -> bool:
-    """Tell whether one operand of an add writes a value into several streams, each with a coefficient of its own.
+    """Return whether one operand of an add writes a value into several streams, each with a coefficient of its own.
 
     The write is a product of one coefficient per token and stream, [*, n, 1], with a value that is the same for all
     streams, [*, 1, C] or repeated. The value must come from the streams over learned weights: the outer product that
@@ -86,7 +86,7 @@ def _is_stream_count(size: object) -> bool:
 
 
 def _is_repeated(value: object, coefficient: Node) -> bool:
-    """Tell whether a value is one for all streams: of size 1 where the coefficient has one entry a stream."""
+    """Return whether a value is one for all streams: of size 1 where the coefficient has one entry a stream."""
     if not isinstance(value, Node):
         return False
     if op_name(value) in _REPEATS:
@@ -107,7 +107,7 @@ def _streams_behind(rest: Node) -> set[Node]:
 
 
 def _comes_from(value: Node, streams: set[Node], causes: Causes) -> bool:
-    """Tell whether a value is computed from one of the streams over learned weights."""
+    """Return whether a value is computed from one of the streams over learned weights."""
     order = causes.order
     floor = min(order[stream] for stream in streams)
     seen, stack, learned = {value}, [value], False
@@ -126,7 +126,7 @@ def _comes_from(value: Node, streams: set[Node], causes: Causes) -> bool:
 
 
 def mixes_streams(fork: Node, branch: Node, causes: Causes) -> bool:
-    """Tell whether a branch is its skip times a small square matrix per token, as in alternating updates."""
+    """Return whether a branch is its skip times a small square matrix per token, as in alternating updates."""
     product = behind_views(branch)
     if op_name(product) not in _MATRIX_PRODUCTS:
         return False
@@ -147,7 +147,7 @@ def _is_square_per_token(node: Node, causes: Causes) -> bool:
 
 
 def _crosses(fork: Node, branch: Node, gates: set[Node], causes: Causes) -> bool:
-    """Tell whether every way back from `branch` to `fork` passes one of `gates`."""
+    """Return whether every way back from `branch` to `fork` passes one of `gates`."""
     if not gates:
         return False
     seen, stack = {branch}, [branch]
@@ -170,7 +170,7 @@ def _is_upsampling(node: Node) -> bool:
 
 
 def _couples(other: Node, add: Node, fork: Node, branch: Node, reach: dict[Node, Reach], causes: Causes) -> bool:
-    """Tell whether the branch reads the fork only through another stream: `other` = that stream + mixed fork.
+    """Return whether the branch reads the fork only through another stream: `other` = that stream + mixed fork.
 
     The other stream lives on: its sum is read outside the branch too. A sum inside a branch is not.
     """

@@ -119,7 +119,7 @@ class Causes:
         return Reason.PARALLEL
 
     def goes_to_softmax(self, add: Node) -> bool:
-        """Tell whether a value, over masks, scales and views, goes only into a softmax that weights other values."""
+        """Return whether a value, over masks, scales and views, goes only into a softmax that weights other values."""
         weights: list[Node] = []
         stack, seen, is_mask = [add], {add}, False
         while stack:
@@ -150,7 +150,7 @@ class Causes:
         return False
 
     def _is_straight_through(self, value: Node, other: Node) -> bool:
-        """Tell whether one operand is a detached difference of values the other belongs to: y - x.detach() + x."""
+        """Return whether one operand is a detached difference of values the other belongs to: y - x.detach() + x."""
         difference = behind_views(other, "getitem")
         if op_name(difference) != "sub" or "detach" not in {op_name(node) for node in self._near(other, _STEP)}:
             return False
@@ -188,7 +188,7 @@ class Causes:
         return seen
 
     def _is_feed_through(self, value: Node, other: Node) -> bool:
-        """Tell whether one operand is a value times a weight, and the other is computed from that value."""
+        """Return whether one operand is a value times a weight, and the other is computed from that value."""
         product = behind_views(value, "getitem")
         if op_name(product) not in PRODUCT_NAMES:
             return False
@@ -201,7 +201,7 @@ class Causes:
         return any(node in origins for node in self._near(other, _FAR, floor))
 
     def _decays(self, operand: Node) -> bool:
-        """Tell whether a value was multiplied or contracted with an exponential: a state that decays.
+        """Return whether a value was multiplied or contracted with an exponential: a state that decays.
 
         What lies behind a learned map decays inside a layer, not in this sum.
         """
@@ -284,7 +284,7 @@ def _elements(node: Node) -> tuple[int, int]:
 
 
 def _is_one_for_all_tokens(operand: Node, add: Node) -> bool:
-    """Tell whether an operand is the same along some dimension of the sum behind its first, the batch."""
+    """Return whether an operand is the same along some dimension of the sum behind its first, the batch."""
     sizes, wanted = shape_of(operand), shape_of(add)
     padded = (1,) * (len(wanted) - len(sizes)) + sizes
     repeated = any(size == 1 != whole for size, whole in zip(padded[1:], wanted[1:], strict=True))

@@ -103,7 +103,7 @@ def _has_one_element(value: Any) -> bool:
 
 
 def _is_normalized(node: Node) -> bool:
-    """Tell whether a value came from a norm over casts and the norm's own weight."""
+    """Return whether a value came from a norm over casts and the norm's own weight."""
     for _ in range(4):
         if is_norm(node):
             return True
@@ -140,13 +140,13 @@ def carrier_between(source: Node, node: Node, order: dict[Node, int]) -> Carrier
 
 
 def keeps_layout(carrier: Carrier, features_last: bool) -> bool:
-    """Tell whether every node of a carrier acts the same on [*, C] and on [*, n, C]."""
+    """Return whether every node of a carrier acts the same on [*, C] and on [*, n, C]."""
     inside = {carrier.source, *carrier.nodes}
     return all(_keeps(node, inside, features_last) for node in carrier.nodes)
 
 
 def is_linear(carrier: Carrier) -> bool:
-    """Tell whether a carrier does to a difference of two streams what it does to the streams: casts, views, factors."""
+    """Return whether a carrier does to a difference of two streams what it does to the streams: casts, views, …"""
     inside = {carrier.source, *carrier.nodes}
     return all(_scales(node, inside) for node in carrier.nodes)
 
@@ -163,7 +163,7 @@ def _scales(node: Node, inside: set[Node]) -> bool:
 
 
 def is_training_batch_norm(node: Node) -> bool:
-    """Tell whether a node normalizes over the batch and updates running statistics."""
+    """Return whether a node normalizes over the batch and updates running statistics."""
     if op_name(node) != "batch_norm":
         return False
     training = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False)
@@ -183,7 +183,7 @@ def _keeps(node: Node, inside: set[Node], features_last: bool) -> bool:
 
 
 def _broadcasts(operand: Node, features_last: bool) -> bool:
-    """Tell whether an operand from outside, a weight or a number, lines up with stacked streams as well."""
+    """Return whether an operand from outside, a weight or a number, lines up with stacked streams as well."""
     tensor = tensor_of(operand)
     if tensor is None:
         return True

@@ -117,13 +117,13 @@ def behind_views(node: Node, *more: str) -> Node:
 
 
 def is_float(node: Node) -> bool:
-    """Tell whether a node holds a real floating-point tensor."""
+    """Return whether a node holds a real floating-point tensor."""
     tensor = tensor_of(node)
     return tensor is not None and tensor.dtype.is_floating_point
 
 
 def holds_data(node: Node) -> bool:
-    """Tell whether a node may hold features: a floating-point tensor, or several values at once."""
+    """Return whether a node may hold features: a floating-point tensor, or several values at once."""
     return is_float(node) or isinstance(node.meta.get("example_value"), tuple | list)
 
 
@@ -134,12 +134,12 @@ def operands(node: Node) -> tuple[Any, Any]:
 
 
 def is_add(node: Node) -> bool:
-    """Tell whether a node is an add in the one spelling that `normalize` leaves."""
+    """Return whether a node is an add in the one spelling that `normalize` leaves."""
     return node.op == "call_function" and node.target is operator.add
 
 
 def is_in_place_add(node: Node) -> bool:
-    """Tell whether a node adds in place."""
+    """Return whether a node adds in place."""
     return node.op in ("call_function", "call_method") and node.target in IN_PLACE_ADDS
 
 
@@ -149,7 +149,7 @@ def is_sentinel(node: Node) -> bool:
 
 
 def is_higher_order(node: Node) -> bool:
-    """Tell whether a node runs a body graph of its own."""
+    """Return whether a node runs a body graph of its own."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
@@ -195,7 +195,7 @@ def bodies(node: Node, graph_module: GraphModule) -> Iterator[GraphModule]:
 
 
 def mixes(node: Node, graph_module: GraphModule) -> bool:
-    """Tell whether a node mixes features with learned weights, or mixes tokens."""
+    """Return whether a node mixes features with learned weights, or mixes tokens."""
     if node.op == "call_module":
         return any(True for _ in graph_module.get_submodule(str(node.target)).parameters())
     if node.op not in ("call_function", "call_method"):
@@ -221,7 +221,7 @@ def _is_mixing_name(node: Node) -> bool:
 
 
 def is_norm(node: Node) -> bool:
-    """Tell whether a node is a norm: a functional one, or the last product of one that is written out.
+    """Return whether a node is a norm: a functional one, or the last product of one that is written out.
 
     Written out, a norm is a value times (or minus) a per-token number computed from that same value, such as
     x * rsqrt(mean(x²) + eps); the products with its weight that follow are a part of it.
@@ -248,7 +248,7 @@ def norm_input(node: Node) -> Node | None:
 
 
 def _is_statistic_of(factor: Node, value: Node) -> bool:
-    """Tell whether `factor` is one number per token, reduced from `value` or from what `value` was cast from."""
+    """Return whether `factor` is one number per token, reduced from `value` or from what `value` was cast from."""
     factor_tensor, value_tensor = tensor_of(factor), tensor_of(value)
     if factor_tensor is None or value_tensor is None or factor_tensor.dim() != value_tensor.dim():
         return False
@@ -285,7 +285,7 @@ def _behind_norms(value: Node) -> Iterator[Node]:
 
 
 def is_parameter_expression(node: Any, limit: int = 8) -> bool:
-    """Tell whether a value depends on parameters, buffers and constants alone.
+    """Return whether a value depends on parameters, buffers and constants alone.
 
     Dynamo marks the tensors that belong to modules as static inputs; it marks no others.
     """
@@ -316,23 +316,23 @@ def sliced_dims(node: Node) -> tuple[int, ...] | None:
 
 
 def is_linear_map(node: Node) -> bool:
-    """Tell whether a node is a linear map or a pooling: what a projection shortcut is made of."""
+    """Return whether a node is a linear map or a pooling: what a projection shortcut is made of."""
     name = op_name(node).lower()
     return name in ("linear", "addmm", "matmul") or "conv" in name or "pool" in name
 
 
 def is_activation(node: Node) -> bool:
-    """Tell whether a node is a pointwise nonlinearity or a softmax."""
+    """Return whether a node is a pointwise nonlinearity or a softmax."""
     return op_name(node) in ACTIVATION_NAMES | {"softmax"}
 
 
 def is_softmax(node: Node, graph_module: GraphModule) -> bool:
-    """Tell whether a node is a softmax, or runs a body that holds one, such as a masked softmax of its own gradient."""
+    """Return whether a node is a softmax, or runs a body that holds one, such as one with a gradient of its own."""
     if is_higher_order(node):
         return any(is_softmax(inner, body) for body in bodies(node, graph_module) for inner in body.graph.nodes)
     return op_name(node) in ("softmax", "_softmax")
 
 
 def is_dropout(node: Node) -> bool:
-    """Tell whether a node is a dropout."""
+    """Return whether a node is a dropout."""
     return op_name(node) in DROPOUT_NAMES

@@ -9,7 +9,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile import UnrewrittenCallError
 
-from .models import QUICK, Stack, features, llama, token_ids
+from ..models import QUICK, Stack, features, llama, token_ids
 
 
 @pytest.fixture

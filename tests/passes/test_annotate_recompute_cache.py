@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import mhc_compile
 from mhc_compile import MHCConfig
 
-from .models import Stack, features
+from ..models import Stack, features
 
 
 def _saved(out, model):

@@ -12,7 +12,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile import MHCConfig, MHCWarning
 
-from .models import QUICK, WIDTH, Stack, features, llama, token_ids
+from ..models import QUICK, WIDTH, Stack, features, llama, token_ids
 
 
 def _rewritten(model, *args, **kwargs):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import mhc_compile
 from mhc_compile import MHCConfig
 
-from .made import Made
+from ..made import Made
 
 
 def _gelu(m, x):

@@ -12,7 +12,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile import MHCConfig, MHCWarning, StreamCutError, UnrewrittenCallError
 
-from .models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, assert_same_function, features
+from ..models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, assert_same_function, features
 
 COLLAPSE = {**QUICK, "on_graph_break": "collapse"}
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import mhc_compile
 from mhc_compile import MHCConfig
 
-from ..counting import unused_name
-from ..models import QUICK, Block, Stack, assert_same_function, features
+from ...counting import unused_name
+from ...models import QUICK, Block, Stack, assert_same_function, features
 
 
 def _captured(model, *inputs):

@@ -9,8 +9,8 @@ from torch import nn
 import mhc_compile
 from mhc_compile import UnrewrittenCallError
 
-from .carrying import perturb
-from .models import CASES, QUICK, Stack, features
+from ..carrying import perturb
+from ..models import CASES, QUICK, Stack, features
 
 
 def attached(name):
