@@ -16,7 +16,7 @@ from mhc_compile import NotAttachedError, StreamCutError, UnrewrittenCallError
 from mhc_compile.carried_streams import STREAMS
 
 from .carrying import BLOCKWISE, compile_blocks, gradients, largest_gap, outcome, perturb, twins
-from .models import Stack, features
+from .models import Block, Stack, features
 
 QUICK = {"inner": "aot_eager"}
 
@@ -257,6 +257,50 @@ def test_a_sharded_model_is_not_attached_at_its_first_call():
         with pytest.raises((NotAttachedError, StreamCutError), match="attach"):
             torch.compile(model, backend="mhc", options=QUICK)(features())
         assert not mhc_compile.parameters(model)
+
+
+@pytest.mark.parametrize("how", ["blocks, then sharded", "sharded, then blocks", "whole", "in place"])
+def test_a_sharded_model_is_the_model_of_one_graph(how):
+    """The hooks of FSDP2 break the graph at every block; here on one process, which shards and gathers all the same."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole, pieces = stack(3)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    with one_process_group():
+        if how == "blocks, then sharded":
+            compile_blocks(pieces, backend="mhc", options=QUICK)
+        for block in pieces.blocks:
+            fully_shard(block)
+        fully_shard(pieces)
+        if how == "sharded, then blocks":
+            compile_blocks(pieces, backend="mhc", options=QUICK)
+        if how == "in place":
+            pieces.compile(backend="mhc", options=QUICK)
+        call = torch.compile(pieces, backend="mhc", options=QUICK) if how == "whole" else pieces
+        loss, sharded = run(pieces, call)
+        same(want, (loss, {name: grad.full_tensor() for name, grad in sharded.items()}))
+
+
+@pytest.mark.parametrize("buckets", [0.5, 1.0])
+def test_buckets_of_ddp_that_end_between_branches(buckets, monkeypatch):
+    import torch.distributed as dist
+
+    # The first bucket holds the readout alone.
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 100)
+    whole, pieces = stack(3)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    block_bytes = 4 * sum(parameter.numel() for parameter in Block().parameters())
+    with one_process_group(), torch._dynamo.config.patch(optimize_ddp="ddp_optimizer"):
+        wrapped = nn.parallel.DistributedDataParallel(pieces, bucket_cap_mb=buckets * block_bytes / 2**20)
+        same(want, run(pieces, torch.compile(wrapped, backend="mhc", options=QUICK)))
+
+
+def test_the_python_reducer_of_ddp():
+    whole, pieces = stack(3)
+    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
+    with one_process_group(), torch._dynamo.config.patch(optimize_ddp="python_reducer"):
+        wrapped = nn.parallel.DistributedDataParallel(pieces)
+        same(want, run(pieces, torch.compile(wrapped, backend="mhc", options=QUICK)))
 
 
 class Checkpointed(Looped):

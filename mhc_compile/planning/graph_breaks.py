@@ -17,7 +17,7 @@ from typing import NoReturn
 from torch import nn
 from torch.fx import GraphModule
 
-from ..attachment.site_parameters import READOUT_SUFFIX, site_parameters
+from ..attachment.site_parameters import READOUT_SUFFIX, attached_config, site_parameters
 from ..config import MHCConfig
 from ..dynamo.frames import Frame, is_sharded, is_split_by_ddp
 from ..errors import MHCWarning, StreamCutError
@@ -91,11 +91,12 @@ def check_graph_breaks(
     piece = frame.resumed or frame.break_reason is not None or frame.outer is not None or is_split_by_ddp(captured)
     if frame.outer is not None and not frame.resumed and frame.break_reason is None:
         refuse_split_calls(plan, frame)
-    carries = config.on_graph_break == "carry" and (looking or _is_attached(plan))
+    in_bucket = is_split_by_ddp(captured)
+    carries = config.on_graph_break == "carry" and (looking or _is_attached(plan, frame if in_bucket else None))
     if carries and not looking:
         _remember_break(frame)
         return _carried(plan, frame, piece)
-    if is_split_by_ddp(captured):
+    if in_bucket:
         return _in_bucket(analysis, plan, config)
     if not frame.roots:
         inside = [entry.reason for entry in MEMORY.breaks if entry.branch_left and entry.root() is not None]
@@ -140,8 +141,11 @@ def _remember_break(frame: Frame) -> None:
             MEMORY.breaks.append(Break(weakref.ref(frame.root), frame.break_reason, stream_left=False))
 
 
-def _is_attached(plan: Plan) -> bool:
-    return any(site_parameters(site.owner, site.label) is not None for site in plan.sites)
+def _is_attached(plan: Plan, bucket: Frame | None) -> bool:
+    """Return whether a plan's sites have parameters; of a bucket, which may hold no site, whether its model has any."""
+    model = bucket.outer or bucket.model if bucket is not None else None
+    known = any(site_parameters(site.owner, site.label) is not None for site in plan.sites)
+    return known or (model is not None and attached_config(model) is not None)
 
 
 def _carried(plan: Plan, frame: Frame, piece: bool) -> Plan:
@@ -149,6 +153,13 @@ def _carried(plan: Plan, frame: Frame, piece: bool) -> Plan:
     chains = []
     for chain in plan.chains:
         first, last = chain.selected[0], chain.selected[-1]
+        known = any(site_parameters(site.owner, site.label) for site in chain.selected)
+        if piece and not known and chain.start is not None:
+            raise StreamCutError(
+                f"{first.site.name} has no mHC parameters yet, and its stream comes into this graph from another one: "
+                "the input that the model was attached with did not run it. Call mhc_compile.attach(model, "
+                "example_input) again, with the input that it is called with now."
+            )
         entry = None if first.role.begins else chain.start
         if entry is None and piece and not first.role.begins:
             raise StreamCutError(

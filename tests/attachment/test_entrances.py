@@ -9,7 +9,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile import UnrewrittenCallError
 
-from ..carrying import perturb
+from ..carrying import compile_blocks, perturb
 from ..models import CASES, QUICK, Stack, features
 
 
@@ -97,6 +97,22 @@ def test_an_attached_model_inside_a_wrapper(in_place):
     torch.testing.assert_close(compiled(features()), want, rtol=1e-6, atol=1e-6)
     compiled(features()).sum().backward()
     assert all(parameter.grad is not None for parameter in mhc_compile.parameters(wrapper).values())
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_adapters_of_peft(by_block):
+    from peft import LoraConfig, get_peft_model
+
+    model, inputs = attached("llama"), CASES["llama"]().inputs()
+    want = torch.compile(copy.deepcopy(model), backend="mhc", options=QUICK)(**inputs).loss
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    if by_block:
+        compile_blocks(adapted, backend="mhc", options=QUICK)
+    compiled = adapted if by_block else torch.compile(adapted, backend="mhc", options=QUICK)
+    loss = compiled(**inputs).loss
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    assert all(value.grad is not None for name, value in adapted.named_parameters() if "lora_B" in name)
 
 
 def test_detach_closes_the_entrances():
