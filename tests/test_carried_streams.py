@@ -414,6 +414,9 @@ def test_microbatches_retained_graphs_and_accumulation():
 
 
 def test_nothing_is_left_after_twenty_steps():
+    # What failed in other tests may still be held, with its values, by their tracebacks.
+    gc.collect()
+    before = len(STREAMS)
     _, model = stack(3)
     compile_blocks(model, backend="mhc", options=QUICK)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -421,7 +424,7 @@ def test_nothing_is_left_after_twenty_steps():
         run(model, model)
         optimizer.step()
     gc.collect()
-    assert len(STREAMS) == 0
+    assert len(STREAMS) == before
 
 
 def test_a_stage_of_deleted_layers_hands_its_streams_on():

@@ -17,7 +17,7 @@ from typing import NoReturn
 from torch import nn
 from torch.fx import GraphModule
 
-from ..attachment.site_parameters import READOUT_SUFFIX, attached_config, site_parameters
+from ..attachment.site_parameters import READOUT_SUFFIX, attached_config, parameters_of, site_parameters
 from ..config import MHCConfig
 from ..dynamo.frames import Frame, is_sharded, is_split_by_ddp
 from ..errors import MHCWarning, StreamCutError
@@ -94,7 +94,7 @@ def check_graph_breaks(
     in_bucket = is_split_by_ddp(captured)
     carries = config.on_graph_break == "carry" and (looking or _is_attached(plan, frame if in_bucket else None))
     if carries and not looking:
-        _remember_break(frame)
+        _remember_break(analysis, plan, frame)
         return _carried(plan, frame, piece)
     if in_bucket:
         return _in_bucket(analysis, plan, config)
@@ -133,12 +133,21 @@ def _begin_call(frame: Frame) -> None:
         forget_breaks(frame.root)
 
 
-def _remember_break(frame: Frame) -> None:
-    """Remember the break behind a graph whose streams are carried: what follows is a piece, and loses nothing."""
-    if frame.roots:
-        _begin_call(frame)
-        if frame.break_reason is not None:
-            MEMORY.breaks.append(Break(weakref.ref(frame.root), frame.break_reason, stream_left=False))
+def _remember_break(analysis: Analysis, plan: Plan, frame: Frame) -> None:
+    """Remember the break behind a graph of an attached model.
+
+    Its streams are carried, so what follows loses nothing; unless this very call has attached it, graph by graph, and
+    nobody knows yet what follows.
+    """
+    if not frame.roots:
+        return
+    _begin_call(frame)
+    if frame.break_reason is not None:
+        owned = [parameters_of(site.owner) for site in plan.sites]
+        unseen = any(child is not None and child.on_first_call for child in owned)
+        left = unseen and any(site.add.exits for site in plan.sites)
+        branch_left = unseen and analysis.ends.branch_leaves
+        MEMORY.breaks.append(Break(weakref.ref(frame.root), frame.break_reason, left, branch_left))
 
 
 def _is_attached(plan: Plan, bucket: Frame | None) -> bool:
