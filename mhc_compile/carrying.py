@@ -9,7 +9,7 @@ from .attachment.site_parameters import parameters_of
 from .carried_streams import STREAMS
 from .config import MHCConfig
 from .errors import StreamCutError
-from .planning.sites import Plan, PlannedChain
+from .planning.sites import Plan, PlannedChain, PlannedSite
 
 Compiled = Callable[..., Any]
 
@@ -19,16 +19,8 @@ def carry_streams(compiled: Compiled, plan: Plan, config: MHCConfig) -> Compiled
 
     The graph takes streams behind Dynamo's inputs, and returns streams behind Dynamo's outputs, chain by chain.
     """
-    entries = [
-        (chain.entry.position, f"{chain.sites[0].site.name} ({chain.sites[0].site.location})")
-        for chain in plan.chains
-        if chain.entry is not None
-    ]
-    leaves = [
-        (leaving.position, f"{chain.sites[-1].site.name} ({chain.sites[-1].site.location})")
-        for chain in plan.chains
-        for leaving in chain.exits
-    ]
+    entries = [(chain.entry.position, _place(chain.sites[0])) for chain in plan.chains if chain.entry is not None]
+    leaves = [(leaving.position, _place(chain.sites[-1])) for chain in plan.chains for leaving in chain.exits]
     if not entries and not leaves:
         return compiled if config.on_graph_break == "collapse" else _watched(compiled, plan)
 
@@ -50,8 +42,8 @@ def _watched(compiled: Compiled, plan: Plan) -> Compiled:
     returned, the two are blocks of one model, and the streams were averaged between them.
     """
     alone = [chain for chain in plan.chains if _attached_on_first_call(chain)]
-    starts = [(chain.start.position, chain.sites[0].site) for chain in alone if chain.start is not None]
-    ends = [(leaving.position, chain.sites[-1].site) for chain in alone for leaving in chain.sites[-1].add.exits]
+    starts = [(chain.start.position, _place(chain.sites[0])) for chain in alone if chain.start is not None]
+    ends = [(leaving.position, _place(chain.sites[-1])) for chain in alone for leaving in chain.sites[-1].add.exits]
     if not starts and not ends:
         return compiled
 
@@ -60,16 +52,21 @@ def _watched(compiled: Compiled, plan: Plan) -> Compiled:
             origin = STREAMS.ended_at(inputs[position])
             if origin is not None:
                 raise StreamCutError(
-                    f"{site.name} ({site.location}) is given what {origin} has returned: blocks of one model are "
+                    f"{site} is given what {origin} has returned: blocks of one model are "
                     "compiled one by one, each as a model of its own, and the streams would be averaged between them. "
                     "Call mhc_compile.attach(model, example_input) on the whole model before the first call."
                 )
         outputs = compiled(*inputs)
         for position, site in ends:
-            STREAMS.put(outputs[position], None, f"{site.name} ({site.location})")
+            STREAMS.put(outputs[position], None, site)
         return outputs
 
     return run
+
+
+def _place(site: PlannedSite) -> str:
+    """Return what messages call a site."""
+    return f"{site.site.name} ({site.site.location})"
 
 
 def _attached_on_first_call(chain: PlannedChain) -> bool:

@@ -155,8 +155,8 @@ def _codes_of(function: Any) -> list[CodeType]:
 def _holds_dead_entries(code: CodeType) -> bool:
     """Return whether code was compiled for a module that is gone by now.
 
-    Graphs are pinned to their modules, and Dynamo counts the graphs of dead ones towards its recompile limit: without
-    this, the ninth model of one class in a process could not be compiled.
+    A look's graphs are pinned to their modules, and Dynamo counts the graphs of dead ones towards its recompile limit:
+    without this, the ninth model of one class in a process could not be compiled.
     """
     entries = _debug_get_cache_entry_list(code)
     return any(type(entry.guard_manager).__name__ == "DeletedGuardManagerWrapper" for entry in entries)

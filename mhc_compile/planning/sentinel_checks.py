@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 
 from torch import nn
@@ -14,7 +13,7 @@ from ..dynamo.frames import Frame
 from ..errors import StreamCutError, UnrewrittenCallError
 from ..passes.read_sentinels import SentinelCall
 from .graph_breaks import inside_bucket_message
-from .sites import Plan
+from .sites import Plan, without_call
 
 
 def refuse_plain_sites(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame, in_bucket: bool) -> None:
@@ -107,4 +106,4 @@ def _rewritten(plan: Plan) -> set[tuple[int, str]]:
 
 def _answered(owner: nn.Module, label: str, rewritten: set[tuple[int, str]]) -> bool:
     """Return whether a sentinel is answered for: its label names one call of several, the graph may hold another."""
-    return any((id(owner), name) in rewritten for name in (label, re.sub(r"_\d+$", "", label)))
+    return any((id(owner), name) in rewritten for name in (label, without_call(label)))

@@ -93,7 +93,7 @@ class Plan:
     @property
     def sites(self) -> list[PlannedSite]:
         """The selected sites of all chains."""
-        return [site for chain in self.chains for site in chain.sites if site.selected]
+        return [site for chain in self.chains for site in chain.selected]
 
 
 def plan_sites(findings: Findings, frame: Frame, config: MHCConfig, in_pieces: bool = False) -> Plan:
@@ -178,7 +178,7 @@ def refuse_split_calls(plan: Plan, frame: Frame) -> None:
     counted = Counter((id(site.owner), site.branch_label) for site in plan.sites)
     for site in plan.sites:
         owned = parameters_of(site.owner)
-        calls = sum(_without_call(label) == site.branch_label for label in owned._modules) if owned else 0
+        calls = sum(without_call(label) == site.branch_label for label in owned._modules) if owned else 0
         if calls > max(1, counted[id(site.owner), site.branch_label]):
             reason = frame.break_reason or (
                 f"{frame.caller} runs as plain Python" if frame.caller else "it is compiled alone"
@@ -191,7 +191,7 @@ def refuse_split_calls(plan: Plan, frame: Frame) -> None:
             )
 
 
-def _without_call(label: str) -> str:
+def without_call(label: str) -> str:
     """Return a label without the number of the call."""
     return re.sub(r"_\d+$", "", label)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 
@@ -24,12 +23,6 @@ def source_name(node: Node) -> str | None:
     """Return where Dynamo read a placeholder from; None where it does not tell."""
     source = getattr(node, "_dynamo_source", None)
     return None if source is None else name_of_source(source)
-
-
-def fake_mode_of(graph_module: GraphModule) -> FakeTensorMode | None:
-    """Return the mode of the graph's own example values; the tracing context holds another one by now."""
-    examples = (node.meta.get("example_value") for node in graph_module.graph.nodes)
-    return next((value.fake_mode for value in examples if isinstance(value, FakeTensor)), None)
 
 
 def streams_examples(graph_module: GraphModule) -> list[Any]:
