@@ -7,5 +7,6 @@ The engines are torch's own (DDP, FSDP2, DTensor, `torch.distributed.pipelining`
 """
 
 from .sharding import shard_parameters
+from .stages import stage
 
-__all__ = ["shard_parameters"]
+__all__ = ["shard_parameters", "stage"]

@@ -24,23 +24,35 @@ _GROUP_TIMEOUT = datetime.timedelta(seconds=60)
 Case = Callable[[], dict[str, Any]]
 
 
-@functools.cache
-def outcomes(script: str, ranks: int = 2, seconds: int = 240) -> tuple[dict[str, Any], ...]:
+def outcomes(script: str, ranks: int = 2, seconds: int = 400) -> tuple[dict[str, Any], ...]:
     """Launch a script with torchrun on loopback; return each rank's outcome of each case by name.
 
-    A case that raised has {"error": its message}.
+    A case that raised has {"error": its message}. A launch that fails is not tried again.
     """
+    found = _launched(script, ranks, seconds)
+    assert not isinstance(found, str), found
+    return found
+
+
+@functools.cache
+def _launched(script: str, ranks: int, seconds: int) -> tuple[dict[str, Any], ...] | str:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", f"tests.distributed.{script}",
         ]  # fmt: skip
         environment = {**os.environ, "MHC_OUTCOMES": folder, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
+        with subprocess.Popen(
+            command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as launched:
+            try:
+                said, _ = launched.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                launched.terminate()  # torchrun ends its workers
+                return f"{script} did not end within {seconds} seconds: {launched.communicate()[0][-4000:]}"
         files = [Path(folder, f"{rank}.json") for rank in range(ranks)]
-        assert all(file.exists() for file in files), done.stderr[-4000:]
+        if not all(file.exists() for file in files):
+            return said[-4000:]
         return tuple(json.loads(file.read_text()) for file in files)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from typing import Any
 
 import torch
@@ -53,13 +53,14 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return loss
 
 
-def in_one_graph(model: nn.Module, ids: Tensor | None = None) -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients of a copy of a model, compiled whole in this process."""
-    twin = copy.deepcopy(model)
-    loss = loss_of(torch.compile(twin, backend="mhc", options={"inner": "aot_eager"}), tokens() if ids is None else ids)
+@functools.cache
+def in_one_graph(layers: int = 2, batch: int = BATCH) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of `attached(layers)`, compiled whole in this process."""
+    model = attached(layers)
+    loss = loss_of(torch.compile(model, backend="mhc", options={"inner": "aot_eager"}), tokens(batch))
     loss.backward()
     torch._dynamo.reset()
-    return float(loss.detach()), gradients(twin)
+    return float(loss.detach()), gradients(model)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def compiled(model: Any, way: str) -> Any:
 def exact(way: str, first: str, reshard: bool, own_group: bool, checkpoint: bool = False) -> dict[str, Any]:
     """Attach, then shard and compile in either order; two steps' worth of gradients against one process."""
     model = attached()
-    wanted = in_one_graph(model)
+    wanted = in_one_graph()
     if checkpoint:
         block_class = type(model.model.layers[0])
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block_class))
@@ -143,7 +143,7 @@ def never_attached() -> dict[str, Any]:
 def selective() -> dict[str, Any]:
     """Selective activation checkpointing of each block, around compiled ones."""
     model = attached()
-    wanted = in_one_graph(model)
+    wanted = in_one_graph()
     keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     context = functools.partial(create_selective_checkpoint_contexts, keep)
     block_class = type(model.model.layers[0])
