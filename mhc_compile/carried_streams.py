@@ -19,7 +19,10 @@ option `check_carried` finds the first two.
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -137,14 +140,22 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, visible: Tensor, streams: Tensor) -> Tensor:
-        ctx.form = visible.shape, visible.dtype, visible.device
+        ctx.zeros = _maker_of_zeros(visible)
         return streams.view_as(streams)
 
     @staticmethod
     def backward(ctx: Any, grad_streams: Tensor) -> tuple[Tensor | None, Tensor]:
-        shape, dtype, device = ctx.form
-        zeros = torch.zeros(shape, dtype=dtype, device=device) if ctx.needs_input_grad[0] else None
-        return zeros, grad_streams
+        return ctx.zeros() if ctx.needs_input_grad[0] else None, grad_streams
+
+
+def _maker_of_zeros(like: Tensor) -> Callable[[], Tensor]:
+    """Return what makes zeros of a tensor's form, without keeping the tensor."""
+    form: dict[str, Any] = {"dtype": like.dtype}
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(like, distributed.DTensor):
+        form |= {"device_mesh": like.device_mesh, "placements": like.placements}
+        return functools.partial(distributed.zeros, like.shape, **form)
+    return functools.partial(torch.zeros, like.shape, device=like.device, **form)
 
 
 def _key(value: Tensor) -> int:

@@ -111,9 +111,12 @@ def look(
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend=backend)
     try:
-        # A look leaves no code behind, so it may not run into the limit that other models' code has used up.
+        # A look leaves no code behind, so it may not run into the limit that other models' code has used up, nor may
+        # the example's sizes make the first real call's look like changed ones, which Dynamo compiles dynamically.
         with (
-            torch._dynamo.config.patch(suppress_errors=False, recompile_limit=_NO_LIMIT),
+            torch._dynamo.config.patch(
+                suppress_errors=False, recompile_limit=_NO_LIMIT, automatic_dynamic_shapes=False
+            ),
             plain_calls_allowed(),
             _compiled_nowhere(root),
         ):

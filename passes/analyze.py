@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from .find_residuals import find_residuals
 from .fx.dataflow import is_float, is_sentinel
 from .fx.regions import regions_of
+from .mesh_layouts import find_mesh_layouts
 from .normalize import normalize
 from .open_regions import open_regions
 from .read_sentinels import SentinelCall, read_sentinels
@@ -53,6 +54,7 @@ def analyze(graph_module: GraphModule) -> Analysis:
     if regions - needed:
         plain = normalize(open_regions(graph_module, closed=regions - needed))
         findings = _named_alike(find_residuals(plain), findings)
+    findings = find_mesh_layouts(findings)
     ends = find_stream_ends(plain, findings)
     # Placeholders of `plain` are the ones that the rewrite will know.
     own = {node.target: node for node in plain.graph.nodes if node.op == "placeholder"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .residual import Entry, Exit, ResidualAdd
+from .residual import Entry, Exit, MeshLayout, ResidualAdd
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class BoundChain:
         entry: where the streams come in from another graph; None where they begin in this one.
         exits: outputs of the graph beside which the streams go on to another graph; empty where they end in this one.
         readout: the parameters of the chain's learned readout, if it has one.
+        layout: how the stream lies on a tensor-parallel mesh, if it does.
     """
 
     sites: tuple[BoundSite, ...]
@@ -51,3 +52,10 @@ class BoundChain:
     entry: Entry | None = None
     exits: tuple[Exit, ...] = ()
     readout: Parameters | None = None
+    layout: MeshLayout | None = None
+
+    @property
+    def parameters(self) -> tuple[Parameters, ...]:
+        """All parameters of the chain, in order."""
+        found = [*(site.parameters for site in self.sites), self.readout]
+        return tuple(parameters for parameters in found if parameters is not None)

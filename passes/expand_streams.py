@@ -33,6 +33,7 @@ from .fx.carriers import is_linear, is_training_batch_norm, keeps_layout
 from .fx.dataflow import is_dropout, output_values, sizes_of, tensor_of
 from .fx.grad_modes import grad_modes, set_grad_mode
 from .fx.graph_copy import copy_node, module_like
+from .fx.mesh import enter_mesh
 from .fx.regions import Region, put_into, regions_of
 from .nested_chains import sites_around
 from .residual import Carrier, ResidualAdd
@@ -94,6 +95,7 @@ class _Expander:
         self.lowering = LOWERINGS[config.fusion]
         self.graph = Graph()
         self.plain: dict[Node, Node] = {}
+        self.entered: dict[Node, Node] = {}
         self.streams: dict[Node, _Streams] = {}
         self.coefficients: dict[Node, tuple[Node, Node, Node]] = {}
         self.regions: tuple[Region, ...] = ()
@@ -131,6 +133,7 @@ class _Expander:
         for node in self.graph_module.graph.nodes:
             if pending and node.op != "placeholder":
                 self._add_streams_inputs()
+                self._enter_meshes()
                 pending = False
             self._enter_regions(node)
             if node in self.site_at:
@@ -168,6 +171,15 @@ class _Expander:
             node._dynamo_source = None
             self.streams[entry.node] = _Streams(entry.feature_dim, stacked=mark(node, Role.HEAD))
 
+    def _enter_meshes(self) -> None:
+        """Bring the parameters of streams that are divided over ranks to where the streams are."""
+        for chain in self.chains:
+            if chain.layout is None or not (chain.layout.distributed or chain.layout.divided):
+                continue
+            held = [node for found in chain.parameters for node in (found.phi, found.scale, found.bias)]
+            entered = enter_mesh(self.graph, chain.layout, [self.plain[node] for node in held])
+            self.entered.update(zip(held, entered, strict=True))
+
     def _return(self, node: Node) -> None:
         """Emit the graph's output, with the streams that go on to another graph behind it."""
         returned = output_values(self.graph_module.graph)
@@ -190,7 +202,10 @@ class _Expander:
         return read
 
     def _inputs(self, parameters: Parameters) -> tuple[Node, Node, Node]:
-        return self.plain[parameters.phi], self.plain[parameters.scale], self.plain[parameters.bias]
+        phi, scale, bias = (
+            self.entered.get(node, self.plain[node]) for node in (parameters.phi, parameters.scale, parameters.bias)
+        )
+        return phi, scale, bias
 
     def _layer_input(self, site: BoundSite) -> Node:
         """Return what a site's branch reads, in the plain layout of its fork."""
@@ -217,7 +232,7 @@ class _Expander:
     def _mean(self, stacked: Node, origin: Node) -> Node:
         """Collapse streams to their mean: the anchor and the mean of the differences, whose zeros keep it exact."""
         n = self.config.n_streams
-        first = self._emit(origin, torch.select, stacked, -2, 0)
+        first = self._one_of(stacked, 0, origin)
         others = self._emit(origin, torch.narrow, stacked, -2, 1, n - 1)
         return self._emit(origin, torch.add, first, self._emit(origin, torch.sum, others, -2), alpha=1.0 / n)
 
@@ -321,7 +336,7 @@ class _Expander:
     def _dropped(self, node: Node, source: _Streams) -> _Streams:
         """Drop the same features in every stream: equal streams stay equal, and the random draws are the plain ones."""
         stacked = self._stacked(source, source.dim, node)
-        first = self._unstacked(self._emit(node, torch.select, stacked, -2, 0), source.dim, node)
+        first = self._unstacked(self._one_of(stacked, 0, node), source.dim, node)
         ones = self._emit(node, torch.ones_like, first)
         assert isinstance(node.args[0], Node)
         old_input = node.args[0]
@@ -363,10 +378,15 @@ class _Expander:
         """Return streams as n values of the plain layout."""
         if streams.parts is None:
             streams.parts = [
-                self._unstacked(self._emit(origin, torch.select, streams.stacked, -2, index), streams.dim, origin)
+                self._unstacked(self._one_of(streams.stacked, index, origin), streams.dim, origin)
                 for index in range(self.config.n_streams)
             ]
         return streams.parts
+
+    def _one_of(self, stacked: Node, index: int, origin: Node) -> Node:
+        """Return one of n stacked values."""
+        # Counted from the front: DTensor's rule for the backward of `select` takes no negative dimension.
+        return self._emit(origin, torch.select, stacked, len(_sizes(stacked)) - 2, index)
 
     def _released(self, streams: _Streams, origin: Node) -> list[Node]:
         """Return the streams themselves as n values of the plain layout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -212,6 +213,21 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class MeshLayout:
+    """How a stream lies on the ranks of a tensor-parallel mesh.
+
+    Attributes:
+        mesh: the `DeviceMesh`.
+        divided: the dimensions of the mesh over which its tokens are divided.
+        distributed: the stream is a DTensor; else, each rank's own part of one.
+    """
+
+    mesh: Any
+    divided: tuple[int, ...]
+    distributed: bool
+
+
+@dataclass(frozen=True)
 class ResidualChain:
     """Residual adds joined by carriers, in graph order.
 
@@ -220,12 +236,14 @@ class ResidualChain:
         head: the value that is expanded.
         head_location: "file:line  source text" of the head.
         entry: the input that the stream comes in by, if the head is one over carriers.
+        layout: how the stream lies on a tensor-parallel mesh, if it does.
     """
 
     adds: tuple[ResidualAdd, ...]
     head: Node
     head_location: str
     entry: Entry | None = None
+    layout: MeshLayout | None = None
 
 
 @dataclass(frozen=True)

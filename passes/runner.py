@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch._logging import trace_structured
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 T = TypeVar("T")
@@ -47,7 +49,9 @@ class PassRunner:
             self.logger.debug("%s of %s: switched off", name, self.function)
             return graph
         start = time.perf_counter()
-        result = step(graph, *args)
+        # Operations on distributed example values with symbolic sizes ask whether they are being traced.
+        with _fake_mode(graph):
+            result = step(graph, *args)
         self.seconds[name] = time.perf_counter() - start
         self.logger.debug(
             "%s of %s: %.1f ms, %s", name, self.function, 1e3 * self.seconds[name], _change(graph, result)
@@ -69,6 +73,13 @@ def leave_artifact(name: str, text: Callable[[], str]) -> None:
         metadata_fn=lambda: {"name": name.replace(" ", "_"), "encoding": "string"},
         payload_fn=text,
     )
+
+
+def _fake_mode(graph: GraphModule) -> contextlib.AbstractContextManager[Any]:
+    """Return the mode in which a graph's example values were made."""
+    examples = (node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder")
+    mode = next((example.fake_mode for example in examples if isinstance(example, FakeTensor)), None)
+    return mode or contextlib.nullcontext()
 
 
 def _change(before: GraphModule, after: GraphModule) -> str:

@@ -7,6 +7,7 @@ They live on the module whose forward holds the add, in a child called `mhc`, on
 from __future__ import annotations
 
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import MHCConfig
 from ..errors import OwnerError
@@ -138,10 +138,12 @@ class SiteParameters(nn.Module):
         """Give the parameters the values that they began with, sharded or not."""
         for parameter, value in self.start.values(self.name).items():
             held = getattr(self, parameter)
-            if isinstance(held, DTensor):
+            if "torch.distributed.tensor" in sys.modules and isinstance(held, torch.distributed.tensor.DTensor):
                 # Every rank computes the whole value: nothing has to be sent.
                 value = value.to(dtype=held.dtype, device=held.device_mesh.device_type)
-                value = distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None)
+                value = torch.distributed.tensor.distribute_tensor(
+                    value, held.device_mesh, held.placements, src_data_rank=None
+                )
             held.copy_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteParameters:

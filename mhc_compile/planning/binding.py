@@ -190,7 +190,7 @@ def bind(plan: Plan, calls: tuple[SentinelCall, ...], frame: Frame, config: MHCC
         )
         readout = parameters(*_readout_of(chain), None) if _learns_readout(chain, config) else None
         head = chain.entry.node if chain.entry is not None else chain.head
-        chains.append(BoundChain(sites, head, chain.entry, chain.exits, readout))
+        chains.append(BoundChain(sites, head, chain.entry, chain.exits, readout, chain.layout))
     if not lost:
         return tuple(chains)
     if _arm(plan, frame, config):

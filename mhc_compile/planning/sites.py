@@ -14,7 +14,18 @@ from ..attachment.site_parameters import Role, joined, parameters_of, site_param
 from ..config import MHCConfig
 from ..dynamo.frames import Frame
 from ..errors import OwnerError, StreamCutError
-from ..passes.residual import Chain, Entry, Exit, Findings, Reason, Rejection, ResidualAdd, ResidualChain, Site
+from ..passes.residual import (
+    Chain,
+    Entry,
+    Exit,
+    Findings,
+    MeshLayout,
+    Reason,
+    Rejection,
+    ResidualAdd,
+    ResidualChain,
+    Site,
+)
 from .call_counts import Calls, calls_before, remember_calls
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -60,6 +71,7 @@ class PlannedChain:
         entry: the same, where streams do come in from another graph.
         exits: outputs of the graph beside which the streams go on to another graph.
         averaged: read out by the mean, whichever the readout: the stream goes on behind a cut.
+        layout: how the stream lies on a tensor-parallel mesh, if it does.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -69,6 +81,7 @@ class PlannedChain:
     entry: Entry | None = None
     exits: tuple[Exit, ...] = ()
     averaged: bool = False
+    layout: MeshLayout | None = None
 
     @property
     def selected(self) -> list[PlannedSite]:
@@ -212,7 +225,7 @@ def _trimmed(chain: ResidualChain, sites: list[PlannedSite]) -> PlannedChain:
         head=chain.head_location if first == 0 else sites[first - 1].site.location,
         tail=kept[-1].site.location,
     )
-    return PlannedChain(tuple(kept), head, public, start)
+    return PlannedChain(tuple(kept), head, public, start, layout=chain.layout)
 
 
 def _role(site: PlannedSite) -> Role:

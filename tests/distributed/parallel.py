@@ -1,0 +1,128 @@
+"""Cases of DTensor's tensor parallelism: the stream replicated, divided over tokens, or a DTensor itself."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import mhc_compile
+from mhc_compile import distributed
+
+from ..carrying import perturb
+from .decoder import Decoder
+from .launch import run
+from .models import average, gap, gradients, tokens
+
+
+def decoder(**options: Any) -> Decoder:
+    """Return a decoder with perturbed mHC parameters, the same on every rank."""
+    torch.manual_seed(0)
+    model = Decoder()
+    mhc_compile.attach(model, tokens(1), config=mhc_compile.MHCConfig(**options))
+    perturb(model)
+    return model
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the loss of predicting the next token."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def in_one_graph(**options: Any) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of the decoder in one process."""
+    model = decoder(**options)
+    loss = loss_of(torch.compile(model, backend="mhc", options={"inner": "aot_eager"})(tokens()), tokens())
+    loss.backward()
+    torch._dynamo.reset()
+    return float(loss.detach()), gradients(model)
+
+
+def parallelize(model: Decoder, mesh: DeviceMesh, stream: str) -> None:
+    """Split a decoder over a mesh; the stream is "replicated", "local" (each rank's tokens) or a "dtensor"."""
+    layout = Replicate() if stream == "replicated" else Shard(1)
+    local = stream != "dtensor"
+    norm = SequenceParallel(use_local_output=local) if stream != "replicated" else None
+    whole = PrepareModuleInput(input_layouts=(layout,), desired_input_layouts=(Replicate(),))
+    for block in model.blocks:
+        plan: dict[str, Any] = {
+            "attention": whole, "mlp": whole,
+            "attention.q": ColwiseParallel(), "attention.k": ColwiseParallel(), "attention.v": ColwiseParallel(),
+            "attention.o": RowwiseParallel(output_layouts=layout, use_local_output=local),
+            "mlp.up": ColwiseParallel(),
+            "mlp.down": RowwiseParallel(output_layouts=layout, use_local_output=local),
+        }  # fmt: skip
+        if norm is not None:
+            plan |= {"attention_norm": norm, "mlp_norm": norm}
+        parallelize_module(block, mesh, plan)
+    ends: dict[str, Any] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=layout, use_local_output=local),
+        "head": ColwiseParallel(input_layouts=layout, output_layouts=Replicate()),
+    }
+    if norm is not None:
+        ends["norm"] = norm
+    parallelize_module(model, mesh, ends)
+
+
+def exact(stream: str, way: str, inner: str = "aot_eager", **options: Any) -> dict[str, Any]:
+    """Two steps' gradients of a decoder that is split over two ranks, against one process."""
+    wanted = in_one_graph(**options)
+    model = decoder(**options)
+    parallelize(model, init_device_mesh("cpu", (2,)), stream)
+    call: Any = model
+    if way == "whole":
+        call = torch.compile(model, backend="mhc", options={"inner": inner})
+    else:
+        for block in model.blocks:
+            block.compile(backend="mhc", options={"inner": inner})
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = loss_of(call(tokens()), tokens())
+        loss.backward()
+        found.append((abs(float(loss.detach()) - wanted[0]), gap(wanted[1], gradients(model))))
+    return {"loss": max(loss for loss, _ in found), "gradient": max(gradient for _, gradient in found)}
+
+
+def with_fsdp() -> dict[str, Any]:
+    """Data and tensor parallel at once, on four ranks: FSDP2 over two, a sequence-parallel stream over two."""
+    wanted = in_one_graph()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = decoder()
+    parallelize(model, mesh["tensor"], "local")
+    distributed.shard_parameters(model, mesh["data"])
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    for block in model.blocks:
+        block.compile(backend="mhc", options={"inner": "aot_eager"})
+    share = tokens().chunk(2)[mesh["data"].get_local_rank()]
+    loss = loss_of(model(share), share)
+    loss.backward()
+    return {"loss": abs(average(float(loss.detach())) - wanted[0]), "gradient": gap(wanted[1], gradients(model))}
+
+
+CASES = {
+    f"{stream}, {way}": functools.partial(exact, stream, way)
+    for stream in ("replicated", "local", "dtensor")
+    for way in ("whole", "by block")
+} | {
+    "local, learned readout": functools.partial(exact, "local", "by block", readout="learned"),
+    "dtensor, learned readout": functools.partial(exact, "dtensor", "whole", readout="learned"),
+    "local, inductor": functools.partial(exact, "local", "whole", "inductor"),
+}
+
+if __name__ == "__main__":
+    run(CASES)
