@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ def exact(stream: str, way: str, inner: str = "aot_eager", **options: Any) -> di
     if way == "whole":
         call = torch.compile(model, backend="mhc", options={"inner": inner})
     else:
+        if stream == "local":
+            # torch 2.13 fails on the plain model as well: a compiled block whose input is an asynchronous
+            # redistribution hands back a plain gradient where that wants a DTensor.
+            model.embedding.register_forward_hook(lambda module, args, output: output * 1.0)
         for block in model.blocks:
             block.compile(backend="mhc", options={"inner": inner})
     found = []
@@ -114,7 +119,7 @@ def with_fsdp() -> dict[str, Any]:
     return {"loss": abs(average(float(loss.detach())) - wanted[0]), "gradient": gap(wanted[1], gradients(model))}
 
 
-CASES = {
+EXACT = {
     f"{stream}, {way}": functools.partial(exact, stream, way)
     for stream in ("replicated", "local", "dtensor")
     for way in ("whole", "by block")
@@ -124,5 +129,8 @@ CASES = {
     "local, inductor": functools.partial(exact, "local", "whole", "inductor"),
 }
 
+CASES = EXACT
+SHARDED_CASES = {"local, FSDP2": with_fsdp}
+
 if __name__ == "__main__":
-    run(CASES)
+    run(CASES if int(os.environ["WORLD_SIZE"]) == 2 else SHARDED_CASES)
