@@ -6,10 +6,13 @@ its cases; each is a function that returns what is to be checked, the same on ev
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import fcntl
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,26 +37,50 @@ def outcomes(script: str, ranks: int = 2, seconds: int = 400) -> tuple[dict[str,
     return found
 
 
+def torchrun(script: str, ranks: int) -> list[str]:
+    """Return the command that launches a script of this folder on loopback."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", f"tests.distributed.{script}",
+    ]  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a launch; two processes share two cores with whatever else is tested."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), **more}
+
+
 @functools.cache
 def _launched(script: str, ranks: int, seconds: int) -> tuple[dict[str, Any], ...] | str:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", f"tests.distributed.{script}",
-        ]  # fmt: skip
-        environment = {**os.environ, "MHC_OUTCOMES": folder, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as launched:
-            try:
-                said, _ = launched.communicate(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                launched.terminate()  # torchrun ends its workers
-                return f"{script} did not end within {seconds} seconds: {launched.communicate()[0][-4000:]}"
-        files = [Path(folder, f"{rank}.json") for rank in range(ranks)]
-        if not all(file.exists() for file in files):
-            return said[-4000:]
-        return tuple(json.loads(file.read_text()) for file in files)
+    """Launch once in a test run: the workers of pytest-xdist wait for each other's launches and share them."""
+    shared = Path(tempfile.gettempdir(), f"mhc-outcomes-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
+    folder = shared / f"{script}-{ranks}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{rank}.json" for rank in range(ranks)]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = folder / "said"
+        if not said.exists():
+            said.write_text(_launch(script, ranks, seconds, folder))
+            atexit.register(shutil.rmtree, shared, ignore_errors=True)
+    if not all(file.exists() for file in files):
+        return said.read_text()
+    return tuple(json.loads(file.read_text()) for file in files)
+
+
+def _launch(script: str, ranks: int, seconds: int, folder: Path) -> str:
+    with subprocess.Popen(
+        torchrun(script, ranks),
+        env=environment(MHC_OUTCOMES=str(folder)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launched:
+        try:
+            return launched.communicate(timeout=seconds)[0][-4000:]
+        except subprocess.TimeoutExpired:
+            launched.terminate()  # torchrun ends its workers
+            return f"{script} did not end within {seconds} seconds: {launched.communicate()[0][-4000:]}"
 
 
 def run(cases: Mapping[str, Case]) -> None:

@@ -28,10 +28,10 @@ from .launch import run
 from .models import average, gap, gradients, tokens
 
 
-def decoder(**options: Any) -> Decoder:
+def decoder(layers: int = 2, **options: Any) -> Decoder:
     """Return a decoder with perturbed mHC parameters, the same on every rank."""
     torch.manual_seed(0)
-    model = Decoder()
+    model = Decoder(layers)
     mhc_compile.attach(model, tokens(1), config=mhc_compile.MHCConfig(**options))
     perturb(model)
     return model
@@ -77,6 +77,16 @@ def parallelize(model: Decoder, mesh: DeviceMesh, stream: str) -> None:
     parallelize_module(model, mesh, ends)
 
 
+def compile_blocks(model: Decoder, stream: str, inner: str = "aot_eager") -> None:
+    """Compile each block alone."""
+    if stream != "dtensor":
+        # torch 2.13 fails on the plain model as well: a compiled block whose input is an asynchronous redistribution
+        # hands back a plain gradient where that wants a DTensor.
+        model.embedding.register_forward_hook(lambda module, args, output: output * 1.0)
+    for block in model.blocks:
+        block.compile(backend="mhc", options={"inner": inner})
+
+
 def exact(stream: str, way: str, inner: str = "aot_eager", **options: Any) -> dict[str, Any]:
     """Two steps' gradients of a decoder that is split over two ranks, against one process."""
     wanted = in_one_graph(**options)
@@ -86,12 +96,7 @@ def exact(stream: str, way: str, inner: str = "aot_eager", **options: Any) -> di
     if way == "whole":
         call = torch.compile(model, backend="mhc", options={"inner": inner})
     else:
-        if stream == "local":
-            # torch 2.13 fails on the plain model as well: a compiled block whose input is an asynchronous
-            # redistribution hands back a plain gradient where that wants a DTensor.
-            model.embedding.register_forward_hook(lambda module, args, output: output * 1.0)
-        for block in model.blocks:
-            block.compile(backend="mhc", options={"inner": inner})
+        compile_blocks(model, stream, inner)
     found = []
     for _ in range(2):
         model.zero_grad()
@@ -111,8 +116,7 @@ def with_fsdp() -> dict[str, Any]:
     for block in model.blocks:
         fully_shard(block, mesh=mesh["data"])
     fully_shard(model, mesh=mesh["data"])
-    for block in model.blocks:
-        block.compile(backend="mhc", options={"inner": "aot_eager"})
+    compile_blocks(model, "local")
     share = tokens().chunk(2)[mesh["data"].get_local_rank()]
     loss = loss_of(model(share), share)
     loss.backward()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -18,31 +19,44 @@ import mhc_compile
 from mhc_compile import distributed
 
 from .launch import run
-from .models import attached, average, differences, in_one_graph, llama, loss_of, mine, tokens
+from .models import attached, average, differences, gradients, llama, loss_of, mine, tokens
+from .parallel import decoder
+from .parallel import loss_of as next_token_loss
 
 INNER = {"inner": "aot_eager"}
 LAYERS = 3
 
 
 def ddp(optimize: Any, way: str) -> dict[str, Any]:
-    """Two steps' gradients under DDP with several buckets, against one process."""
-    wanted = in_one_graph(LAYERS)
-    model: Any = attached(LAYERS)
+    """Two steps' gradients under DDP with a bucket a block, against one process."""
+    wanted = in_one_process()
+    model = decoder(LAYERS)
     # Dynamo's bucket for the first gradients holds 1 MB, more than this model has.
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 10_000
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 8000
+    block = 4 * sum(parameter.numel() for parameter in model.blocks[0].parameters())
     with torch._dynamo.config.patch(optimize_ddp=optimize):
         if way == "inside":
             model.compile(backend="mhc", options=INNER)
-        call = DistributedDataParallel(model, bucket_cap_mb=0.03)
+        call: Any = DistributedDataParallel(model, bucket_cap_mb=block / 2**20)
         if way == "outside":
             call = torch.compile(call, backend="mhc", options=INNER)
         found = []
         for _ in range(2):
             model.zero_grad()
-            loss = loss_of(call, mine(tokens()))
+            loss = next_token_loss(call(mine(tokens())), mine(tokens()))
             loss.backward()
             found.append(differences(wanted, float(loss.detach()), model))
     return {key: max(entry[key] for entry in found) for key in found[0]}
+
+
+@functools.cache
+def in_one_process() -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of the decoder in one graph."""
+    model = decoder(LAYERS)
+    loss = next_token_loss(torch.compile(model, backend="mhc", options=INNER)(tokens()), tokens())
+    loss.backward()
+    torch._dynamo.reset()
+    return float(loss.detach()), gradients(model)
 
 
 def sharded(model: Any) -> Any:
@@ -58,7 +72,7 @@ def sharded(model: Any) -> Any:
 
 def checkpointed() -> dict[str, Any]:
     """Save a sharded model, load it into another sharded one; the test loads it into one process."""
-    folder = os.environ.get("MHC_CHECKPOINT") or tempfile.gettempdir() + "/mhc_checkpoint_of_cases"
+    folder = os.path.join(os.environ.get("MHC_OUTCOMES", tempfile.gettempdir()), "checkpoint")
     model = sharded(attached(LAYERS))
     wanted = average(float(loss_of(model, mine(tokens())).detach()))
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
@@ -69,7 +83,13 @@ def checkpointed() -> dict[str, Any]:
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(other, state["model"])
     again = average(float(loss_of(other, mine(tokens())).detach()))
-    return {"loss": wanted, "loaded": again}
+    alone = llama(LAYERS)
+    mhc_compile.attach(alone, input_ids=tokens(1))
+    state = {"model": alone.state_dict()}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    alone.load_state_dict(state["model"])
+    in_one = float(loss_of(torch.compile(alone, backend="mhc", options=INNER), tokens()).detach())
+    return {"loss": wanted, "on two ranks": abs(again - wanted), "on one": abs(in_one - wanted)}
 
 
 def plain_checkpoint() -> dict[str, Any]:
@@ -88,11 +108,16 @@ def plain_checkpoint() -> dict[str, Any]:
     return {"difference": abs(loss - wanted), "missing": sorted({name.split(".mhc.")[0] for name in missing})}
 
 
-CASES = {
+DDP = {
     f"DDP, optimize_ddp={optimize}, compiled {way}": functools.partial(ddp, optimize, way)
-    for optimize in (False, "ddp_optimizer", "python_reducer")
+    for optimize in (False, "python_reducer")
     for way in ("inside", "outside")
-} | {"checkpointed": checkpointed, "plain checkpoint": plain_checkpoint}
+}
+CASES = DDP | {
+    "a bucket ends in a branch": functools.partial(ddp, "ddp_optimizer", "outside"),
+    "checkpointed": checkpointed,
+    "plain checkpoint": plain_checkpoint,
+}
 
 if __name__ == "__main__":
     run(CASES)
