@@ -377,8 +377,10 @@ class _Expander:
     def _parts(self, streams: _Streams, origin: Node) -> list[Node]:
         """Return streams as n values of the plain layout."""
         if streams.parts is None:
+            assert streams.stacked is not None
+            stacked = streams.stacked
             streams.parts = [
-                self._unstacked(self._one_of(streams.stacked, index, origin), streams.dim, origin)
+                self._unstacked(self._one_of(stacked, index, origin), streams.dim, origin)
                 for index in range(self.config.n_streams)
             ]
         return streams.parts

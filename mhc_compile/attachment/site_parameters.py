@@ -129,9 +129,10 @@ class SiteParameters(nn.Module):
         self.name = name
         self.role = Role.ONLY.value
         self.start = start
-        options: dict[str, Any] = {"device": start.shape.device, "dtype": start.shape.dtype}
-        for parameter, value in start.values(name).items():
-            self.register_parameter(parameter, nn.Parameter(value.to(**options)))
+        values = {parameter: value.to(start.shape.device) for parameter, value in start.values(name).items()}
+        self.phi = nn.Parameter(values["phi"])
+        self.scale = nn.Parameter(values["scale"])
+        self.bias = nn.Parameter(values["bias"])
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

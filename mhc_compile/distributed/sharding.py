@@ -33,7 +33,7 @@ def shard_parameters(model: nn.Module, mesh: DeviceMesh | None = None, **options
         NotAttachedError: the model has no mHC parameters.
         MHCError: some of them are sharded already, or the options name a mixed precision policy.
     """
-    groups = [owned for _, _, owned in owners_in(model)]
+    groups: list[nn.Module] = [owned for _, _, owned in owners_in(model)]
     if not groups:
         raise NotAttachedError(
             "the model has no mHC parameters to shard: call mhc_compile.attach(model, example_input) first."
