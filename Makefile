@@ -7,7 +7,8 @@
 # machine's, a container's), with the package and its extras installed there: make test VENV=none PYTHON=python
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2
+# Tests that share something expensive name it in an xdist_group, and then run in one process.
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 # A machine with no NVIDIA GPU gets the CPU build of PyTorch: the CUDA one is some gigabytes larger.
 TORCH_CPU := torch==2.13.0

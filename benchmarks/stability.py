@@ -67,7 +67,7 @@ class Sweep:
 
 
 FULL = Sweep((20, 60, 120, 240), (0.05, 0.2, 1.0), 100, 32, 64, 60, (1e-3, 4e-3, 8e-3, 1.6e-2), (0, 1, 2))
-QUICK = Sweep((20, 60), (0.2,), 12, 16, 32, 8, (4e-3, 6.4e-2), (0,))
+QUICK = Sweep((20, 60), (0.2,), 6, 16, 32, 8, (4e-3, 6.4e-2), (0,))
 
 
 def perturbed_gain(manifold: str, depth: int, spread: float, seed: int) -> tuple[list[float], list[float]]:

@@ -93,6 +93,7 @@ def compare(
     double: bool = False,
     wide: bool = True,
     floor: float = 1e-4,
+    attached: tuple[nn.Module, Report] | None = None,
 ) -> tuple[Report, list[tuple[float, float, str]]]:
     """Attach to a model, perturb, compile, and return how far it is from the oracle (see `gaps`), seed by seed.
 
@@ -106,14 +107,20 @@ def compare(
         double: run the rewritten model in float64 as well, so that only rounding to float32 inside it is left.
         wide: run the oracle's plain model in float64; a model that casts by hand may not run in it.
         floor: as in `gaps`.
+        attached: of a model that is attached already (and in float64, if `double`): the model as it was before, in
+            float64 if `wide`, and what `attach` returned.
     """
     kwargs = kwargs or {}
     widen = widened if wide else lambda value: value
-    plain = copy.deepcopy(model).double() if wide else copy.deepcopy(model)
     if double:
-        model.double()
         args, kwargs = widened(args), widened(kwargs)
-    report = mhc_compile.attach(model, *args, config=config, **kwargs)
+    if attached is None:
+        plain = copy.deepcopy(model).double() if wide else copy.deepcopy(model)
+        if double:
+            model.double()
+        report = mhc_compile.attach(model, *args, config=config, **kwargs)
+    else:
+        plain, report = attached
     ours = mhc_compile.parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in ours.items()}
     copies = {name: value.double().requires_grad_() for name, value in start.items()}

@@ -71,7 +71,7 @@ def test_blocks_compiled_by_inductor():
     same(want, run(pieces, pieces))
 
 
-@pytest.mark.parametrize("blocks", [2, 12, 40])
+@pytest.mark.parametrize("blocks", [2, 12])
 def test_equal_blocks_compile_three_graphs_at_most(blocks):
     whole, pieces = stack(blocks)
     want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))

@@ -44,7 +44,7 @@ def _assert_same_step(model, plain, rewritten):
 
 @pytest.mark.parametrize(
     ("name", "reentrant"),
-    [("llama", False), ("llama", True), ("gpt2", True), ("bert", False), ("vit", False), ("gemma2", False)],
+    [("llama", True), ("bert", False), ("vit", False)],
 )
 def test_hugging_face_models(name, reentrant):
     case = CASES[name]()
@@ -70,10 +70,9 @@ def test_parameters_made_without_checkpointing_serve_with_it():
     assert sorted(mhc_compile.parameters(model)) == wanted
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_branches_are_recomputed_and_the_streams_are_kept(dropout):
+def test_branches_are_recomputed_and_the_streams_are_kept():
     """As in the plain model: the backward runs the bodies' products again, and keeps what crosses their borders."""
-    counts, steps, kept = {}, {}, {}
+    counts, steps, kept, dropout = {}, {}, {}, 0.3
     for checkpointed in (False, True):
         for rewritten in (False, True):
             torch._dynamo.reset()
@@ -139,8 +138,10 @@ class ByHand(Stack):
         return self.readout(hidden)
 
 
-@pytest.mark.parametrize(("around", "sites"), [("block", 6), ("branch", 3), ("nested", 12)])
-@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize(
+    ("around", "sites", "inner"),
+    [("block", 6, "aot_eager"), ("branch", 3, "aot_eager"), ("nested", 12, "aot_eager"), ("nested", 12, "eager")],
+)
 def test_checkpoint_by_hand(around, sites, inner):
     model = ByHand(around)
     plain = _step(model, lambda: model(features()))
@@ -152,7 +153,7 @@ def test_checkpoint_by_hand(around, sites, inner):
 @pytest.mark.parametrize("fusion", ["site", "boundary", "inductor"])
 def test_every_fusion_choice_in_checkpointed_bodies(fusion):
     model = ByHand()
-    mhc_compile.attach(model, features(), config=MHCConfig(init="paper"))
+    mhc_compile.attach(model, features(), config=MHCConfig(init="paper", sinkhorn_iters=3))
     inner = Counting()
     model.around = "none"
     without = torch.compile(model, backend="mhc", options=QUICK)
@@ -211,7 +212,7 @@ def test_a_dropped_mask_is_drawn_again_alike():
     _assert_same_step(model, *steps)
 
 
-@pytest.mark.parametrize("options", [{}, {"strict": False}, {"on_graph_break": "collapse"}])
+@pytest.mark.parametrize("options", [{}, {"on_graph_break": "collapse"}])
 def test_t5_cuts_its_own_stream_under_checkpointing(options):
     """Its first block sets `requires_grad` on a tensor inside a branch, where Dynamo breaks."""
     case = CASES["t5"]()
@@ -226,7 +227,7 @@ def test_t5_cuts_its_own_stream_under_checkpointing(options):
     with pytest.warns(MHCWarning, match="requires_grad"):
         report = mhc_compile.attach(model, config=config, **inputs)
     assert 0 < len(report.sites) < sum(case.chains)
-    assert any(entry.reason is Reason.CUT for entry in report.rejected) == ("strict" in options)
-    assert any("requires_grad" in reason for reason in report.cuts) == ("on_graph_break" in options)
+    assert not any(entry.reason is Reason.CUT for entry in report.rejected)
+    assert any("requires_grad" in reason for reason in report.cuts)
     compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", **options})
     _assert_same_step(model, plain, _step(model, lambda: compiled(**inputs)))

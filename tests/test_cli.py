@@ -95,7 +95,9 @@ def test_a_llama_of_8b_parameters_is_explained_without_weights(tmp_path):
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_meta) < 1e6
     printed = json.loads(run("explain", tmp_path, "--json").stdout)
     assert printed["parameters_before"] == 8_030_261_248
-    assert len(printed["chains"][0]["sites"]) == 64
+    assert [len(chain["sites"]) for chain in printed["chains"]] == [64]
+    # 64 sites of phi [24, 4·4096], 3 scales and 24 biases.
+    assert printed["parameters_added"] == 64 * (24 * 4 * 4096 + 27)
 
 
 @pytest.mark.parametrize("function", ["a_dict", "a_tuple", "a_tensor"])

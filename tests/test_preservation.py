@@ -6,7 +6,7 @@ from mhc_compile.kernels.anchored import release
 
 import mhc_compile
 
-from .models import CASES, QUICK, Case, assert_same_function
+from .models import CASES, QUICK, assert_same_function
 
 
 def _outputs(result):
@@ -25,11 +25,6 @@ def _in_dtype(value, dtype):
     return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
-def case(request) -> Case:
-    return CASES[request.param]()
-
-
 @pytest.fixture(autouse=True)
 def _traceable(request):
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -37,30 +32,28 @@ def _traceable(request):
         pytest.skip("before torch 2.12 AOTAutograd cannot trace the plain Mixtral on a CPU either: grouped_mm")
 
 
-def test_outputs_and_gradients_are_the_plain_ones(case):
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_outputs_and_gradients_are_the_plain_ones(name):
+    case = CASES[name]()
     model, inputs = case.build().eval(), case.inputs()
     logits, gradients = _run(model, model, inputs)
     report = mhc_compile.attach(model, **inputs)
     assert sorted(len(chain.sites) for chain in report.chains) == sorted(case.chains)
     assert {site.norm for site in report.sites} == {case.norm}
 
-    rewritten_logits, rewritten = _run(torch.compile(model, backend="mhc", options=QUICK), model, inputs)
+    rewritten_logits, rewritten = _run(torch.compile(model, backend="mhc", options={"inner": "eager"}), model, inputs)
     assert torch.equal(logits, rewritten_logits)
     top = max(float(gradient.abs().max()) for gradient in gradients.values())
     names = list(gradients)
     assert_same_function([gradients[n] for n in names], [rewritten[n] for n in names], 1e-4, floor=1e-3 * top)
 
 
-# Where the plain model adds up a stream's gradient from as many terms as the rewritten one. In others, such as parallel
-# branches or a float32 RMSNorm written out, the same terms are added in another order.
+# Where the plain model adds up a stream's gradient from as many terms as the rewritten one: one branch a site, parallel
+# branches, an encoder with a decoder. In others, such as a float32 RMSNorm written out, the same terms are added in
+# another order.
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        (name, dtype)
-        for name in ("clip", "falcon", "gpt2", "gptj", "vit", "whisper")
-        for dtype in ("float32", "bfloat16")
-    ]
-    + [(name, "bfloat16") for name in ("gemma2", "llama", "mistral", "qwen3")],
+    [("llama", "bfloat16"), ("vit", "float32"), ("falcon", "float32"), ("falcon", "bfloat16"), ("whisper", "float32")],
 )
 def test_gradients_are_the_plain_ones_bit_for_bit(name, dtype):
     case = CASES[name]()
@@ -73,7 +66,10 @@ def test_gradients_are_the_plain_ones_bit_for_bit(name, dtype):
     assert [name for name, gradient in gradients.items() if not torch.equal(gradient, rewritten[name])] == []
 
 
-def test_training_moves_streams_apart(case):
+# Pre-norm, parallel branches, post-norm with an encoder and a decoder, images.
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "bart", "vit"])
+def test_training_moves_streams_apart(name):
+    case = CASES[name]()
     model, inputs = case.build().train(), case.inputs()
     report = mhc_compile.attach(model, **inputs)
     compiled = torch.compile(model, backend="mhc", options=QUICK)
@@ -100,7 +96,6 @@ def test_training_moves_streams_apart(case):
     middle = len(report.sites) - len(report.chains[-1].sites) // 2
     streams = seen[middle]
     spread = (streams - streams.mean(-2, keepdim=True)).abs().max() / streams.abs().max()
-    print("SPREAD", spread)
     assert spread > 1e-5, "the streams of a middle layer are still equal"
 
 

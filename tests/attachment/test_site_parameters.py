@@ -196,9 +196,14 @@ def test_an_owner_with_an_attribute_of_that_name_is_refused():
         mhc_compile.attach(Taken(), features())
 
 
-@pytest.mark.parametrize("n_streams", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity"])
-@pytest.mark.parametrize("readout", ["mean", "learned"])
+@pytest.mark.parametrize(
+    ("n_streams", "manifold", "readout"),
+    [
+        (n_streams, manifold, ("mean", "learned")[(row + column) % 2])
+        for row, n_streams in enumerate((1, 2, 3, 5, 8))
+        for column, manifold in enumerate(("sinkhorn", "none", "identity"))
+    ],
+)
 def test_every_manifold_readout_and_stream_count_preserves(n_streams, manifold, readout):
     model = Stack()
     plain = model(features())

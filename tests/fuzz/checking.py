@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import itertools
 import re
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def check(program: Program, chosen: Options) -> None:
         n_streams=chosen.n_streams, manifold=chosen.manifold, readout=chosen.readout, min_sites=1, strict=False
     )
     text = f"\n{program.source}\n{chosen}"
-    report = mhc_compile.explain(model, *widened(inputs), config=config)
+    plain = copy.deepcopy(model)
+    report = mhc_compile.attach(model, *widened(inputs), config=config)
     found = collections.Counter(int(re.search(r">:(\d+)", site.location)[1]) for site in report.sites)
     for line in sorted({*found, *program.expected}):
         wanted = program.expected.get(line, 0)
@@ -69,7 +71,10 @@ def check(program: Program, chosen: Options) -> None:
         return
     more: dict[str, Any] = {"inner": chosen.inner, "fusion": chosen.fusion}
     try:
-        _, differences = compare(model, inputs, config=config, options=more, double=True, floor=1e-6, seeds=(None, 0))
+        _, differences = compare(
+            model, inputs, config=config, options=more, double=True, floor=1e-6, seeds=(None, 0),
+            attached=(plain, report),
+        )  # fmt: skip
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {str(error)[:600]}{text}") from error
     for (out, gradient, name), other in zip(differences, ("the plain model at the start", "the oracle"), strict=True):

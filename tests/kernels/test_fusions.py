@@ -45,8 +45,8 @@ def test_an_operator_launches_the_kernels_that_the_table_names(operator, tokens)
 @pytest.mark.parametrize("choice", FUSIONS)
 @pytest.mark.usefixtures("kernels")
 def test_a_rewritten_model_runs_the_kernels_that_the_table_names(choice):
-    model = Stack()
-    mhc_compile.attach(model, features())
+    model = Stack(1)
+    mhc_compile.attach(model, features(), config=config.MHCConfig(sinkhorn_iters=3))
     compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager", "fusion": choice})
 
     def train():

@@ -125,7 +125,7 @@ def _stored(sites, interval):
     return math.ceil(sites / interval) - 1
 
 
-@pytest.mark.parametrize("sites", [8, 24, 48])
+@pytest.mark.parametrize("sites", [8, 24])
 def test_bytes_saved_are_those_of_the_cost_model(sites):
     n, interval = 4, traffic.recompute_interval(sites, 4)
     partition, _ = _recorded(_trained(lambda: PreNorm(sites)), recompute="auto")
@@ -168,7 +168,7 @@ def test_fused_boundaries_store_the_layer_input_with_the_streams():
     assert _equal(results, _recorded(model, recompute="none", fusion="boundary")[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_inlined_operators_store_the_same_as_opaque_ones(dtype):
     model = _trained(PreNorm, dtype)
     inlined, results = _recorded(model, dtype, recompute=3, fusion="inductor")
@@ -181,11 +181,23 @@ def test_inlined_operators_store_the_same_as_opaque_ones(dtype):
 
 
 def _dropped_branches():
-    return Stack(3, dropout=0.3)
+    return Stack(2, dropout=0.3)
 
 
-@pytest.mark.parametrize("fusion", ["site", "inductor"])
-@pytest.mark.parametrize("build", [_dropped_branches, DroppedStream, BatchNormed])
+def _dropped_stream():
+    return DroppedStream(sites=4)
+
+
+@pytest.mark.parametrize(
+    ("build", "fusion"),
+    [
+        (_dropped_branches, "site"),
+        (_dropped_branches, "inductor"),
+        (_dropped_stream, "site"),
+        (_dropped_stream, "inductor"),
+        (BatchNormed, "site"),
+    ],
+)
 def test_random_operators_and_running_statistics_do_not_run_again(build, fusion):
     model = _trained(build)
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -205,8 +217,10 @@ def test_random_operators_and_running_statistics_do_not_run_again(build, fusion)
 
 
 # With dropout on attention weights, as in BERT, attention is traced as its parts.
-@pytest.mark.parametrize(("name", "attention"), [("llama", ATTENTION), ("bert", "aten._safe_softmax.default")])
-@pytest.mark.parametrize("fusion", ["site", "boundary"])
+@pytest.mark.parametrize(
+    ("name", "attention", "fusion"),
+    [("llama", ATTENTION, "boundary"), ("bert", "aten._safe_softmax.default", "site")],
+)
 def test_architectures_give_the_same_gradients_and_rerun_no_branch(name, attention, fusion):
     model = _trained(CASES[name]().build)
     partition, results = _recorded(model, recompute="auto", fusion=fusion)
@@ -222,7 +236,8 @@ def test_architectures_give_the_same_gradients_and_rerun_no_branch(name, attenti
 def test_a_learned_readout_and_readers_in_the_middle():
     model, ids = llama(), token_ids()
     model(ids, output_hidden_states=True)
-    mhc_compile.attach(model, input_ids=ids, output_hidden_states=True, config=MHCConfig(readout="learned"))
+    config = MHCConfig(readout="learned", sinkhorn_iters=3)
+    mhc_compile.attach(model, input_ids=ids, output_hidden_states=True, config=config)
 
     def step(**options):
         torch._dynamo.reset()
@@ -252,7 +267,7 @@ def test_a_users_own_checkpoints_still_hold(fusion, whole):
 
 
 def test_inference_is_the_same():
-    model = _trained(PreNorm).eval()
+    model = _trained(lambda: PreNorm(4)).eval()
     outputs = []
     for recompute in ("none", "auto", 2):
         for fusion in ("site", "inductor"):
@@ -266,7 +281,8 @@ def test_inference_is_the_same():
 
 @pytest.mark.parametrize(("fusion", "recompute"), [("site", "auto"), ("boundary", 3), ("inductor", "auto")])
 def test_one_compilation_serves_every_batch_and_length(fusion, recompute):
-    model = _trained(lambda: PreNorm(6))
+    sites = 4
+    model = _trained(lambda: PreNorm(sites))
     recorder = Recorder()
     options = {"inner": recorder.name, "recompute": recompute, "fusion": fusion}
     compiled = torch.compile(model, backend="mhc", options=options, dynamic=True)
@@ -277,7 +293,7 @@ def test_one_compilation_serves_every_batch_and_length(fusion, recompute):
         out.square().sum().backward()
     assert len(recorder.partitions) == 1
     symbolic = [node for node in recorder.last.saved if node.meta["val"].shape[-2:] == (4, WIDTH)]
-    assert len(symbolic) == _stored(6, traffic.recompute_interval(6, 4) if recompute == "auto" else recompute)
+    assert len(symbolic) == _stored(sites, traffic.recompute_interval(sites, 4) if recompute == "auto" else recompute)
     assert all(isinstance(size, torch.SymInt) for node in symbolic for size in node.meta["val"].shape[:2])
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     torch._dynamo.reset()

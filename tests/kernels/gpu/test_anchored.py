@@ -133,13 +133,11 @@ def _preserving(operator, problem, device):
     return (stored, *rest, torch.zeros_like(phi), scale, bias), constants
 
 
-# 1 and 2 streams take the launches of 4, which meet every dtype.
+# 1 and 2 streams take the launches of 4, which meet every dtype; those of 5 round in the same places.
 @pytest.mark.parametrize("tokens", [3, 66])
 @pytest.mark.parametrize(("operator", "n", "dtype"), [
-    ("pre", 1, torch.bfloat16), ("pre", 2, torch.bfloat16),
-    *((operator, n, dtype) for operator, n in (
-        ("pre", 4), ("pre", 5), ("paper_pre", 4), ("head", 4), ("post_pre", 4), ("post_pre", 5),
-    ) for dtype in DTYPES),
+    ("pre", 1, torch.bfloat16), ("pre", 2, torch.bfloat16), ("pre", 5, torch.bfloat16), ("post_pre", 5, torch.float16),
+    *((operator, 4, dtype) for operator in ("pre", "paper_pre", "head", "post_pre") for dtype in DTYPES),
 ])  # fmt: skip
 def test_equal_streams_pass_unchanged_bit_for_bit(operator, n, tokens, dtype, device):
     # What the layout is for: neither the forward nor the gradient of the identity path rounds.
