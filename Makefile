@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Tests that share something expensive name it in an xdist_group, and then run in one process.
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2
 
 # A machine with no NVIDIA GPU gets the CPU build of PyTorch: the CUDA one is some gigabytes larger.
 TORCH_CPU := torch==2.13.0
