@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -81,6 +81,13 @@ class SiteParameters(nn.Module):
 
         super()._apply(keep_precision, recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Load as any module does, but never below float32: given assign=True, what is loaded becomes the parameter."""
+        names = [prefix + name for name, _ in self.named_parameters()]
+        loaded = {name: state_dict[name] for name in names if name in state_dict}
+        short = {name: value.float() for name, value in loaded.items() if value.itemsize < 4}
+        super()._load_from_state_dict({**state_dict, **short}, prefix, *args)
 
     def extra_repr(self) -> str:
         """Show the shape of phi, which tells n and C."""
