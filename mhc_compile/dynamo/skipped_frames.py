@@ -43,8 +43,8 @@ def _after_compilation(arguments: Any) -> None:
     error = sys.exc_info()[1]
     if error is not None and not isinstance(error, Exception):
         # An interrupt between two traces of a first call: no backend is at work to take back what it has attached.
-        for root in list(MEMORY.undo):
-            MEMORY.take_back(root)
+        for model in list(MEMORY.undo):
+            MEMORY.take_back(model)
     if not isinstance(error, Unsupported):
         return
     compilation = _compilation_frame()
