@@ -26,8 +26,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import functional
-    from .api import attach, detach, explain, param_groups, parameters, report
+    from . import distributed, functional
+    from .api import attach, detach, explain, param_groups, parameters, report, reset_parameters
     from .attachment.optimizers import check_optimizer
     from .config import MHCConfig
 
@@ -42,6 +42,7 @@ _LAZY = {
     "param_groups": "api",
     "parameters": "api",
     "report": "api",
+    "reset_parameters": "api",
 }
 
 __all__ = [
@@ -60,17 +61,19 @@ __all__ = [
     "attach",
     "check_optimizer",
     "detach",
+    "distributed",
     "explain",
     "functional",
     "param_groups",
     "parameters",
     "report",
+    "reset_parameters",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    if name == "functional":
-        return importlib.import_module(".functional", __name__)
+    if name in ("distributed", "functional"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The public functions that act on a model: attach, explain, report, parameters, param_groups, detach."""
+"""The public functions that act on a model, from `attach` to `detach`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import nn
 
 from .attachment.entrances import close_entrances
 from .attachment.sentinels import disarm
-from .attachment.site_parameters import CHILD, attached_config, owners_in
+from .attachment.site_parameters import CHILD, SiteParameters, attached_config, owners_in
 from .config import STRUCTURAL, MHCConfig
-from .errors import ConfigMismatchError, NoResidualError, NotAttachedError
+from .dynamo.frames import is_sharded
+from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError
 from .look import look
 from .memory import MEMORY
 from .planning.binding import attach_plan, take_back
@@ -42,8 +43,15 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
         NoResidualError: nothing was found, and `config.strict`.
         StreamCutError: a graph break lies inside a residual block, or Python code computes the hidden state anew
             between two graphs; with `on_graph_break="error"`, any graph break cuts the residual stream.
+        MHCError: FSDP2 has sharded the model already.
     """
     root = unwrap(model)
+    if is_sharded(root):
+        raise MHCError(
+            "this model is sharded by fully_shard already: its blocks hold pieces of their parameters, and nothing "
+            "would synchronize new ones. Call mhc_compile.attach(model, example_input) first, then "
+            "mhc_compile.distributed.shard_parameters(model), then fully_shard."
+        )
     attached = attached_config(root)
     if attached is not None and config is not None:
         _require_same(attached, config)
@@ -136,6 +144,22 @@ def param_groups(model: nn.Module, *, weight_decay: float, **kwargs: Any) -> lis
         {"params": decayed, "weight_decay": weight_decay, **kwargs},
         {"params": kept, "weight_decay": 0.0, **kwargs},
     ]
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Give a model's mHC parameters the values that they began with, sharded or not.
+
+    For training code that allocates parameters and then initializes them (`to_empty`, `init_weights`). Parameters that
+    leave the meta device are reset without it.
+
+    Raises:
+        NotAttachedError: the model has no mHC parameters.
+    """
+    sites = [module for module in unwrap(model).modules() if isinstance(module, SiteParameters)]
+    if not sites:
+        raise NotAttachedError("the model has no mHC parameters: call mhc_compile.attach(model, example_input).")
+    for site in sites:
+        site.reset_parameters()
 
 
 def detach(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import MHCConfig
 from ..errors import OwnerError
@@ -47,6 +48,69 @@ class Role(Enum):
         return self in (Role.TAIL, Role.ONLY)
 
 
+@dataclass(frozen=True)
+class SiteShape:
+    """What decides the shape and the start of a site's parameters."""
+
+    width: int
+    index: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Start:
+    """What decides the values that a site's parameters begin with.
+
+    `init="preserve"`: with phi = 0, pre sums to exactly 1 and leans on stream `index mod n`, post is 1 and every row
+    of res sums to 1, so equal streams stay equal to the plain hidden state, whatever the branch. The lean is what
+    breaks the symmetry between streams: with a uniform pre they would stay equal for ever, and res would never learn.
+    `init="paper"`: the same biases with a random phi.
+
+    Attributes:
+        shape: the site's shape and place.
+        config: the options.
+        readout: the parameters are those of a chain's learned readout; its sigmoid weights start at 1/n each.
+    """
+
+    shape: SiteShape
+    config: MHCConfig
+    readout: bool = False
+
+    def values(self, name: str) -> dict[str, Tensor]:
+        """Return phi, scale and bias of the site of this name, on the CPU."""
+        n = self.config.n_streams
+        bias = self._readout_bias() if self.readout else self._bias()
+        columns = n * self.shape.width
+        phi = torch.zeros(bias.numel(), columns, device="cpu")
+        if self.config.init == "paper":
+            # Seeded by torch's seed and the site's name: reproducible, in whatever order sites are made, and without
+            # drawing from the user's random stream.
+            generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+            phi = torch.randn(phi.shape, generator=generator, device="cpu") / math.sqrt(columns)
+        scales = 1 if self.readout else MANIFOLDS[self.config.manifold].scales
+        scale = torch.full((scales,), _INITIAL_SCALE, dtype=self.shape.dtype, device="cpu")
+        return {"phi": phi.to(self.shape.dtype), "scale": scale, "bias": bias.to(self.shape.dtype)}
+
+    def _readout_bias(self) -> Tensor:
+        n = self.config.n_streams
+        return torch.full((n,), math.log(1.0 / (n - 1)) if n > 1 else 20.0, dtype=torch.float64, device="cpu")
+
+    def _bias(self) -> Tensor:
+        manifold, n = MANIFOLDS[self.config.manifold], self.config.n_streams
+        weights = _leaning_weights(n, self.shape.index % n)
+        if manifold.gated:
+            # One stream: sigmoid reaches 1 only in the limit; 20 is exact in float32.
+            pre = [_exact_logit(weight) for weight in weights] if n > 1 else [20.0]
+            post = [0.0] * n
+        else:
+            pre, post = weights, [1.0] * n
+        parts = [torch.tensor([*pre, *post], dtype=torch.float64, device="cpu")]
+        if manifold.mixes:
+            parts.append(manifold.rest_bias(n).double().cpu().flatten())
+        return torch.cat(parts)
+
+
 class SiteParameters(nn.Module):
     """The parameters of one site, or of one chain's learned readout.
 
@@ -56,22 +120,37 @@ class SiteParameters(nn.Module):
         bias: [rows].
         name: the site's dotted name in the model that it was attached to; wrappers around that model do not change it.
         role: where the site lies on its chain, as the whole model showed it: a value of `Role`.
+        start: what decides the values that the parameters begin with.
     """
 
-    def __init__(self, phi: Tensor, scale: Tensor, bias: Tensor, name: str) -> None:
-        """Wrap the initial values as parameters."""
+    def __init__(self, name: str, start: Start) -> None:
+        """Create the parameters with the values that they begin with."""
         super().__init__()
         self.name = name
         self.role = Role.ONLY.value
-        self.phi = nn.Parameter(phi)
-        self.scale = nn.Parameter(scale)
-        self.bias = nn.Parameter(bias)
+        self.start = start
+        options: dict[str, Any] = {"device": start.shape.device, "dtype": start.shape.dtype}
+        for parameter, value in start.values(name).items():
+            self.register_parameter(parameter, nn.Parameter(value.to(**options)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give the parameters the values that they began with, sharded or not."""
+        for parameter, value in self.start.values(self.name).items():
+            held = getattr(self, parameter)
+            if isinstance(held, DTensor):
+                # Every rank computes the whole value: nothing has to be sent.
+                value = value.to(dtype=held.dtype, device=held.device_mesh.device_type)
+                value = distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None)
+            held.copy_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteParameters:
         """Follow the model to another device, but never below float32.
 
-        Coefficients in bf16 cost 170 to 318 times in the error of the row sums.
+        Coefficients in bf16 cost 170 to 318 times in the error of the row sums. Parameters that leave the meta device
+        hold whatever the memory held before: they are given the values that they begin with.
         """
+        empty = self.phi.is_meta
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -80,6 +159,8 @@ class SiteParameters(nn.Module):
             return moved
 
         super()._apply(keep_precision, recurse)
+        if empty and not self.phi.is_meta:
+            self.reset_parameters()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -115,40 +196,6 @@ class OwnedParameters(nn.Module):
         return value
 
 
-@dataclass(frozen=True)
-class SiteShape:
-    """What decides the shape and the start of a site's parameters."""
-
-    width: int
-    index: int
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-
-
-def make_site_parameters(name: str, shape: SiteShape, config: MHCConfig) -> SiteParameters:
-    """Create a site's parameters.
-
-    `init="preserve"`: with phi = 0, pre sums to exactly 1 and leans on stream `index mod n`, post is 1 and every row
-    of res sums to 1, so equal streams stay equal to the plain hidden state, whatever the branch. The lean is what
-    breaks the symmetry between streams: with a uniform pre they would stay equal for ever, and res would never learn.
-    `init="paper"`: the same biases with a random phi.
-    """
-    manifold = MANIFOLDS[config.manifold]
-    n = config.n_streams
-    weights = _leaning_weights(n, shape.index % n)
-    if manifold.gated:
-        # One stream: sigmoid reaches 1 only in the limit; 20 is exact in float32.
-        logits = [_exact_logit(weight) for weight in weights] if n > 1 else [20.0]
-        pre_bias = torch.tensor(logits, dtype=torch.float64)
-        post_bias = torch.zeros(n, dtype=torch.float64)
-    else:
-        pre_bias, post_bias = torch.tensor(weights, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-    parts = [pre_bias, post_bias]
-    if manifold.mixes:
-        parts.append(manifold.rest_bias(n).double().flatten())
-    return _made(name, torch.cat(parts), manifold.scales, shape, config)
-
-
 def _leaning_weights(n: int, own: int) -> list[float]:
     """Return n weights that sum to 1 and lean on stream `own` by .5 to .75.
 
@@ -172,26 +219,6 @@ def _exact_logit(weight: float) -> float:
     # An odd number of copies, so that both paths of a vectorized sigmoid are asked.
     hit = (torch.sigmoid(near[:, None].repeat(1, 67)).double() == weight).all(dim=-1)
     return float(near[int(hit.int().argmax())])
-
-
-def make_readout_parameters(name: str, shape: SiteShape, config: MHCConfig) -> SiteParameters:
-    """Create a learned readout; its sigmoid weights start at 1/n each."""
-    n = config.n_streams
-    start = math.log(1.0 / (n - 1)) if n > 1 else 20.0
-    return _made(name, torch.full((n,), start, dtype=torch.float64), 1, shape, config)
-
-
-def _made(name: str, bias: Tensor, scales: int, shape: SiteShape, config: MHCConfig) -> SiteParameters:
-    columns = config.n_streams * shape.width
-    phi = torch.zeros(bias.numel(), columns)
-    if config.init == "paper" and shape.device.type != "meta":
-        # Seeded by torch's seed and the site's name: reproducible, in whatever order sites are made, and without
-        # drawing from the user's random stream.
-        generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
-        phi = torch.randn(phi.shape, generator=generator) / math.sqrt(columns)
-    options: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
-    scale = torch.full((scales,), _INITIAL_SCALE, **options)
-    return SiteParameters(phi.to(**options), scale, bias.to(**options), name)
 
 
 def parameters_of(owner: nn.Module) -> OwnedParameters | None:

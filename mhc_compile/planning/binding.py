@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +19,16 @@ from ..attachment.site_parameters import (
     Role,
     SiteParameters,
     SiteShape,
+    Start,
     add_parameters,
     attached_config,
     joined,
-    make_readout_parameters,
-    make_site_parameters,
     parameters_of,
     site_parameters,
 )
 from ..config import MHCConfig
 from ..dynamo.frames import Frame, inside_ddp, is_sharded
-from ..errors import ConfigMismatchError, MHCWarning, NotAttachedError, UnrewrittenCallError
+from ..errors import ConfigMismatchError, MHCError, MHCWarning, NotAttachedError, UnrewrittenCallError
 from ..memory import MEMORY
 from ..passes.bound_chains import BoundChain, BoundSite, Parameters
 from ..passes.read_sentinels import SentinelCall
@@ -46,17 +44,16 @@ class _Wanted:
     label: str
     site: PlannedSite
     role: Role
-    make: Callable[[str, SiteShape, MHCConfig], SiteParameters]
 
 
 def _wanted(plan: Plan, config: MHCConfig) -> list[_Wanted]:
     wanted = []
     for chain in plan.chains:
         for site in chain.selected:
-            wanted.append(_Wanted(site.site.name, site.owner, site.label, site, site.role, make_site_parameters))
+            wanted.append(_Wanted(site.site.name, site.owner, site.label, site, site.role))
         if _learns_readout(chain, config):
             name, owner, label = _readout_of(chain)
-            wanted.append(_Wanted(name, owner, label, chain.sites[-1], Role.READOUT, make_readout_parameters))
+            wanted.append(_Wanted(name, owner, label, chain.sites[-1], Role.READOUT))
     return wanted
 
 
@@ -84,8 +81,9 @@ def _attach(
         if known is None:
             created.append((entry.owner, entry.label))
             path = entry.name.rsplit(f"{CHILD}.{entry.label}", 1)[0].rstrip(".")
-            index = 0 if entry.role is Role.READOUT else entry.site.index
-            known = entry.make(entry.name, _shape(entry.site, index), config)
+            readout = entry.role is Role.READOUT
+            shape = _shape(entry.site, 0 if readout else entry.site.index)
+            known = SiteParameters(entry.name, Start(shape, config, readout))
             add_parameters(entry.owner, path, entry.label, known, config)
         known.role = entry.role.value
         owned = parameters_of(entry.owner)
@@ -188,6 +186,7 @@ def bind(plan: Plan, calls: tuple[SentinelCall, ...], frame: Frame, config: MHCC
     def parameters(name: str, owner: nn.Module, label: str, width: int | None) -> Parameters | None:
         site = site_parameters(owner, label)
         assert site is not None, f"{name} was attached before"
+        _require_float32(name, site)
         if width is not None and site.phi.shape[-1] != config.n_streams * width:
             raise ConfigMismatchError(
                 f"{name}.phi has {site.phi.shape[-1]} columns, but {config.n_streams} streams of width {width} need "
@@ -221,6 +220,17 @@ def bind(plan: Plan, calls: tuple[SentinelCall, ...], frame: Frame, config: MHCC
         "they write is not called there as a module, so its hooks do not run. Call the child (child(x), not "
         "child.forward(x)), or leave the block out with the option sites=."
     )
+
+
+def _require_float32(name: str, site: SiteParameters) -> None:
+    """Check that something that casts a model's parameters has left these as they are."""
+    for parameter, value in (("phi", site.phi), ("scale", site.scale), ("bias", site.bias)):
+        if torch.promote_types(value.dtype, torch.float32) != value.dtype:
+            raise MHCError(
+                f"{name}.{parameter} is {value.dtype}: mixing coefficients need float32, or their matrix is no longer "
+                "doubly stochastic. Under a mixed precision policy of FSDP2, call "
+                "mhc_compile.distributed.shard_parameters(model) before the first fully_shard."
+            )
 
 
 def _learns_readout(chain: PlannedChain, config: MHCConfig) -> bool:

@@ -222,10 +222,10 @@ def test_equal_streams_pass_unchanged_bit_for_bit(operator, n, dtype):
 @pytest.mark.parametrize("n", range(2, 9))
 def test_the_start_reads_weights_that_sum_to_one(n):
     from mhc_compile import MHCConfig
-    from mhc_compile.attachment.site_parameters import SiteShape, make_site_parameters
+    from mhc_compile.attachment.site_parameters import SiteParameters, SiteShape, Start
 
     for index in range(n):
-        mapping = make_site_parameters("site", SiteShape(8, index, torch.device("cpu")), MHCConfig(n_streams=n))
+        mapping = SiteParameters("site", Start(SiteShape(8, index, torch.device("cpu")), MHCConfig(n_streams=n)))
         streams = torch.randn(3, n, 8, generator=torch.Generator().manual_seed(0))
         streams[:, 1:] = 0.0
         parameters = (mapping.phi.detach(), mapping.scale.detach(), mapping.bias.detach())
