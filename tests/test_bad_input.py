@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mhc_compile
-from mhc_compile import MHCConfig
+from mhc_compile import MHCConfig, MHCError
 
 from .models import WIDTH, Stack, features
 
@@ -102,6 +102,50 @@ def test_meta_tensors():
     out.sum().backward()
     assert out.is_meta
     assert all(parameter.grad.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("init", ["preserve", "paper"])
+def test_memory_for_a_meta_model_is_filled_with_the_start(init):
+    config = MHCConfig(init=init, readout="learned")
+    torch.manual_seed(7)
+    with torch.device("meta"):
+        model = Stack()
+    mhc_compile.attach(model, torch.empty(5, WIDTH, device="meta"), config=config)
+    model.to_empty(device="cpu")
+    torch.manual_seed(7)
+    other = Stack()
+    mhc_compile.attach(other, features(), config=config)
+    for (name, got), wanted in zip(
+        mhc_compile.parameters(model).items(), mhc_compile.parameters(other).values(), strict=True
+    ):
+        assert torch.equal(got, wanted), name
+
+
+def test_parameters_begin_anew():
+    model = Stack()
+    mhc_compile.attach(model, features())
+    start = {name: value.clone() for name, value in mhc_compile.parameters(model).items()}
+    with torch.no_grad():
+        for parameter in mhc_compile.parameters(model).values():
+            parameter.add_(1.0)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(torch.equal(value, start[name]) for name, value in mhc_compile.parameters(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mhc_parameters_in_half_precision(dtype):
+    model = Stack()
+    compiled = _attached(model, features())
+    model.blocks[0].mhc.to(dtype)
+    assert {value.dtype for value in mhc_compile.parameters(model).values()} == {torch.float32}
+    site = model.blocks[0].mhc.mlp
+    site.bias.data = site.bias.data.to(dtype)
+    with pytest.raises(MHCError, match=r"blocks\.0\.mhc\.mlp\.bias is torch\.\w*float16"):
+        compiled(features())
+    site.bias.data = site.bias.data.float()
+    compiled(features())
 
 
 def test_an_input_on_another_device():

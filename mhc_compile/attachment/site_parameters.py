@@ -107,7 +107,8 @@ class Start:
             pre, post = weights, [1.0] * n
         parts = [torch.tensor([*pre, *post], dtype=torch.float64, device="cpu")]
         if manifold.mixes:
-            parts.append(manifold.rest_bias(n).double().cpu().flatten())
+            with torch.device("cpu"):
+                parts.append(manifold.rest_bias(n).double().flatten())
         return torch.cat(parts)
 
 
