@@ -50,7 +50,7 @@ def _after_compilation(arguments: Any) -> None:
     compilation = _compilation_frame()
     if compilation is None:
         return
-    root = next((value for value in compilation["frame"].f_locals.values() if isinstance(value, nn.Module)), None)
+    root = next((value for value in compilation["frame"].f_locals.values() if _is_built(value)), None)
     if root is None:
         return
     reason = _reason(error)
@@ -72,6 +72,11 @@ def _after_compilation(arguments: Any) -> None:
         MHCWarning,
         stacklevel=2,
     )
+
+
+def _is_built(value: Any) -> bool:
+    """Return whether a value is a module, and not one whose `__init__` is the frame that Dynamo gave up on."""
+    return isinstance(value, nn.Module) and "_modules" in vars(value)
 
 
 def _compilation_frame() -> dict[str, Any] | None:
