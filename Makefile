@@ -1,6 +1,7 @@
 # make demo     train a small Llama twice, plain and with mHC, and compare (two to three minutes)
 # make test     everything there is to check: lint, types, tests, kernels compiled ahead for GPUs that are not there
 # make bench    every benchmark in its quick form on the CPU; `python -m benchmarks all --device cuda` measures a GPU
+# make matrix   the core tests on every supported PyTorch and Python that can be installed here (hours, gigabytes)
 # make lint | format | types | kernels | clean
 #
 # Each target makes the environment that it needs in .venv. To use an environment that exists already (a GPU
@@ -37,7 +38,7 @@ IMPORTS := PYTHONPATH=. $(TYPES_PY) -c 'from importlinter.cli import lint_import
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test bench lint format types kernels clean
+.PHONY: demo test bench matrix lint format types kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
@@ -49,6 +50,9 @@ test: lint types
 
 bench: $(TEST_READY)
 	$(PY) -m benchmarks all --device cpu --quick
+
+matrix: $(TEST_READY)
+	$(PY) -m tests.matrix
 
 kernels: $(TEST_READY)
 	$(PY) -m benchmarks.compile_ahead

@@ -50,12 +50,22 @@ def rebuild(folder: Path) -> Path:
 
 
 def load(place: Path) -> dict[str, dict[str, Any]]:
-    """Return the results in one hardware's folder by benchmark, quick runs left out."""
+    """Return the results in one hardware's folder by benchmark, quick runs left out.
+
+    Raises:
+        SystemExit: a file holds no result.
+    """
     found = {}
     for path in sorted(place.glob("*.json")):
-        result = json.loads(path.read_text())
-        if not result["quick"]:
-            found[result["benchmark"]] = result
+        try:
+            result = json.loads(path.read_text())
+            if not result["quick"]:
+                found[result["benchmark"]] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"{path} is no result of a benchmark ({type(error).__name__}: {error}): run the benchmark again, or "
+                "delete the file."
+            ) from error
     return found
 
 

@@ -15,7 +15,7 @@ from .dynamo.frames import is_sharded
 from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError
 from .look import look
 from .memory import MEMORY
-from .planning.binding import attach_plan
+from .planning.binding import attach_plan, take_back
 from .planning.chain_sizes import chain_sizes
 from .planning.graph_breaks import forget_breaks
 from .planning.nothing_found import nothing_found
@@ -60,13 +60,19 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     if config.strict and not found.report.sites:
         raise NoResidualError(nothing_found(found.merged(), config))
     frames = [frame for _, frame in found.links.plans]
-    for plan, frame in zip(found.plans, frames, strict=True):
-        attach_plan(plan, frame, config)
-    found.forget()
-    if any(module in MEMORY.plain for module in root.modules()):
-        MEMORY.plain.clear()
-        torch._dynamo.reset()
-    keep_report(root, found.report)
+    created: list[tuple[nn.Module, str]] = []
+    try:
+        for plan, frame in zip(found.plans, frames, strict=True):
+            created += attach_plan(plan, frame, config)
+        if any(module in MEMORY.plain for module in root.modules()):
+            MEMORY.plain.clear()
+            torch._dynamo.reset()
+        keep_report(root, found.report)
+    except BaseException:
+        take_back(created, root)
+        raise
+    finally:
+        found.forget()
     return found.report
 
 

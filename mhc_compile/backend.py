@@ -65,7 +65,7 @@ def mhc(
         return _compiled(graph_module, example_inputs, frame, config, mode)
     except TraceAnew:
         raise
-    except Exception:
+    except BaseException:
         if frame.roots:
             MEMORY.take_back(frame.root)
         raise
@@ -109,10 +109,11 @@ def _compiled(
     inputs = [*example_inputs, *streams_examples(graph)]
     compiled = passes.read("compile", compile_inner, graph, inputs, config, mode)
     compiled = carry_streams(compiled, plan, config)
+    compiled = _checked(compiled, remaining_checks(analysis.sentinels, plan, frame))
+    _publish(analysis, plan, frame, config, fusion)
     if frame.roots and frame.break_reason is None:
         MEMORY.undo.pop(frame.root, None)
-    _publish(analysis, plan, frame, config, fusion)
-    return _checked(compiled, remaining_checks(analysis.sentinels, plan, frame))
+    return compiled
 
 
 def _checked(compiled: Compiled, checks: list[Callable[[], None]]) -> Compiled:

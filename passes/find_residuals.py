@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from .finding.lookalikes import veto, writes_streams
 from .finding.operand_kinds import operand_kinds
 from .finding.other_adds import Causes
-from .fx.carriers import carried_from, carrier_between, outputs_over_carriers
+from .fx.carriers import carried_from, carrier_between, outputs_over_carriers, scales_features
 from .fx.dataflow import (
     Reach,
     bodies,
@@ -70,6 +70,7 @@ class _Finder:
         self.native: set[Node] = set()
         self.normed: set[Node] = set()
         self.nested: set[Node] = set()
+        self.scaled: set[Node] = set()
 
     def run(self) -> Findings:
         shortcuts: list[tuple[Node, Node, Node]] = []
@@ -93,6 +94,7 @@ class _Finder:
             elif (shortcut := self._consider(node, left, right)) is not None:
                 shortcuts.append((node, *shortcut))
         self._drop_branch_local()
+        self._drop_feed_through()
         self._keep_useful_shortcuts(shortcuts)
         self._drop_native()
         return Findings(chains=tuple(self._chains()), rejections=tuple(self.rejected.values()))
@@ -131,6 +133,8 @@ class _Finder:
                 readers = frozenset(user for user in fork.users if user in reach and user not in carriers)
                 if any(is_norm(value) for value in reach if self.order[value] > self.order[fork]):
                     self.normed.add(node)
+                if any(scales_features(value) for value in carriers):
+                    self.scaled.add(node)
                 self._record(node, skip, branch, fork, readers)
                 return None
         if reason is Reason.INDEPENDENT:
@@ -315,6 +319,19 @@ class _Finder:
                     self._reject(inner.node, Reason.BRANCH_LOCAL)
                 elif outer is not None:
                     self.nested.add(inner.node)
+
+    def _drop_feed_through(self) -> None:
+        """Reject an add whose skip is scaled feature by feature and that joins no other site.
+
+        On a stream of several sites that is a scaled skip; alone, it is what a state-space layer adds to its scan.
+        """
+        continued = {self._previous(site.skip)[0] for site in self.found.values()}
+        for add in sorted(self.scaled & self.found.keys(), key=self.order.__getitem__, reverse=True):
+            goes_on = self._previous(self.found[add].skip)[0] in self.found and add not in self.nested
+            if add not in continued and not goes_on:
+                del self.found[add]
+                self.nested.discard(add)
+                self._reject(add, Reason.FEED_THROUGH)
 
     def _drop_native(self) -> None:
         """Reject the sites on a stream that is one of several the model carries itself."""

@@ -96,6 +96,34 @@ def test_page_is_self_contained_and_escapes_source_text(report, tmp_path):
     assert "<b>positions" not in text
 
 
+class Named(nn.Module):
+    """Its class and its children have names that a page might take for its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.add_module('<b title="1">&amp;', Block())
+        self.inner.add_module("<script>alert(1)</script>", Block())
+
+    def forward(self, x):
+        for block in self.inner.children():
+            x = block(x)
+        return x
+
+
+def test_page_escapes_the_names_of_modules_and_classes(tmp_path):
+    report = mhc_compile.explain(type("<i>Model", (Named,), {})(), torch.ones(2, 8))
+    text = report.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(report.sites) == 2
+    for site in report.sites:
+        assert "<" in site.name
+        assert site.name in page.cells
+    assert "<i>Model" not in text
+    assert "&lt;i&gt;Model" in text
+    assert not {"<script", "<b "} & {tag for tag in ("<script", "<b ") if tag in text}
+
+
 def test_page_says_when_nothing_was_found(tmp_path):
     report = mhc_compile.explain(Model(1), torch.ones(2, 4, 8))
     text = report.to_html(tmp_path / "report.html").read_text(encoding="utf-8")

@@ -77,6 +77,21 @@ class Highway(Stack):
         return self.readout(self.blocks[0](hidden))
 
 
+class ScaledSkips(Stack):
+    """Each skip is scaled by a learned vector; inside the branches, one that feeds a layer's input to its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.keep = nn.ParameterList(0.5 + torch.rand(WIDTH) for _ in range(4))
+
+    def forward(self, values):
+        hidden = self.stem(values)
+        for index, block in enumerate(self.blocks):
+            inner = F.silu(block.mixer(block.norm1(hidden)))
+            hidden = self.keep[index] * hidden + block.mlp(_attended(inner) + self.keep[index + 2] * inner)
+        return self.readout(self.keep[3] * hidden + torch.tanh(self.blocks[0].mlp(hidden)))
+
+
 class SuperResolution(nn.Module):
     """Residual blocks inside residual groups, a convolution behind each, a skip around all, then an upsampling."""
 
@@ -212,6 +227,7 @@ KINDS = {
     "recurrent depth that reads its input again": (RecurrentDepthWithInput, features, [2, 2, 2]),
     "mixture of depths": (MixtureOfDepths, _sequences, [2, 2, 2]),
     "highway": (Highway, features, [2, 2]),
+    "scaled skips": (ScaledSkips, _sequences, [3]),
     "super-resolution": (SuperResolution, lambda: torch.rand(2, 3, 6, 6), [1, 2, 2, 2]),
     "two streams of a decoder": (TwoStreams, _sequences, [4, 4]),
     "residual attention scores": (ResidualScores, _sequences, [4]),

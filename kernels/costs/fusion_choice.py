@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ...errors import MHCError
 from .. import dispatch
 from ..cpu import build
 from ..fusions import CANDIDATES
@@ -150,9 +151,26 @@ def _fastest(seconds: dict[str, float], reason: FusionReason, tokens: int, width
     return FusionChoice(min(seconds, key=lambda name: seconds[name]), reason, detail)
 
 
+_COLUMNS = ("gpu", "dtype", "n_streams", "width", "tokens", "training", "microseconds")
+
+
 @cache
 def _table() -> tuple[dict[str, Any], ...]:
-    return tuple(json.loads(TABLE.read_text(encoding="utf-8"))) if TABLE.is_file() else ()
+    """Return the measurements.
+
+    Raises:
+        MHCError: the file holds something else.
+    """
+    if not TABLE.is_file():
+        return ()
+    try:
+        rows = json.loads(TABLE.read_text(encoding="utf-8"))
+        return tuple({name: row[name] for name in _COLUMNS} for row in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MHCError(
+            f"the measurements in {TABLE} cannot be read ({type(error).__name__}: {error}). Install mhc-compile again, "
+            "delete the file (the cost model then decides), or choose with the option fusion='site' or 'boundary'."
+        ) from error
 
 
 def _nearest(

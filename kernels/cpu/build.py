@@ -51,13 +51,23 @@ class BuildError(RuntimeError):
 def library(n_streams: int, dtype: torch.dtype) -> ctypes.CDLL | BuildError:
     """Return the compiled operators for a number of streams and their dtype, or why there are none."""
     try:
-        loaded = ctypes.CDLL(str(_compiled(n_streams, dtype)))
+        loaded = _loaded(n_streams, dtype)
     except (BuildError, OSError) as error:
         return error if isinstance(error, BuildError) else BuildError(str(error))
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, _INT
     return loaded
+
+
+def _loaded(n_streams: int, dtype: torch.dtype) -> ctypes.CDLL:
+    path = _compiled(n_streams, dtype)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        # What lies there is no library: a folder that was copied or restored in part.
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(n_streams, dtype)))
 
 
 def why_not(n_streams: int, dtype: torch.dtype) -> str | None:
@@ -101,6 +111,7 @@ def _compile(path: str, options: tuple[str, ...], target: Path) -> None:
         if result.returncode == 0:
             os.replace(unfinished, target)
             return
+        unfinished.unlink(missing_ok=True)
     first = (result.stderr.strip() or "no message").splitlines()[0]
     raise BuildError(f"{path} does not compile the operators: {first}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -107,7 +107,8 @@ class Start:
             pre, post = weights, [1.0] * n
         parts = [torch.tensor([*pre, *post], dtype=torch.float64, device="cpu")]
         if manifold.mixes:
-            parts.append(manifold.rest_bias(n).double().cpu().flatten())
+            with torch.device("cpu"):
+                parts.append(manifold.rest_bias(n).double().flatten())
         return torch.cat(parts)
 
 
@@ -165,6 +166,13 @@ class SiteParameters(nn.Module):
         if empty and not self.phi.is_meta:
             self.reset_parameters()
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Load as any module does, but never below float32: given assign=True, what is loaded becomes the parameter."""
+        names = [prefix + name for name, _ in self.named_parameters()]
+        loaded = {name: state_dict[name] for name in names if name in state_dict}
+        short = {name: value.float() for name, value in loaded.items() if value.itemsize < 4}
+        super()._load_from_state_dict({**state_dict, **short}, prefix, *args)
 
     def extra_repr(self) -> str:
         """Show the shape of phi, which tells n and C."""

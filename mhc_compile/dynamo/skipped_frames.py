@@ -1,4 +1,4 @@
-"""Notice when Dynamo gives up on a whole frame and never calls a backend.
+"""Notice when Dynamo gives up on a whole frame and never calls a backend, or is interrupted.
 
 A graph break inside a loop does that: the frame runs as plain Python, the modules it calls are compiled one by one, and
 a residual add of its own is rewritten by nobody. Dynamo tells no backend; its compile callbacks are where the exception
@@ -21,6 +21,7 @@ from ..attachment.entrances import BACKEND_NAME
 from ..attachment.site_parameters import attached_config
 from ..config import MHCConfig
 from ..errors import MHCWarning, StreamCutError
+from ..memory import MEMORY
 from ..passes.analyze import holds_residual_adds
 from ..planning.graph_breaks import cut_message, remember_given_up
 
@@ -40,12 +41,16 @@ def _after_compilation(arguments: Any) -> None:
     from torch._dynamo.exc import Unsupported
 
     error = sys.exc_info()[1]
+    if error is not None and not isinstance(error, Exception):
+        # An interrupt between two traces of a first call: no backend is at work to take back what it has attached.
+        for model in list(MEMORY.undo):
+            MEMORY.take_back(model)
     if not isinstance(error, Unsupported):
         return
     compilation = _compilation_frame()
     if compilation is None:
         return
-    root = next((value for value in compilation["frame"].f_locals.values() if isinstance(value, nn.Module)), None)
+    root = next((value for value in compilation["frame"].f_locals.values() if _is_built(value)), None)
     if root is None:
         return
     reason = _reason(error)
@@ -67,6 +72,11 @@ def _after_compilation(arguments: Any) -> None:
         MHCWarning,
         stacklevel=2,
     )
+
+
+def _is_built(value: Any) -> bool:
+    """Return whether a value is a module, and not one whose `__init__` is the frame that Dynamo gave up on."""
+    return isinstance(value, nn.Module) and "_modules" in vars(value)
 
 
 def _compilation_frame() -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attachment.entrances import open_entrances
+from ..attachment.entrances import close_entrances, open_entrances
 from ..attachment.optimizers import watch_optimizers
 from ..attachment.sentinels import arm, arm_root, disarm
 from ..attachment.site_parameters import (
@@ -60,8 +60,22 @@ def _wanted(plan: Plan, config: MHCConfig) -> list[_Wanted]:
 def attach_plan(
     plan: Plan, frame: Frame, config: MHCConfig, on_first_call: bool = False
 ) -> list[tuple[nn.Module, str]]:
-    """Create what is missing, note each site's role, put sentinels where the sites are, and return what was created."""
-    created = []
+    """Create what is missing, note each site's role, put sentinels where the sites are, and return what was created.
+
+    Interrupted half-way, it leaves the model as it was.
+    """
+    created: list[tuple[nn.Module, str]] = []
+    try:
+        _attach(plan, frame, config, on_first_call, created)
+    except BaseException:
+        take_back(created, frame.root)
+        raise
+    return created
+
+
+def _attach(
+    plan: Plan, frame: Frame, config: MHCConfig, on_first_call: bool, created: list[tuple[nn.Module, str]]
+) -> None:
     for entry in _wanted(plan, config):
         known = site_parameters(entry.owner, entry.label)
         if known is None:
@@ -80,7 +94,6 @@ def attach_plan(
         watch_optimizers(frame.root)
         whole = [chain for chain in plan.chains if chain.selected[0].role.begins and chain.selected[-1].role.ends]
         open_entrances(frame.model or frame.root, [[site.site.owner for site in chain.selected] for chain in whole])
-    return created
 
 
 def _arm(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
@@ -115,10 +128,17 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
             f"{len(missing)} mHC parameters are missing and the model is already {wrapper}, which would never "
             f"synchronize their gradients. Call mhc_compile.attach(model, example_input) before {before}."
         )
-    # Weakly: what is to be undone must not keep the model alive.
-    created = [(weakref.ref(owner), label) for owner, label in attach_plan(plan, frame, config, on_first_call=True)]
+    # Before anything is made, since an interrupt may come at any time; weakly, since it must not keep the model alive.
+    made = [(weakref.ref(entry.owner), entry.label) for entry in missing]
     root = weakref.ref(frame.root)
-    MEMORY.undo.setdefault(frame.root, []).append(lambda: _take_back(created, root))
+
+    def undo() -> None:
+        alive = [(owner, label) for reference, label in made if (owner := reference()) is not None]
+        if (model := root()) is not None:
+            take_back(alive, model)
+
+    MEMORY.undo.setdefault(frame.root, []).append(undo)
+    attach_plan(plan, frame, config, on_first_call=True)
     warnings.warn(
         f"backend='mhc' created the mHC parameters of {len(missing)} sites at the first call. An optimizer built "
         "before does not own them: call mhc_compile.attach(model, example_input) first, or add "
@@ -129,19 +149,19 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
     return True
 
 
-def _take_back(created: list[tuple[weakref.ref[nn.Module], str]], model: weakref.ref[nn.Module]) -> None:
-    root = model()
-    for reference, label in created:
-        owner = reference()
-        owned = parameters_of(owner) if owner is not None else None
-        if root is None or owner is None or owned is None or label not in owned._modules:
+def take_back(created: list[tuple[nn.Module, str]], root: nn.Module) -> None:
+    """Take parameters off their owners again, and with the last of them all else that attaching has left."""
+    for owner, label in created:
+        owned = parameters_of(owner)
+        if owned is None:
             continue
-        del owned._modules[label]
+        owned._modules.pop(label, None)
         if not owned._modules:
             disarm(root, owned)
             delattr(owner, CHILD)
-    if root is not None and attached_config(root) is None:
+    if attached_config(root) is None:
         disarm(root)
+        close_entrances(root)
 
 
 def bind(plan: Plan, calls: tuple[SentinelCall, ...], frame: Frame, config: MHCConfig) -> tuple[BoundChain, ...] | None:

@@ -1,7 +1,8 @@
 """Carriers: what may stand on a stream between two residual adds, what one is made of, and how streams pass it.
 
-Casts, views, dropout, a constant factor, a norm, an activation. Each stream passes them alone; where a carrier does the
-same to stacked streams [*, n, C], or to differences of streams, all pass it at once.
+Casts, views, dropout, a factor that is constant or learned (one for all features, or one for each), a norm, an
+activation. Each stream passes them alone; where a carrier does the same to stacked streams [*, n, C], or to differences
+of streams, all pass it at once.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .dataflow import (
     op_name,
     operands,
     output_values,
+    shape_of,
     sizes_of,
     tensor_of,
 )
@@ -73,9 +75,30 @@ def _carried_through_product(node: Node) -> Node | None:
         if factor is right or op_name(node) in ("mul", "imul", "mul_", "multiply"):
             if _is_number(factor) or (is_parameter_expression(factor) and _has_one_element(factor)):
                 return value
-            if is_parameter_expression(factor) and _is_normalized(value):
+            if is_parameter_expression(factor) and (_is_normalized(value) or is_feature_scale(node, value, factor)):
                 return value
     return None
+
+
+def is_feature_scale(node: Node, value: Node, factor: Node) -> bool:
+    """Return whether a product scales a value by one learned factor a feature."""
+    sizes = shape_of(factor)
+    return (
+        shape_of(node) == shape_of(value) and sum(size != 1 for size in sizes) == 1 and is_parameter_expression(factor)
+    )
+
+
+def scales_features(carrier: Node) -> bool:
+    """Return whether a carrier is a product with one learned factor a feature, and no norm's own weight."""
+    if op_name(carrier) not in PRODUCT_NAMES:
+        return False
+    left, right = operands(carrier)
+    pairs = ((left, right), (right, left))
+    return norm_input(carrier) is None and any(
+        isinstance(value, Node) and isinstance(factor, Node) and not _is_normalized(value)
+        and is_feature_scale(carrier, value, factor)
+        for value, factor in pairs
+    )  # fmt: skip
 
 
 def _carried_through_sum(node: Node) -> Node | None:

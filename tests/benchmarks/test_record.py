@@ -112,6 +112,15 @@ def test_no_results_are_an_error_that_names_the_way_out(tmp_path):
         report.rebuild(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", '{"quick": fal', "[]", '{"benchmark": "kernels"}'])
+def test_a_result_that_is_broken_is_named(tmp_path, text):
+    place = tmp_path / "results" / "cpu"
+    place.mkdir(parents=True)
+    (place / "kernels.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"kernels\.json is no result"):
+        report.rebuild(tmp_path)
+
+
 def test_a_part_that_hangs_is_stopped_and_the_next_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "_START_SECONDS", 0.1)
     monkeypatch.setattr(suite, "_GRACE_SECONDS", 0.1)

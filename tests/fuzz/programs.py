@@ -154,6 +154,7 @@ _SITES = [
     ("x = x + ({B} + {D})", 1),
     ("x = 0.7 * x + {B}", 1),
     ("x = x * self.damp + {B}", 1),
+    ("x = x * self.gain + {B}", None),
     ("x = x.to(torch.float64) + {B}; x = x.to(inputs.dtype)", 1),
     ("x = F.dropout(x, 0.0) + {B}", 1),
 ]
@@ -162,6 +163,7 @@ _CARRIERS = [
     "x = torch.nn.functional.relu(x, inplace=True)",
     "x = self.{N}(x)",
     "x = 1.5 * x",
+    "x = self.gain * x",
     "x = x.clone()",
     "x = F.dropout(x, 0.0)",
     "x = x.to(torch.float64).to(inputs.dtype)",

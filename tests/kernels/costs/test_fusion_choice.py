@@ -14,6 +14,8 @@ from mhc_compile.kernels.costs.fusion_choice import FusionReason, choose_fusion,
 from mhc_compile.kernels.costs.gpus import GPUS, LAUNCH_SECONDS
 from mhc_compile.kernels.dispatch import choosing
 
+from mhc_compile import MHCError
+
 
 @pytest.fixture
 def h200(monkeypatch):
@@ -82,6 +84,17 @@ def test_a_measurement_beats_the_model_within_its_reach(monkeypatch, tmp_path):
             assert far.reason is FusionReason.PREDICTED
     finally:
         fusion_choice._table.cache_clear()
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize("text", ["", "[{", '{"gpu": "h200"}', '[{"gpu": "h200"}]', "[1, 2]", "\xff"])
+def test_a_file_of_measurements_that_is_broken_is_named(monkeypatch, tmp_path, text):
+    file = tmp_path / "times.json"
+    file.write_text(text, encoding="latin-1")
+    monkeypatch.setattr(fusion_choice, "TABLE", file)
+    fusion_choice._table.cache_clear()
+    with pytest.raises(MHCError, match=r"times\.json cannot be read"):
+        choose(7000)
 
 
 def test_an_unknown_gpu_is_said_to_be_guessed(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -82,6 +83,29 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(fresh, monkeypatch, tmp_
     file.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(file / "below"))
     assert build.why_not(1, torch.float32) is None
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_library_that_is_cut_short_is_compiled_again(fresh):
+    assert build.why_not(1, torch.float32) is None
+    (made,) = fresh.glob("*.so")
+    whole = made.read_bytes()
+    # A new file: the library that is loaded must not change under its users.
+    made.unlink()
+    made.write_bytes(whole[:100])
+    build.library.cache_clear()
+    assert build.why_not(1, torch.float32) is None
+    assert made.stat().st_size == len(whole)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_full_disk_leaves_plain_pytorch(fresh, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build.os, "replace", full)
+    assert implementation(STREAMS, 1) == "reference"
+    assert "No space left on device" in build.why_not(1, torch.float32)
 
 
 @pytest.mark.usefixtures("compiled")
