@@ -30,23 +30,29 @@ if TYPE_CHECKING:
     from .api import attach, detach, explain, param_groups, parameters, report
     from .attachment.optimizers import check_optimizer
     from .config import MHCConfig
+    from .saving import from_pretrained, save_pretrained
+    from .trainer_callback import MHCCallback
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "MHCCallback": "trainer_callback",
     "MHCConfig": "config",
     "attach": "api",
     "check_optimizer": "attachment.optimizers",
     "detach": "api",
     "explain": "api",
+    "from_pretrained": "saving",
     "param_groups": "api",
     "parameters": "api",
     "report": "api",
+    "save_pretrained": "saving",
 }
 
 __all__ = [
     "ConfigMismatchError",
     "GraphInvariantError",
+    "MHCCallback",
     "MHCConfig",
     "MHCError",
     "MHCOptionError",
@@ -61,10 +67,12 @@ __all__ = [
     "check_optimizer",
     "detach",
     "explain",
+    "from_pretrained",
     "functional",
     "param_groups",
     "parameters",
     "report",
+    "save_pretrained",
 ]
 
 

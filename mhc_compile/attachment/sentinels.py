@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnrewrittenCallError
-from .site_parameters import OwnedParameters, SiteParameters, parameters_of
+from .site_parameters import SiteParameters, parameters_of
 
 _LIBRARY = torch.library.Library("mhc", "FRAGMENT")
 _LIBRARY.define("sentinel(Tensor[] parameters, str[] labels, str[] roles, str options) -> ()")
@@ -47,24 +47,31 @@ class Sentinel:
     """The hook of a child: calls the operator with the parameters of the sites that the child's output is written at.
 
     Attributes:
-        owned: the `mhc` child of the sites' owner.
+        owner: the module whose `mhc` child has the parameters; peft may put an adapter's copy in that child's place.
         labels: the sites' labels there.
     """
 
-    def __init__(self, owned: OwnedParameters, labels: tuple[str, ...]) -> None:
+    def __init__(self, owner: nn.Module, labels: tuple[str, ...]) -> None:
         """Hold on to the sites of one owner."""
-        self.owned = owned
+        self.owner = owner
         self.labels = labels
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sentinel:
+        """Copy along with the owner; a child that is copied alone does not take its owner with it."""
+        return Sentinel(memo.get(id(self.owner), self.owner), self.labels)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the child's forward."""
+        owned = parameters_of(self.owner)
+        if owned is None:
+            return
         parameters: list[Tensor] = []
         roles: list[str] = []
         for label in self.labels:
-            site = self.owned._modules[label]
+            site = owned._modules[label]
             parameters += [site.phi, site.scale, site.bias]  # type: ignore[union-attr,list-item]
             roles.append(site.role)  # type: ignore[union-attr,arg-type]
-        torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles, self.owned.options)
+        torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles, owned.options)
 
 
 class RootSentinel:
@@ -133,26 +140,28 @@ def arm(owner: nn.Module, children: Mapping[str, Sequence[nn.Module]]) -> bool:
     Returns:
         Whether a sentinel was missing.
     """
-    owned = parameters_of(owner)
-    assert owned is not None
     labels: dict[int, tuple[nn.Module, list[str]]] = {}
     for label, modules in children.items():
         for module in modules or (owner,):
             labels.setdefault(id(module), (module, []))[1].append(label)
     changed = False
     for module, wanted in labels.values():
-        known = _sentinel_of(module, owned)
+        known = _sentinel_of(module, owner)
         if known is None:
-            module.register_forward_pre_hook(Sentinel(owned, tuple(wanted)))
+            module.register_forward_pre_hook(Sentinel(owner, tuple(wanted)))
         else:
             known.labels = tuple(dict.fromkeys((*known.labels, *wanted)))
         changed |= known is None
     return changed
 
 
-def _sentinel_of(module: nn.Module, owned: OwnedParameters) -> Sentinel | None:
-    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Sentinel))
-    return next((hook for hook in hooks if hook.owned is owned), None)
+def _sentinel_of(module: nn.Module, owner: nn.Module) -> Sentinel | None:
+    return next((hook for hook in sentinels_on(module) if hook.owner is owner), None)
+
+
+def sentinels_on(module: nn.Module) -> list[Sentinel]:
+    """Return the sentinels of a child."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Sentinel)]
 
 
 def arm_root(root: nn.Module) -> None:
@@ -161,11 +170,11 @@ def arm_root(root: nn.Module) -> None:
         root.register_forward_pre_hook(RootSentinel())
 
 
-def disarm(root: nn.Module, owned: OwnedParameters | None = None) -> None:
+def disarm(root: nn.Module, owner: nn.Module | None = None) -> None:
     """Take every sentinel below `root` away, or those of one owner."""
     for module in root.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            ours = isinstance(hook, Sentinel) and (owned is None or hook.owned is owned)
-            if ours or (owned is None and isinstance(hook, RootSentinel)):
+            ours = isinstance(hook, Sentinel) and (owner is None or hook.owner is owner)
+            if ours or (owner is None and isinstance(hook, RootSentinel)):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attachment.adapters import join_adapter
 from ..attachment.entrances import open_entrances
 from ..attachment.optimizers import watch_optimizers
 from ..attachment.sentinels import arm, arm_root, disarm
@@ -119,6 +120,7 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
         )
     # Weakly: what is to be undone must not keep the model alive.
     created = [(weakref.ref(owner), label) for owner, label in attach_plan(plan, frame, config, on_first_call=True)]
+    join_adapter(frame.root)
     root = weakref.ref(frame.root)
     MEMORY.undo.setdefault(frame.root, []).append(lambda: _take_back(created, root))
     warnings.warn(
@@ -140,7 +142,7 @@ def _take_back(created: list[tuple[weakref.ref[nn.Module], str]], model: weakref
             continue
         del owned._modules[label]
         if not owned._modules:
-            disarm(root, owned)
+            disarm(root, owner)
             delattr(owner, CHILD)
     if root is not None and attached_config(root) is None:
         disarm(root)
