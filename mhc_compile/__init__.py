@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .api import attach, detach, explain, param_groups, parameters, report
     from .attachment.optimizers import check_optimizer
     from .config import MHCConfig
+    from .exporting import export
     from .saving import from_pretrained, save_pretrained
     from .trainer_callback import MHCCallback
 
@@ -42,6 +43,7 @@ _LAZY = {
     "check_optimizer": "attachment.optimizers",
     "detach": "api",
     "explain": "api",
+    "export": "exporting",
     "from_pretrained": "saving",
     "param_groups": "api",
     "parameters": "api",
@@ -67,6 +69,7 @@ __all__ = [
     "check_optimizer",
     "detach",
     "explain",
+    "export",
     "from_pretrained",
     "functional",
     "param_groups",

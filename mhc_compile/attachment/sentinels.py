@@ -14,7 +14,6 @@ A check that asks "am I being compiled?" would not do: Dynamo traces it into a f
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnrewrittenCallError
-from .site_parameters import SiteParameters, parameters_of
+from .plain_calls import RootMark, plain_call_message, running_sites
+from .site_parameters import parameters_of
 
 _LIBRARY = torch.library.Library("mhc", "FRAGMENT")
 _LIBRARY.define("sentinel(Tensor[] parameters, str[] labels, str[] roles, str options) -> ()")
@@ -62,6 +62,7 @@ class Sentinel:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the child's forward."""
+        _refuse_export()
         owned = parameters_of(self.owner)
         if owned is None:
             return
@@ -74,17 +75,42 @@ class Sentinel:
         torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles, owned.options)
 
 
-class RootSentinel:
+class RootSentinel(RootMark):
     """The hook of the model itself, which no higher-order region hides from other compilers.
 
     In the body of an activation checkpoint they may drop a sentinel as dead code. Run as plain Python the model says
     nothing: the blocks that it calls may well be compiled, each alone, and their own sentinels know.
     """
 
+    def __init__(self, copied: bool = False) -> None:
+        """Note whether it sits on a copy of the model that was attached."""
+        self.copied = copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RootSentinel:
+        """Know a copy of the model by its sentinel."""
+        return RootSentinel(copied=True)
+
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the model's forward."""
+        _refuse_export()
         if torch.compiler.is_compiling():
             torch.ops.mhc.sentinel.default([], [], [], "")
+
+
+def _refuse_export() -> None:
+    """Fail while a program is exported, not when it first runs: an exported sentinel could only raise then.
+
+    Raises:
+        UnrewrittenCallError: `torch.export`, or what is built on it, traces the plain forward.
+    """
+    if torch.compiler.is_exporting():
+        raise UnrewrittenCallError(EXPORT_MESSAGE)
+
+
+EXPORT_MESSAGE = (
+    "torch.export would export the plain forward of a model that carries mHC parameters. Call "
+    "mhc_compile.export(model, *args), which exports the rewritten one in plain ATen; or mhc_compile.detach(model) first."
+)
 
 
 def raise_if_plain(
@@ -100,28 +126,7 @@ def raise_if_plain(
     sites = running_sites(labels) if labels else ["other compilers' graphs"]
     if not sites or _PLAIN_ALLOWED.get():
         return
-    raise UnrewrittenCallError(
-        f"the plain forward of the model was about to run (at {sites[0]}), although it carries mHC parameters: the "
-        "result would not be the rewritten model's. Call the compiled model (torch.compile(model, backend='mhc'), or "
-        "model.compile(backend='mhc') so that generate() and Trainer use it too). If it was called compiled, Dynamo "
-        "fell back: look for a graph break inside the block or a recompile limit with "
-        "TORCH_LOGS=graph_breaks,recompiles. mhc_compile.detach(model) gives back the plain model."
-    )
-
-
-def running_sites(labels: Sequence[str]) -> list[str]:
-    """Return the names of the sites of these labels whose owner's forward is on the Python stack."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        arguments = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
-        candidate = frame.f_locals.get(arguments[0]) if arguments else None
-        owned = parameters_of(candidate) if isinstance(candidate, nn.Module) else None
-        if owned is not None:
-            sites = [owned._modules[label] for label in labels if label in owned._modules]
-            if sites:
-                return [site.name for site in sites if isinstance(site, SiteParameters)]
-        frame = frame.f_back  # type: ignore[assignment]
-    return []
+    raise UnrewrittenCallError(plain_call_message(sites[0]))
 
 
 _LIBRARY.impl("sentinel", raise_if_plain, "CompositeExplicitAutograd")

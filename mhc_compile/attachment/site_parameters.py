@@ -236,7 +236,7 @@ def _active_copy(wrapper: Any) -> nn.Module | None:
     active = wrapper._active_adapter
     name = active if isinstance(active, str) else active[0] if active else None
     copies = wrapper._modules["modules_to_save"]._modules
-    chosen = copies[name] if name in copies and not wrapper._disable_adapters else wrapper.original_module
+    chosen = copies[name] if name in copies and not wrapper._disable_adapters else wrapper._modules["original_module"]
     return chosen if isinstance(chosen, nn.Module) else None
 
 
