@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .attachment.optimizers import check_optimizer
     from .config import MHCConfig
     from .exporting import export
+    from .inspection import inspect
     from .saving import from_pretrained, save_pretrained
     from .trainer_callback import MHCCallback
 
@@ -44,6 +45,7 @@ _LAZY = {
     "detach": "api",
     "explain": "api",
     "export": "exporting",
+    "inspect": "inspection",
     "from_pretrained": "saving",
     "param_groups": "api",
     "parameters": "api",
@@ -72,6 +74,7 @@ __all__ = [
     "export",
     "from_pretrained",
     "functional",
+    "inspect",
     "param_groups",
     "parameters",
     "report",

@@ -23,6 +23,7 @@ from .planning.graph_breaks import forget_breaks
 from .planning.nothing_found import nothing_found
 from .prediction import Workload, predict
 from .reporting import Report, forget_report, keep_report, report_of
+from .signs_of_life import sign_of_life
 
 
 def attach(model: nn.Module, *args: Any, config: MHCConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -54,7 +55,8 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | Mapping[str, Any] |
     if attached is not None and given.config is not None:
         _require_same(attached, given.config)
     config = given.config or attached or MHCConfig()
-    found = look(root, given.args, given.kwargs, config)
+    with sign_of_life(f"tracing {type(root).__name__}"):
+        found = look(root, given.args, given.kwargs, config)
     if config.strict and not found.report.sites:
         raise NoResidualError(nothing_found(found.merged(), config))
     frames = [frame for _, frame in found.links.plans]

@@ -33,13 +33,12 @@ class _Captured:
 _CAPTURED: list[_Captured] = []
 
 
-def export(
-    model: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: Any
-) -> torch.export.ExportedProgram:
+def export(model: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: Any) -> torch.export.ExportedProgram:
     """Export the rewritten model to plain ATen: for AOTInductor, ONNX, or `torch.export.save`.
 
-    The program takes the arguments given here. It runs, is saved, compiled and converted without this package (whoever
-    loads one of a Hugging Face model has to import transformers, whose classes it returns). A Hugging Face model is exported without its cache of keys and values unless `use_cache` is among the arguments.
+    The program takes the arguments given here. It runs, is saved, compiled and converted without this package; whoever
+    loads one of a Hugging Face model has to import transformers, whose classes it returns. A Hugging Face model is
+    exported without its cache of keys and values unless `use_cache` is among the arguments.
 
     Args:
         model: an attached model, compiled or not; in eval mode for a program that infers.
@@ -90,14 +89,19 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     from torch._dynamo.exc import Unsupported
     from torch.fx.experimental import _config as shapes
 
-    options = {"inner": _INNER, "fusion": "inductor", "recompute": "none", "disable_passes": ["mark_cacheable"]}
+    options: dict[str, Any] = {
+        "inner": _INNER,
+        "fusion": "inductor",
+        "recompute": "none",
+        "disable_passes": ["mark_cacheable"],
+    }
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend="mhc", fullgraph=True, dynamic=True, options=options)
     try:
         # All sizes of the input may vary: `torch.export` is what fixes them. A float would become a tensor.
         with (
             torch.no_grad(),
-            shapes.patch(use_duck_shape=False),
+            shapes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
             torch._dynamo.config.patch(specialize_float=True, specialize_int=True),
         ):
             returned = compiled(*args, **kwargs)
@@ -132,9 +136,7 @@ class _Program(nn.Module):
     def __init__(self, root: nn.Module, captured: _Captured, given: Any, returned: Any) -> None:
         super().__init__()
         owned = {
-            id(tensor): name
-            for tensors in (root.named_buffers(), root.named_parameters())
-            for name, tensor in tensors
+            id(tensor): name for tensors in (root.named_buffers(), root.named_parameters()) for name, tensor in tensors
         }
         leaves = {id(leaf): number for number, leaf in enumerate(pytree.tree_leaves(given)) if isinstance(leaf, Tensor)}
         sizes = size_inputs(captured.graph)

@@ -99,8 +99,8 @@ class Inspection:
             kept = statistics.fmean(site.res[i][i] for i in range(len(site.res)))
             lean, write = max(range(len(site.pre)), key=site.pre.__getitem__), max(site.post)
             lines.append(
-                f"{site.name:<{width}}  {site.pre[lean]:.2f}@{lean} {write:<6.3f}  {kept:.3f}  {site.similarity:<10.4f}  "
-                f"{site.moved:.4f}"
+                f"{site.name:<{width}}  {site.pre[lean]:.2f}@{lean} {write:<6.3f}  {kept:.3f}  "
+                f"{site.similarity:<10.4f}  {site.moved:.4f}"
             )
         return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -19,11 +20,9 @@ from .api import unwrap
 from .attachment.site_parameters import attached_config, named_parameters
 from .errors import MHCWarning, NotAttachedError
 from .gain import composite_gain
+from .inspection import STILL, inspect
 from .saving import save_site_list
 from .static_mixing import static_mixing
-
-# Less than this, in any coefficient, is no movement: rounding, or a learning rate that does not reach the mixing.
-_STILL = 1e-3
 
 
 class MHCCallback(TrainerCallback):
@@ -34,6 +33,8 @@ class MHCCallback(TrainerCallback):
       its start; `mhc_projection`, how much the input decides (root mean square of phi times scale); `mhc_gain_forward`
       and `mhc_gain_backward` of the product over all sites (arXiv 2512.24880, section 3.1).
     - A warning where after `warn_after` steps nothing has moved.
+    - At the end `mhc.html` and, with matplotlib, `mhc.png` in the output folder show the mixing over depth, for the first
+      batch of the training data.
     - Checkpoints get the file that `mhc_compile.from_pretrained` needs to load them without tracing the model.
     """
 
@@ -82,9 +83,9 @@ class MHCCallback(TrainerCallback):
             return
         self._warned = True
         scalars = self.scalars(model)
-        if max(scalars["mhc_moved"], scalars["mhc_projection"]) < _STILL:
+        if max(scalars["mhc_moved"], scalars["mhc_projection"]) < STILL:
             warnings.warn(
-                f"after {state.global_step} steps no mixing coefficient has moved by more than {_STILL:g}: the model "
+                f"after {state.global_step} steps no mixing coefficient has moved by more than {STILL:g}: the model "
                 "still computes what the plain one would. Give the mHC parameters a larger learning rate: "
                 "mhc_compile.param_groups(model, weight_decay=…, lr=…).",
                 MHCWarning,
@@ -96,6 +97,21 @@ class MHCCallback(TrainerCallback):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if model is not None and state.is_world_process_zero and folder.is_dir():
             save_site_list(unwrap(model), folder)
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the page and the picture."""
+        if model is None or train_dataloader is None or not state.is_world_process_zero:
+            return
+        root = unwrap(model)
+        device = next(root.parameters()).device
+        batch = next(iter(train_dataloader))
+        inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+        found = inspect(root, **inputs)
+        found.to_html(Path(args.output_dir, "mhc.html"))
+        if importlib.util.find_spec("matplotlib") is not None:
+            found.to_png(Path(args.output_dir, "mhc.png"))
 
     def _trainer(self) -> Any:
         """Return the Trainer whose constructor is running: it hands callbacks everything but itself."""

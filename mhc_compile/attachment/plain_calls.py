@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 
@@ -59,7 +59,7 @@ def _cause(stack: _Stack, root: nn.Module | None, outer: nn.Module | None) -> st
     if transform is not None:
         return (
             f"torch.func.{transform} calls the model's Python code: mHC models do not go through torch.func. Call the "
-            f"compiled model ({_COMPILED}) and take gradients with backward() or torch.autograd.grad, samples as a batch."
+            f"compiled model ({_COMPILED}), with samples as a batch, and take gradients with backward()."
         )
     if stack.dynamo:
         return _fallback(stack)
@@ -99,7 +99,7 @@ def _fallback(stack: _Stack) -> str:
             return (
                 f"It was called compiled, but {code.co_qualname if sys.version_info >= (3, 11) else code.co_name} has "
                 f"been compiled {limit} times already, for other shapes, modes or modules, and Dynamo stops there: "
-                f"raise torch._dynamo.config.recompile_limit (now {limit}), or see with TORCH_LOGS=recompiles what changes."
+                f"raise torch._dynamo.config.recompile_limit (now {limit}); TORCH_LOGS=recompiles shows what changes."
             )
     return (
         "It was called compiled, but Dynamo fell back to Python here: TORCH_LOGS=graph_breaks,recompiles shows where "
@@ -132,7 +132,8 @@ def _stack() -> _Stack:
 
 
 def _mark(module: nn.Module) -> RootMark | None:
-    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, RootMark)), None)
+    hooks: Iterable[object] = module._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, RootMark)), None)
 
 
 def _named(module: nn.Module | None) -> str:

@@ -109,7 +109,7 @@ def _refuse_export() -> None:
 
 EXPORT_MESSAGE = (
     "torch.export would export the plain forward of a model that carries mHC parameters. Call "
-    "mhc_compile.export(model, *args), which exports the rewritten one in plain ATen; or mhc_compile.detach(model) first."
+    "mhc_compile.export(model, *args), which exports the rewritten one in plain ATen; or mhc_compile.detach(model)."
 )
 
 
