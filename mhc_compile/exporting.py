@@ -89,12 +89,8 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     from torch._dynamo.exc import Unsupported
     from torch.fx.experimental import _config as shapes
 
-    options: dict[str, Any] = {
-        "inner": _INNER,
-        "fusion": "inductor",
-        "recompute": "none",
-        "disable_passes": ["mark_cacheable"],
-    }
+    options: dict[str, Any] = {"inner": _INNER, "fusion": "inductor", "recompute": "none"}
+    options["disable_passes"] = ["mark_cacheable"]
     # `forward`, not `__call__`: a module that was compiled in place would run that compilation.
     compiled = torch.compile(root.forward, backend="mhc", fullgraph=True, dynamic=True, options=options)
     try:

@@ -33,8 +33,8 @@ class MHCCallback(TrainerCallback):
       its start; `mhc_projection`, how much the input decides (root mean square of phi times scale); `mhc_gain_forward`
       and `mhc_gain_backward` of the product over all sites (arXiv 2512.24880, section 3.1).
     - A warning where after `warn_after` steps nothing has moved.
-    - At the end `mhc.html` and, with matplotlib, `mhc.png` in the output folder show the mixing over depth, for the first
-      batch of the training data.
+    - At the end `mhc.html` and, with matplotlib, `mhc.png` in the output folder show the mixing over depth, for the
+      first batch of the training data.
     - Checkpoints get the file that `mhc_compile.from_pretrained` needs to load them without tracing the model.
     """
 

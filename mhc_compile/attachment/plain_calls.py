@@ -16,6 +16,16 @@ _COMPILED = 'torch.compile(model, backend="mhc")'
 _IN_PLACE = 'model.compile(backend="mhc")'
 
 
+# By the functions that stand on the stack while a transform runs: the innermost names what the user called last.
+_TRANSFORMS = {
+    "grad_and_value_impl": "grad",
+    "vmap_impl": "vmap",
+    "_vjp_with_argnums": "vjp",
+    "_jvp_with_argnums": "jvp",
+    "functional_call": "functional_call",
+}
+
+
 class RootMark:
     """What tells the attached model itself on the stack; the sentinel of the model is one.
 
@@ -34,6 +44,15 @@ class _Stack:
     codes: list[CodeType] = field(default_factory=list)
     functions: set[str] = field(default_factory=set)
     dynamo: bool = False
+    transform: str | None = None
+
+
+# What a graph says that another backend has compiled; its sites are not on the stack.
+OTHER_COMPILER = (
+    "a graph of a model that carries mHC parameters was compiled without the rewrite, so that its result would not be "
+    f'the rewritten model\'s. Use backend="mhc" ({_COMPILED}); its option inner= names the compiler that runs the result. '
+    "mhc_compile.detach(model) gives back the plain model."
+)
 
 
 def plain_call_message(site: str) -> str:
@@ -55,10 +74,14 @@ def _cause(stack: _Stack, root: nn.Module | None, outer: nn.Module | None) -> st
             "torch.compiler.set_stance('force_eager') has switched compilation off: take it back with "
             "torch.compiler.set_stance('default')."
         )
-    transform = _transform()
-    if transform is not None:
+    if stack.transform == "functional_call":
         return (
-            f"torch.func.{transform} calls the model's Python code: mHC models do not go through torch.func. Call the "
+            "torch.func.functional_call calls the model's Python code: load the values into the model "
+            f"(load_state_dict) and call the compiled one, {_COMPILED}."
+        )
+    if stack.transform is not None:
+        return (
+            f"torch.func.{stack.transform} calls the model's Python code, and mHC models do not go through it: call the "
             f"compiled model ({_COMPILED}), with samples as a batch, and take gradients with backward()."
         )
     if stack.dynamo:
@@ -107,14 +130,6 @@ def _fallback(stack: _Stack) -> str:
     )
 
 
-def _transform() -> str | None:
-    """Return the transform of torch.func that is at work."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is None:
-        return None
-    return {"Grad": "grad", "Vmap": "vmap", "Jvp": "jvp"}.get(interpreter.key().name, "functionalize")
-
-
 def _stack() -> _Stack:
     seen = _Stack()
     frame: FrameType | None = sys._getframe(1)
@@ -122,6 +137,8 @@ def _stack() -> _Stack:
         code = frame.f_code
         seen.functions.add(code.co_name)
         seen.dynamo |= code.co_name == "compile_wrapper" and "eval_frame" in code.co_filename
+        if "_functorch" in code.co_filename and code.co_name in _TRANSFORMS:
+            seen.transform = _TRANSFORMS[code.co_name]
         module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(module, nn.Module) and code.co_name == "forward":
             if not any(known is module for known in seen.modules):

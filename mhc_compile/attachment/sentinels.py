@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnrewrittenCallError
-from .plain_calls import RootMark, plain_call_message, running_sites
+from .plain_calls import OTHER_COMPILER, RootMark, plain_call_message, running_sites
 from .site_parameters import parameters_of
 
 _LIBRARY = torch.library.Library("mhc", "FRAGMENT")
@@ -123,10 +123,13 @@ def raise_if_plain(
     Raises:
         UnrewrittenCallError: a site of these labels is about to be a plain residual add.
     """
-    sites = running_sites(labels) if labels else ["other compilers' graphs"]
-    if not sites or _PLAIN_ALLOWED.get():
+    if _PLAIN_ALLOWED.get():
         return
-    raise UnrewrittenCallError(plain_call_message(sites[0]))
+    if not labels:
+        raise UnrewrittenCallError(OTHER_COMPILER)
+    sites = running_sites(labels)
+    if sites:
+        raise UnrewrittenCallError(plain_call_message(sites[0]))
 
 
 _LIBRARY.impl("sentinel", raise_if_plain, "CompositeExplicitAutograd")
