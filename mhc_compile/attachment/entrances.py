@@ -72,10 +72,15 @@ def _compilation(call: Any) -> tuple[Any, str | None]:
     return context, name
 
 
+def compiled_by(module: nn.Module) -> str | None:
+    """Return the name of the backend that a module was compiled in place with, if it can be told."""
+    return _compilation(module._compiled_call_impl)[1]
+
+
 def leave_in_place(root: nn.Module) -> None:
     """End `model.compile(backend="mhc")` for a model and what is below it."""
     for module in root.modules():
-        if _compilation(module._compiled_call_impl)[1] == BACKEND_NAME:
+        if compiled_by(module) == BACKEND_NAME:
             module._compiled_call_impl = None
 
 

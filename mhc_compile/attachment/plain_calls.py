@@ -50,7 +50,7 @@ class _Stack:
 # What a graph says that another backend has compiled; its sites are not on the stack.
 OTHER_COMPILER = (
     "a graph of a model that carries mHC parameters was compiled without the rewrite, so that its result would not be "
-    f'the rewritten model\'s. Use backend="mhc" ({_COMPILED}); its option inner= names the compiler that runs the result. '
+    f"the rewritten model's. Call {_COMPILED}: its option inner= names the compiler that runs the result. "
     "mhc_compile.detach(model) gives back the plain model."
 )
 
@@ -81,7 +81,7 @@ def _cause(stack: _Stack, root: nn.Module | None, outer: nn.Module | None) -> st
         )
     if stack.transform is not None:
         return (
-            f"torch.func.{stack.transform} calls the model's Python code, and mHC models do not go through it: call the "
+            f"torch.func.{stack.transform} calls the model's Python code, which is not rewritten: call the "
             f"compiled model ({_COMPILED}), with samples as a batch, and take gradients with backward()."
         )
     if stack.dynamo:

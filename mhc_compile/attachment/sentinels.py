@@ -21,8 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from ..errors import UnrewrittenCallError
+from .entrances import BACKEND_NAME, compiled_by
 from .plain_calls import OTHER_COMPILER, RootMark, plain_call_message, running_sites
 from .site_parameters import parameters_of
 
@@ -95,6 +98,12 @@ class RootSentinel(RootMark):
         _refuse_export()
         if torch.compiler.is_compiling():
             torch.ops.mhc.sentinel.default([], [], [], "")
+        elif module._compiled_call_impl is not None and compiled_by(module) not in (None, BACKEND_NAME):
+            raise UnrewrittenCallError(OTHER_COMPILER)
+
+
+# Of a model that is compiled in place, hooks run outside its forward's frame, and each would be a graph of its own.
+set_code_exec_strategy(RootSentinel.__call__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
 def _refuse_export() -> None:

@@ -1,0 +1,25 @@
+"""Every snippet of the README runs, one after the other, as a reader would run them."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def snippets():
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_the_snippets_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "readme"}
+    found = snippets()
+    assert len(found) == 9
+    for number, code in enumerate(found):
+        # What Inductor compiles is tested elsewhere, and would take minutes here.
+        quick = code.replace('backend="mhc"', 'backend="mhc", options={"inner": "eager"}')
+        quick = quick.replace("attach(model, input_ids=ids", "attach(model, sinkhorn_iters=2, input_ids=ids")
+        exec(compile(quick, f"README.md, snippet {number}", "exec"), scope)
+    assert (tmp_path / "mixing.html").exists()
+    assert (tmp_path / "model.pt2").exists()
+    assert scope["loaded"].model.layers[0].mhc.self_attn.phi.requires_grad
