@@ -19,6 +19,7 @@ from .errors import MHCError, NotAttachedError
 from .passes.plain_operators import size_inputs, without_autocast_regions
 
 _INNER = "mhc_export"
+_NO_LIMIT = 1 << 30
 
 
 @dataclass
@@ -39,6 +40,8 @@ def export(model: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: A
     The program takes the arguments given here. It runs, is saved, compiled and converted without this package; whoever
     loads one of a Hugging Face model has to import transformers, whose classes it returns. A Hugging Face model is
     exported without its cache of keys and values unless `use_cache` is among the arguments.
+
+    Code that was compiled before is compiled again at its next call.
 
     Args:
         model: an attached model, compiled or not; in eval mode for a program that infers.
@@ -98,7 +101,7 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         with (
             torch.no_grad(),
             shapes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
-            torch._dynamo.config.patch(specialize_float=True, specialize_int=True),
+            torch._dynamo.config.patch(specialize_float=True, specialize_int=True, recompile_limit=_NO_LIMIT),
         ):
             returned = compiled(*args, **kwargs)
     except Unsupported as error:
