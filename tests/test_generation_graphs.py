@@ -24,10 +24,10 @@ def compiled():
 
 
 def counts(model, graphs):
-    """Return how many graphs there are after prompts of 5, 9 and 7 tokens, each continued with a dynamic cache."""
+    """Return how many graphs there are after prompts of 5 and of 9 tokens, each continued with a dynamic cache."""
     found = []
-    for length in (5, 9, 7):
-        model.generate(token_ids(1, 12)[:, :length], max_new_tokens=4, do_sample=False)
+    for length in (5, 9):
+        model.generate(token_ids(1, 12)[:, :length], max_new_tokens=3, do_sample=False)
         found.append(len(graphs))
     return found
 
@@ -42,4 +42,4 @@ def test_generation_compiles_no_more_graphs_than_the_plain_model(compiled):
     model = llama(num_hidden_layers=1)
     mhc_compile.attach(model, input_ids=token_ids())
     model.compile(backend="mhc", options={"inner": name})
-    assert counts(model, graphs) == wanted == [3, 4, 4]
+    assert counts(model, graphs) == wanted == [3, 4]

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -22,5 +24,8 @@ def test_the_snippets_run_in_order(tmp_path, monkeypatch):
         quick = quick.replace("num_hidden_layers=2", "num_hidden_layers=1")
         exec(compile(quick, f"README.md, snippet {number}", "exec"), scope)
     assert (tmp_path / "mixing.html").exists()
-    assert (tmp_path / "model.pt2").exists()
+    program, model = scope["program"], scope["loaded"]
+    ids = torch.randint(0, 256, (3, 7))
+    wanted = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(program.module()(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
     assert scope["loaded"].model.layers[0].mhc.self_attn.phi.requires_grad

@@ -17,7 +17,7 @@ from .models import QUICK, decoder, llama, token_ids
 
 
 def trained(model=None, **options):
-    model = llama(tie_word_embeddings=True) if model is None else model
+    model = llama(tie_word_embeddings=True, num_hidden_layers=1) if model is None else model
     mhc_compile.attach(model, input_ids=token_ids(), **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def logits(model):
     [
         ({}, {}),
         ({"manifold": "none", "sinkhorn_iters": 3}, {"max_shard_size": "20KB"}),
-        ({"readout": "learned", "sites": lambda name: ".1." in name, "n_streams": 3}, {}),
+        ({"readout": "learned", "sites": lambda name: "mlp" in name, "min_sites": 1, "n_streams": 3}, {}),
     ],
 )
 def test_a_folder_gives_the_model_back_without_tracing_it(tmp_path, monkeypatch, options, shards):
@@ -52,13 +52,13 @@ def test_a_folder_gives_the_model_back_without_tracing_it(tmp_path, monkeypatch,
     assert torch.equal(logits(loaded), wanted)
     with pytest.raises(mhc_compile.UnrewrittenCallError):
         loaded(input_ids=token_ids())
-    loaded.compile(backend="mhc", options=QUICK)
-    assert loaded.generate(token_ids()[:1], max_new_tokens=2, do_sample=False).shape[1] == token_ids().shape[1] + 2
 
 
 def test_weights_that_transformers_renames_come_back(tmp_path):
     torch.manual_seed(0)
-    model = trained(decoder("MixtralConfig", num_key_value_heads=2, num_local_experts=2).build().eval())
+    model = trained(
+        decoder("MixtralConfig", num_key_value_heads=2, num_local_experts=2, num_hidden_layers=1).build().eval()
+    )
     wanted = logits(model)
     mhc_compile.save_pretrained(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
@@ -103,13 +103,13 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
     with pytest.raises(MHCOptionError, match="upload_folder"):
         mhc_compile.save_pretrained(trained(), tmp_path / "pushed", push_to_hub=True)
     mhc_compile.save_pretrained(trained(), tmp_path / "ours")
-    deeper = trained(llama(num_hidden_layers=3))
+    deeper = trained(llama(num_hidden_layers=2))
     mhc_compile.save_pretrained(deeper, tmp_path / "deeper")
     shutil.copy(tmp_path / "deeper" / WEIGHTS_FILE, tmp_path / "ours" / WEIGHTS_FILE)
     with pytest.raises(MHCError, match="7 unexpected"):
         mhc_compile.from_pretrained(AutoModelForCausalLM, tmp_path / "ours")
     shutil.copy(tmp_path / "deeper" / CONFIG_FILE, tmp_path / "ours" / CONFIG_FILE)
-    with pytest.raises(ConfigMismatchError, match=r"belong to model.layers.2, which LlamaForCausalLM does not have"):
+    with pytest.raises(ConfigMismatchError, match=r"belong to model.layers.1, which LlamaForCausalLM does not have"):
         mhc_compile.from_pretrained(AutoModelForCausalLM, tmp_path / "ours")
 
 
@@ -117,10 +117,10 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
 def test_a_checkpoint_of_other_options_is_refused_and_both_are_named(options):
     state = trained(**options).state_dict()
     if "manifold" not in options:
-        fresh = llama(tie_word_embeddings=True)
+        fresh = llama(tie_word_embeddings=True, num_hidden_layers=1)
         mhc_compile.attach(fresh, input_ids=token_ids())
         fresh.load_state_dict({**trained().state_dict()})
-    other = llama(tie_word_embeddings=True)
+    other = llama(tie_word_embeddings=True, num_hidden_layers=1)
     mhc_compile.attach(other, input_ids=token_ids())
     name = "collapsed" if "on_graph_break" in options else next(iter(options))
     with pytest.raises(ConfigMismatchError, match=rf"trained with {name}=.* attached with {name}="):
@@ -142,5 +142,5 @@ def test_the_options_in_a_checkpoint_have_one_length():
 def test_the_site_list_is_plain_json(tmp_path):
     mhc_compile.save_pretrained(trained(), tmp_path)
     listed = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert [site["role"] for site in listed["sites"]] == ["head", "carried", "carried", "tail"]
+    assert [site["role"] for site in listed["sites"]] == ["head", "tail"]
     assert listed["sites"][0]["hosts"] == ["model.layers.0.self_attn"]
