@@ -35,7 +35,7 @@ def perturbed(model, **inputs):
 
 def test_a_program_runs_without_the_package_at_other_sizes(tmp_path):
     # A Hugging Face model goes the same way in the test of the README's snippets.
-    model = perturbed(Stack(), features=features())
+    model = perturbed(Stack(depth=1), features=features())
     compiled = torch.compile(model, backend="mhc", options=QUICK)
     cases = [({"features": rows}, compiled(rows).detach()) for rows in (features(5), features(3), features(11))]
     program = mhc_compile.export(model, features=features(5), dynamic_shapes={"features": {0: Dim.DYNAMIC}})

@@ -34,7 +34,6 @@ def logits(model):
 @pytest.mark.parametrize(
     ("options", "shards"),
     [
-        ({}, {}),
         ({"manifold": "none", "sinkhorn_iters": 3}, {"max_shard_size": "20KB"}),
         ({"readout": "learned", "sites": lambda name: "mlp" in name, "min_sites": 1, "n_streams": 3}, {}),
     ],
