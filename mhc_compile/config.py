@@ -27,6 +27,9 @@ STRUCTURAL = ("n_streams", "manifold", "init", "readout", "sites", "min_sites")
 # What decides the function that the model computes, and so comes with its parameters.
 _INHERITED = (*STRUCTURAL, "sinkhorn_iters", "on_graph_break")
 
+# What a checkpoint means: the same parameters are another model where one of these differs.
+_SAVED = ("n_streams", "manifold", "sinkhorn_iters", "readout")
+
 SiteFilter = str | Callable[[str], bool] | None
 
 
@@ -80,6 +83,11 @@ class MHCConfig:
     strict: bool = True
     disable_passes: tuple[str, ...] = ()
 
+    def __new__(cls, *args: Any, **options: Any) -> MHCConfig:
+        """Refuse names that are no options before the constructor turns them into a TypeError."""
+        _check_names(options)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Check every value; a bad one never gets further than this."""
         _check_int("n_streams", self.n_streams, 1, MAX_STREAMS)
@@ -123,12 +131,7 @@ class MHCConfig:
             ConfigMismatchError: a given option would need other parameters than the attached ones.
         """
         options = dict(options or {})
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=3)
-                hint = f"Did you mean {_listed(near)}?" if near else f"Known options: {_listed(known)}."
-                raise MHCOptionError(f"unknown option {name!r}. {hint}")
+        _check_names(options)
         if attached is None:
             return cls(**options)
         cls(**options)
@@ -148,6 +151,11 @@ class MHCConfig:
         """The options that decide what is computed, as a text: where it differs, graphs do."""
         return ", ".join(f"{name}={self.to_dict()[name]!r}" for name in _INHERITED)
 
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The options that a checkpoint carries: where one differs, its parameters mean another model."""
+        return {name: getattr(self, name) for name in _SAVED} | {"collapsed": self.on_graph_break == "collapse"}
+
     def wants(self, site_name: str) -> bool:
         """Return whether the `sites` option picks the site of this name."""
         if self.sites is None:
@@ -162,6 +170,20 @@ class MHCConfig:
             key: getattr(value, "__name__", repr(value)) if callable(value) else value
             for key, value in asdict(self).items()
         }
+
+
+def option_names() -> tuple[str, ...]:
+    """Return the names of all options."""
+    return tuple(field.name for field in fields(MHCConfig))
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = option_names()
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"Did you mean {_listed(near)}?" if near else f"Known options: {_listed(known)}."
+            raise MHCOptionError(f"unknown option {name!r}. {hint}")
 
 
 def _listed(names: tuple[str, ...] | list[str]) -> str:

@@ -25,7 +25,21 @@ from .passes.record_mixing import MixingRecorder
 from .reporting import keep_report, report_of
 
 _INNER = "mhc_record_mixing"
-_RECORD: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("mhc_mixing", default=None)
+_RECORD: ContextVar[list[tuple[Tensor, SiteObservation]] | None] = ContextVar("mhc_mixing", default=None)
+
+
+@dataclass(frozen=True)
+class SiteObservation:
+    """What a site did with one input.
+
+    Attributes:
+        res: its mixing matrices [*, n, n], `res[out, in]`, float32 (float64 for float64 streams).
+        similarity: cosine between two different streams that come in, mean over pairs and tokens; 1 while all are
+            equal, and for a single stream.
+    """
+
+    res: Tensor
+    similarity: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,16 @@ def composite_gain(matrices: Sequence[Tensor]) -> tuple[list[float], list[float]
 
 
 def mixing_matrices(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """Run a model once and return every site's mixing matrix.
+    """Run a model once and return every site's mixing matrix; args, errors and order are those of `observe`.
+
+    Returns:
+        by site name: res [*, n, n], `res[out, in]`, float32 (float64 for float64 streams).
+    """
+    return {name: seen.res for name, seen in observe(model, *args, **kwargs).items()}
+
+
+def observe(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, SiteObservation]:
+    """Run a model once and return what every site did.
 
     The rewritten graph is interpreted node by node, without autograd, in the mode (train or eval) that the
     model is in. The model's report, its compiled code and its parameters stay as they are.
@@ -88,8 +111,7 @@ def mixing_matrices(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Te
         **kwargs: the input's keyword arguments.
 
     Returns:
-        by site name, in the order of execution: res [*, n, n], `res[out, in]`, float32 (float64 for
-        float64 streams).
+        by site name, in the order of execution.
 
     Raises:
         NotAttachedError: the model has no mHC parameters.
@@ -107,7 +129,7 @@ def mixing_matrices(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Te
         compiled(*args, **kwargs)
     if shown is not None:
         keep_report(root, shown)
-    return {named[id(phi)].removesuffix(".phi"): res for phi, res in calls}
+    return {named[id(phi)].removesuffix(".phi"): seen for phi, seen in calls}
 
 
 def chain_gains(model: nn.Module, *args: Any, **kwargs: Any) -> list[ChainGain]:
@@ -125,8 +147,8 @@ def chain_gains(model: nn.Module, *args: Any, **kwargs: Any) -> list[ChainGain]:
 
 
 @contextmanager
-def _recording() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    calls: list[tuple[Tensor, Tensor]] = []
+def _recording() -> Iterator[list[tuple[Tensor, SiteObservation]]]:
+    calls: list[tuple[Tensor, SiteObservation]] = []
     token = _RECORD.set(calls)
     try:
         yield calls
@@ -134,10 +156,19 @@ def _recording() -> Iterator[list[tuple[Tensor, Tensor]]]:
         _RECORD.reset(token)
 
 
-def _note(phi: Tensor, res: Tensor) -> None:
+def _note(phi: Tensor, res: Tensor, streams: Tensor) -> None:
     calls = _RECORD.get()
     if calls is not None:
-        calls.append((phi, res))
+        calls.append((phi, SiteObservation(res, _similarity(streams))))
+
+
+def _similarity(streams: Tensor) -> float:
+    n = streams.shape[-2]
+    if n == 1:
+        return 1.0
+    unit = nn.functional.normalize(streams.float(), dim=-1)
+    cosines = unit @ unit.mT
+    return float(((cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (n - 1))).mean())
 
 
 @register_backend(name=_INNER)

@@ -18,6 +18,7 @@ from .passes.residual import Chain, Reason, Rejection, Site
 from .planning.nothing_found import rejected_by_reason
 from .planning.sites import Plan
 from .prediction import Prediction
+from .repeated_layers import folded
 
 _MOST_ROWS = 40
 
@@ -131,7 +132,10 @@ class Report:
         loader = jinja2.PackageLoader("mhc_compile", "templates")
         environment = jinja2.Environment(loader=loader, autoescape=True)
         page = environment.get_template("report.html").render(
-            report=self, rejected=rejected_by_reason(self.rejected), manifold=MANIFOLDS[self.config.manifold]
+            report=self,
+            folded=folded,
+            rejected=rejected_by_reason(self.rejected),
+            manifold=MANIFOLDS[self.config.manifold],
         )
         target = Path(path)
         target.write_text(page, encoding="utf-8")
@@ -155,11 +159,12 @@ class Report:
             )
             for column in ("site", "norm", "stream", "source"):
                 table.add_column(column, overflow="fold")
-            for site in chain.sites[:_MOST_ROWS]:
-                shape = "x".join(str(size) for size in site.shape)
-                table.add_row(site.name, site.norm, f"{shape} {site.dtype}", site.location)
-            if len(chain.sites) > _MOST_ROWS:
-                table.add_row(f"… and {len(chain.sites) - _MOST_ROWS} more", "", "", "")
+            rows = folded(chain.sites)
+            for row in rows[:_MOST_ROWS]:
+                shape = "x".join(str(size) for size in row.site.shape)
+                table.add_row(row.name, row.site.norm, f"{shape} {row.site.dtype}", row.site.location)
+            if len(rows) > _MOST_ROWS:
+                table.add_row(f"… and {len(rows) - _MOST_ROWS} more", "", "", "")
             console.print(table)
         if self.rejected:
             table = Table(title="adds left as they are", title_justify="left")

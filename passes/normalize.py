@@ -3,6 +3,7 @@
 Handles `torch.add` and `Tensor.add` (with `alpha`), `addcmul`, `operator.iadd` and `Tensor.add_`. An in-place add
 becomes an ordinary one where no alias of the changed value is read afterwards; elsewhere it stays, and the finder
 says so. Other elementwise operations in place likewise: a branch that begins with `relu_(x)` changes the skip, too.
+Slices that are put together again are the value that they were cut from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .fx.dataflow import is_float, is_in_place_add, is_sentinel, op_name, tensor_of
 from .fx.graph_copy import copy_node, module_like
+from .join_slices import joined_whole
 
 _OUT_OF_PLACE_ADDS = {torch.add, "add"}
 _ADDCMULS = {torch.addcmul, "addcmul"}
@@ -46,6 +48,10 @@ def normalize(graph_module: GraphModule) -> GraphModule:
     values: dict[Node, Node] = {}
     for node in graph_module.graph.nodes:
         if is_sentinel(node):
+            continue
+        whole = joined_whole(node)
+        if whole is not None:
+            values[node] = values[whole]
             continue
         replacement = _respelled(graph, node, values)
         if replacement is None and _changes_in_place(node) and _can_leave_place(node, order):

@@ -236,3 +236,8 @@ def assert_same_function(
         scale = max(float(left.abs().max()), floor, 1e-30) if left.numel() else 1.0
         gap = float((left.double() - right.double()).abs().max()) / scale if left.numel() else 0.0
         assert gap <= tolerance, f"tensor {index} of shape {tuple(left.shape)} differs by {gap:.1e} of {scale:.1e}"
+
+
+def named_example() -> tuple[nn.Module, torch.Tensor]:
+    """Return what the command line takes as `tests.models:named_example`."""
+    return Stack(), features()

@@ -120,7 +120,7 @@ def test_options_reach_the_report(module):
 def test_html_is_written_where_asked(module, tmp_path):
     result = run("explain", f"{module}:a_tensor", "--html", tmp_path / "page.html")
     assert result.exit_code == 0
-    assert "1.mhc.linear" in (tmp_path / "page.html").read_text()
+    assert "0–2.mhc.linear" in (tmp_path / "page.html").read_text()
     nowhere = run("explain", f"{module}:a_tensor", "--html", tmp_path / "no" / "such" / "page.html")
     assert nowhere.exit_code == 1
     assert "cannot write" in nowhere.stderr

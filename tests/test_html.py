@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mhc_compile
+from mhc_compile.repeated_layers import folded
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -74,9 +75,12 @@ def test_page_shows_every_site_and_every_rejection(report, tmp_path):
     path = report.to_html(tmp_path / "report.html")
     page = Page(path.read_text(encoding="utf-8"))
     assert len(report.sites) == 3
-    for site in report.sites:
-        row = page.cells.index(site.name)
-        assert page.cells[row : row + 5] == [site.name, "pre", "2 × 4 × 8", "float32", site.location]
+    rows = folded(report.sites)
+    assert sum(row.count for row in rows) == 3
+    for row in rows:
+        at = page.cells.index(row.name)
+        shown = [str(row.count), row.name, "pre", "2 × 4 × 8", "float32", row.site.location]
+        assert page.cells[at - 1 : at + 5] == shown
     assert page.texts["sites"] == "3"
     assert report.rejected
     for entry in report.rejected:

@@ -51,17 +51,37 @@ def _inside_compiled_code() -> bool:
 
 def _compiled_alike(module: nn.Module, model_call: Any) -> Callable[..., Any]:
     """Compile a submodule with the options that its model was compiled in place with; plain for another backend."""
-    try:
-        context = inspect.getclosurevars(model_call).nonlocals["self"]
-        backend, name = context.callback, None
-    except (TypeError, KeyError, AttributeError):  # another version of torch: the attached options decide alone
+    context, name = _compilation(model_call)
+    if context is None:  # another version of torch: the attached options decide alone
         compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=BACKEND_NAME)
         return compiled
+    alike: Callable[..., Any] = context(module._call_impl) if name == BACKEND_NAME else module._call_impl
+    return alike
+
+
+def _compilation(call: Any) -> tuple[Any, str | None]:
+    """Return Dynamo's context behind a compiled call and the name of its backend; nothing where it cannot be told."""
+    try:
+        context = inspect.getclosurevars(call).nonlocals["self"]
+        backend, name = context.callback, None
+    except (TypeError, KeyError, AttributeError):
+        return None, None
     while backend is not None and name is None:
         name = getattr(backend, "compiler_name", None)
         backend = getattr(backend, "_torchdynamo_orig_backend", None)
-    alike: Callable[..., Any] = context(module._call_impl) if name == BACKEND_NAME else module._call_impl
-    return alike
+    return context, name
+
+
+def compiled_by(module: nn.Module) -> str | None:
+    """Return the name of the backend that a module was compiled in place with, if it can be told."""
+    return _compilation(module._compiled_call_impl)[1]
+
+
+def leave_in_place(root: nn.Module) -> None:
+    """End `model.compile(backend="mhc")` for a model and what is below it."""
+    for module in root.modules():
+        if compiled_by(module) == BACKEND_NAME:
+            module._compiled_call_impl = None
 
 
 def open_entrances(root: nn.Module, chains: Iterable[Iterable[str]]) -> None:

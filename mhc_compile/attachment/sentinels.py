@@ -14,7 +14,6 @@ A check that asks "am I being compiled?" would not do: Dynamo traces it into a f
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,9 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from ..errors import UnrewrittenCallError
-from .site_parameters import OwnedParameters, SiteParameters, parameters_of
+from .entrances import BACKEND_NAME, compiled_by
+from .plain_calls import OTHER_COMPILER, RootMark, plain_call_message, running_sites
+from .site_parameters import parameters_of
 
 _LIBRARY = torch.library.Library("mhc", "FRAGMENT")
 _LIBRARY.define("sentinel(Tensor[] parameters, str[] labels, str[] roles, str options) -> ()")
@@ -47,37 +50,76 @@ class Sentinel:
     """The hook of a child: calls the operator with the parameters of the sites that the child's output is written at.
 
     Attributes:
-        owned: the `mhc` child of the sites' owner.
+        owner: the module whose `mhc` child has the parameters; peft may put an adapter's copy in that child's place.
         labels: the sites' labels there.
     """
 
-    def __init__(self, owned: OwnedParameters, labels: tuple[str, ...]) -> None:
+    def __init__(self, owner: nn.Module, labels: tuple[str, ...]) -> None:
         """Hold on to the sites of one owner."""
-        self.owned = owned
+        self.owner = owner
         self.labels = labels
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sentinel:
+        """Copy along with the owner; a child that is copied alone does not take its owner with it."""
+        return Sentinel(memo.get(id(self.owner), self.owner), self.labels)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the child's forward."""
+        _refuse_export()
+        owned = parameters_of(self.owner)
+        if owned is None:
+            return
         parameters: list[Tensor] = []
         roles: list[str] = []
         for label in self.labels:
-            site = self.owned._modules[label]
+            site = owned._modules[label]
             parameters += [site.phi, site.scale, site.bias]  # type: ignore[union-attr,list-item]
             roles.append(site.role)  # type: ignore[union-attr,arg-type]
-        torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles, self.owned.options)
+        torch.ops.mhc.sentinel.default(parameters, list(self.labels), roles, owned.options)
 
 
-class RootSentinel:
+class RootSentinel(RootMark):
     """The hook of the model itself, which no higher-order region hides from other compilers.
 
     In the body of an activation checkpoint they may drop a sentinel as dead code. Run as plain Python the model says
     nothing: the blocks that it calls may well be compiled, each alone, and their own sentinels know.
     """
 
+    def __init__(self, copied: bool = False) -> None:
+        """Note whether it sits on a copy of the model that was attached."""
+        self.copied = copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RootSentinel:
+        """Know a copy of the model by its sentinel."""
+        return RootSentinel(copied=True)
+
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the model's forward."""
+        _refuse_export()
         if torch.compiler.is_compiling():
             torch.ops.mhc.sentinel.default([], [], [], "")
+        elif module._compiled_call_impl is not None and compiled_by(module) not in (None, BACKEND_NAME):
+            raise UnrewrittenCallError(OTHER_COMPILER)
+
+
+# Of a model that is compiled in place, hooks run outside its forward's frame, and each would be a graph of its own.
+set_code_exec_strategy(RootSentinel.__call__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+
+
+def _refuse_export() -> None:
+    """Fail while a program is exported, not when it first runs: an exported sentinel could only raise then.
+
+    Raises:
+        UnrewrittenCallError: `torch.export`, or what is built on it, traces the plain forward.
+    """
+    if torch.compiler.is_exporting():
+        raise UnrewrittenCallError(EXPORT_MESSAGE)
+
+
+EXPORT_MESSAGE = (
+    "torch.export would export the plain forward of a model that carries mHC parameters. Call "
+    "mhc_compile.export(model, *args), which exports the rewritten one in plain ATen; or mhc_compile.detach(model)."
+)
 
 
 def raise_if_plain(
@@ -90,31 +132,13 @@ def raise_if_plain(
     Raises:
         UnrewrittenCallError: a site of these labels is about to be a plain residual add.
     """
-    sites = running_sites(labels) if labels else ["other compilers' graphs"]
-    if not sites or _PLAIN_ALLOWED.get():
+    if _PLAIN_ALLOWED.get():
         return
-    raise UnrewrittenCallError(
-        f"the plain forward of the model was about to run (at {sites[0]}), although it carries mHC parameters: the "
-        "result would not be the rewritten model's. Call the compiled model (torch.compile(model, backend='mhc'), or "
-        "model.compile(backend='mhc') so that generate() and Trainer use it too). If it was called compiled, Dynamo "
-        "fell back: look for a graph break inside the block or a recompile limit with "
-        "TORCH_LOGS=graph_breaks,recompiles. mhc_compile.detach(model) gives back the plain model."
-    )
-
-
-def running_sites(labels: Sequence[str]) -> list[str]:
-    """Return the names of the sites of these labels whose owner's forward is on the Python stack."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        arguments = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
-        candidate = frame.f_locals.get(arguments[0]) if arguments else None
-        owned = parameters_of(candidate) if isinstance(candidate, nn.Module) else None
-        if owned is not None:
-            sites = [owned._modules[label] for label in labels if label in owned._modules]
-            if sites:
-                return [site.name for site in sites if isinstance(site, SiteParameters)]
-        frame = frame.f_back  # type: ignore[assignment]
-    return []
+    if not labels:
+        raise UnrewrittenCallError(OTHER_COMPILER)
+    sites = running_sites(labels)
+    if sites:
+        raise UnrewrittenCallError(plain_call_message(sites[0]))
 
 
 _LIBRARY.impl("sentinel", raise_if_plain, "CompositeExplicitAutograd")
@@ -133,26 +157,28 @@ def arm(owner: nn.Module, children: Mapping[str, Sequence[nn.Module]]) -> bool:
     Returns:
         Whether a sentinel was missing.
     """
-    owned = parameters_of(owner)
-    assert owned is not None
     labels: dict[int, tuple[nn.Module, list[str]]] = {}
     for label, modules in children.items():
         for module in modules or (owner,):
             labels.setdefault(id(module), (module, []))[1].append(label)
     changed = False
     for module, wanted in labels.values():
-        known = _sentinel_of(module, owned)
+        known = _sentinel_of(module, owner)
         if known is None:
-            module.register_forward_pre_hook(Sentinel(owned, tuple(wanted)))
+            module.register_forward_pre_hook(Sentinel(owner, tuple(wanted)))
         else:
             known.labels = tuple(dict.fromkeys((*known.labels, *wanted)))
         changed |= known is None
     return changed
 
 
-def _sentinel_of(module: nn.Module, owned: OwnedParameters) -> Sentinel | None:
-    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Sentinel))
-    return next((hook for hook in hooks if hook.owned is owned), None)
+def _sentinel_of(module: nn.Module, owner: nn.Module) -> Sentinel | None:
+    return next((hook for hook in sentinels_on(module) if hook.owner is owner), None)
+
+
+def sentinels_on(module: nn.Module) -> list[Sentinel]:
+    """Return the sentinels of a child."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Sentinel)]
 
 
 def arm_root(root: nn.Module) -> None:
@@ -161,11 +187,11 @@ def arm_root(root: nn.Module) -> None:
         root.register_forward_pre_hook(RootSentinel())
 
 
-def disarm(root: nn.Module, owned: OwnedParameters | None = None) -> None:
+def disarm(root: nn.Module, owner: nn.Module | None = None) -> None:
     """Take every sentinel below `root` away, or those of one owner."""
     for module in root.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            ours = isinstance(hook, Sentinel) and (owned is None or hook.owned is owned)
-            if ours or (owned is None and isinstance(hook, RootSentinel)):
+            ours = isinstance(hook, Sentinel) and (owner is None or hook.owner is owner)
+            if ours or (owner is None and isinstance(hook, RootSentinel)):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -6,6 +6,7 @@ They live on the module whose forward holds the add, in a child called `mhc`, on
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import zlib
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MHCConfig
-from ..errors import OwnerError
+from ..errors import ConfigMismatchError, OwnerError
 from ..kernels.manifolds import MANIFOLDS
 
 CHILD = "mhc"
@@ -26,6 +27,8 @@ READOUT_SUFFIX = "_readout"
 
 # arXiv 2512.24880, section 5: the gates start small. Zero would be dead for ever, since phi starts at zero too.
 _INITIAL_SCALE = 0.01
+
+_OPTIONS_BYTES = 128
 
 
 class Role(Enum):
@@ -195,9 +198,42 @@ class OwnedParameters(nn.Module):
         self.options = config.function_key
         self.on_first_call = False
 
+    def get_extra_state(self) -> Tensor:
+        """Return the options that decide what the parameters mean, as a tensor: safetensors holds nothing else."""
+        return encoded_options(self.config)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare a checkpoint's options with those attached.
+
+        Raises:
+            ConfigMismatchError: the checkpoint was saved under others, so that this would be another model.
+        """
+        saved, attached = decoded_options(state), self.config.saved
+        differing = [name for name in attached if saved.get(name, attached[name]) != attached[name]]
+        if differing:
+            was, now = (", ".join(f"{name}={values[name]!r}" for name in differing) for values in (saved, attached))
+            raise ConfigMismatchError(
+                f"the checkpoint's mHC parameters were trained with {was}, but the model is attached with {now}: it "
+                "would be another model. Attach with the checkpoint's options (mhc_compile.detach(model) first, if it "
+                "is attached already), or load it with mhc_compile.from_pretrained, which takes them from there."
+            )
+
     def forward(self, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the input: an owner that runs all its children in turn must not notice this one."""
         return value
+
+
+def encoded_options(config: MHCConfig) -> Tensor:
+    """Return what a checkpoint carries of the options: JSON as uint8, padded to a fixed length for in-place loading."""
+    text = json.dumps(config.saved).encode()
+    length = -(-len(text) // _OPTIONS_BYTES) * _OPTIONS_BYTES
+    return torch.tensor(list(text.ljust(length)), dtype=torch.uint8, device="cpu")
+
+
+def decoded_options(state: Tensor) -> dict[str, Any]:
+    """Return the options that `encoded_options` has written."""
+    values: dict[str, Any] = json.loads(bytes(state.tolist()))
+    return values
 
 
 def _leaning_weights(n: int, own: int) -> list[float]:
@@ -226,9 +262,20 @@ def _exact_logit(weight: float) -> float:
 
 
 def parameters_of(owner: nn.Module) -> OwnedParameters | None:
-    """Return an owner's `mhc` child, if it has one of ours."""
+    """Return an owner's `mhc` child, if it has one of ours: the active adapter's, where peft keeps several."""
     child = owner._modules.get(CHILD)
+    if child is not None and "modules_to_save" in child._modules:
+        child = _active_copy(child)
     return child if isinstance(child, OwnedParameters) else None
+
+
+def _active_copy(wrapper: Any) -> nn.Module | None:
+    """Return what peft's `ModulesToSaveWrapper` stands for: the copy of its active adapter, or what it wraps."""
+    active = wrapper._active_adapter
+    name = active if isinstance(active, str) else active[0] if active else None
+    copies = wrapper._modules["modules_to_save"]._modules
+    chosen = copies[name] if name in copies and not wrapper._disable_adapters else wrapper._modules["original_module"]
+    return chosen if isinstance(chosen, nn.Module) else None
 
 
 def site_parameters(owner: nn.Module, label: str) -> SiteParameters | None:
@@ -265,6 +312,12 @@ def owners_in(root: nn.Module) -> Iterator[tuple[str, nn.Module, OwnedParameters
         child = parameters_of(module)
         if child is not None:
             yield path, module, child
+
+
+def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the mHC parameters below `root` by their names in `state_dict()`; adapters that are not active, not."""
+    ours = {id(parameter) for _, _, owned in owners_in(root) for parameter in owned.parameters()}
+    return {name: parameter for name, parameter in root.named_parameters() if id(parameter) in ours}
 
 
 def attached_config(root: nn.Module) -> MHCConfig | None:

@@ -78,7 +78,7 @@ class Frame:
         identity = key.split("@", 1)[0]
         if identity.isdigit() and int(identity) in self.paths:
             return self.paths[int(identity)]
-        plain = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
+        plain = plain_path(path)
         for root in self.roots:
             try:
                 found = root.get_submodule(plain)
@@ -86,6 +86,13 @@ class Frame:
                 continue
             return self.paths.get(id(found), (plain, found))
         return None
+
+
+def plain_path(path: str) -> str:
+    """Return a module's dotted path as users write it: Dynamo's has the names of its dictionaries in it."""
+    path = re.sub(r"^[LG]\['\w+'\]", "", path)
+    path = re.sub(r"(?:\.__dict__)?(?:\['_modules'\]|\._modules)\['([^']+)'\]", r".\1", path)
+    return path.replace(".__dict__", "").strip(".")
 
 
 def current_frame(graph_module: GraphModule) -> Frame:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attachment.adapters import join_adapter
 from ..attachment.entrances import close_entrances, open_entrances
 from ..attachment.optimizers import watch_optimizers
 from ..attachment.sentinels import arm, arm_root, disarm
@@ -139,6 +140,7 @@ def attach_on_first_call(plan: Plan, frame: Frame, config: MHCConfig) -> bool:
 
     MEMORY.undo.setdefault(frame.root, []).append(undo)
     attach_plan(plan, frame, config, on_first_call=True)
+    join_adapter(frame.root)
     warnings.warn(
         f"backend='mhc' created the mHC parameters of {len(missing)} sites at the first call. An optimizer built "
         "before does not own them: call mhc_compile.attach(model, example_input) first, or add "
@@ -157,7 +159,7 @@ def take_back(created: list[tuple[nn.Module, str]], root: nn.Module) -> None:
             continue
         owned._modules.pop(label, None)
         if not owned._modules:
-            disarm(root, owned)
+            disarm(root, owner)
             delattr(owner, CHILD)
     if attached_config(root) is None:
         disarm(root)

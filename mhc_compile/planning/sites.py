@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..attachment.site_parameters import Role, joined, parameters_of, site_parameters
 from ..config import MHCConfig
-from ..dynamo.frames import Frame
+from ..dynamo.frames import Frame, plain_path
 from ..errors import OwnerError, StreamCutError
 from ..passes.residual import (
     Chain,
@@ -264,7 +264,7 @@ def _relative(key: str, path: str, add: ResidualAdd, owner: nn.Module, frame: Fr
     names = (name for name, module in owner.named_modules() if found is not None and module is found[1])
     text = next(names, None)
     if text is None:
-        text = re.sub(r"^[LG]\['\w+'\]", "", path.removeprefix(add.module_path[-1][1] if add.module_path else ""))
+        text = plain_path(path.removeprefix(add.module_path[-1][1] if add.module_path else ""))
     return re.sub(r"\W+", "_", text).strip("_")
 
 

@@ -121,3 +121,16 @@ def test_detach_closes_the_entrances():
     mhc_compile.detach(model)
     assert model.get_encoder()(inputs["input_ids"]).last_hidden_state.isfinite().all()
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_detach_ends_compiling_in_place(blocks):
+    model = Stack()
+    plain = model(features())
+    mhc_compile.attach(model, features())
+    for module in model.blocks if blocks else [model]:
+        module.compile(backend="mhc", options=QUICK)
+    assert torch.allclose(model(features()), plain, atol=1e-6)
+    mhc_compile.detach(model)
+    assert torch.equal(model(features()), plain)
+    assert not mhc_compile.parameters(model)

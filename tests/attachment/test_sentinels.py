@@ -20,7 +20,7 @@ def attached():
 
 
 def test_plain_call(attached):
-    with pytest.raises(UnrewrittenCallError, match=r"plain forward of the model.*detach"):
+    with pytest.raises(UnrewrittenCallError, match=r"plain forward of Stack.*detach"):
         attached(features())
 
 
