@@ -35,7 +35,8 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
         **kwargs: the example input's keyword arguments.
 
     Returns:
-        What was found. Attaching again with the same options adds only what is missing.
+        What was found. Attaching again with the same options adds only what is missing. A model that carries streams
+        itself keeps its own parameters, and none are added for them.
 
     Raises:
         ConfigMismatchError: other options are attached.
@@ -49,7 +50,7 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwar
         _require_same(attached, config)
     config = config or attached or MHCConfig()
     found = look(root, args, kwargs, config)
-    if config.strict and not found.report.sites:
+    if config.strict and not (found.report.sites or found.report.native):
         raise NoResidualError(nothing_found(found.merged(), config))
     frames = [frame for _, frame in found.links.plans]
     for plan, frame in zip(found.plans, frames, strict=True):

@@ -1,0 +1,208 @@
+"""Have sites that a model writes itself run our operators. Searches nothing: the findings say where.
+
+The model's own parameters go into the operators as they lie, where one tensor holds all rows in the operators' order;
+otherwise they are joined in the graph. What nothing reads any more is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from ..kernels import ops
+from .fx.added_nodes import Role, mark
+from .fx.dataflow import CAST_NAMES, op_name, tensor_of
+from .fx.graph_copy import copy_node, module_like
+from .fx.regions import put_into, regions_of
+from .native import Mapping, NativeFindings, NativeHead, NativeSite, Part
+
+assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
+
+# What expands a value to equal streams; it can be computed again.
+_EXPANDING = {"expand", "repeat", "contiguous", "stack", "repeat_interleave", "unsqueeze", "clone"}
+
+
+def lower_native(graph_module: GraphModule, findings: NativeFindings) -> GraphModule:
+    """Return a graph whose proved sites and heads run `pre`, `post` and `head`; the same graph, if there are none.
+
+    Args:
+        graph_module: the graph that the findings speak of; it is left as it is.
+        findings: of `recognize_native`.
+    """
+    if not findings.sites:
+        return graph_module
+    return _Lowerer(graph_module, findings).run()
+
+
+class _Lowerer:
+    """The state of one lowering: the new graph, and what each old value has become."""
+
+    def __init__(self, graph_module: GraphModule, findings: NativeFindings) -> None:
+        self.graph_module = graph_module
+        self.findings = findings
+        self.graph = Graph()
+        self.values: dict[Node, Node] = {}
+        self.coefficients: dict[NativeSite, tuple[Node, Node, Node]] = {}
+        self.readouts: dict[NativeHead, Node] = {}
+        # A cast behind a write or a collapse goes with it: the operators return the streams' dtype.
+        self.replaced: dict[Node, Callable[[], Node]] = {}
+        for site in findings.sites:
+            self._replace(site.write, site.streams, lambda site=site: self._write(site))  # type: ignore[misc]
+            self._replace(site.layer_input, site.streams, lambda site=site: self.coefficients[site][0])  # type: ignore[misc]
+        for head in findings.heads:
+            self._replace(head.output, head.streams, lambda head=head: self.readouts[head])  # type: ignore[misc]
+        self.opens: dict[Node, list[NativeSite | NativeHead]] = {}
+        for piece in (*findings.sites, *findings.heads):
+            self.opens.setdefault(piece.first, []).append(piece)
+        self.dead = self._dead()
+
+    def _replace(self, node: Node, streams: Node, value: Callable[[], Node]) -> None:
+        made, wanted = tensor_of(node), tensor_of(streams)
+        assert made is not None
+        assert wanted is not None
+        casts = [user for user in node.users if op_name(user) in CAST_NAMES and _dtype_of(user) == wanted.dtype]
+        if made.dtype != wanted.dtype and casts and len(casts) == len(node.users):
+            self.replaced |= dict.fromkeys(casts, value)
+        else:
+            self.replaced[node] = value
+
+    def _dead(self) -> set[Node]:
+        """Return what nothing reads once the operators run."""
+        order = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
+        pieces = {node for piece in (*self.findings.sites, *self.findings.heads) for node in piece.pieces}
+        wanted = {node for site in self.findings.sites for node in (site.branch, site.streams)}
+        dead: set[Node] = set()
+        for node in sorted(pieces - set(self.replaced), key=order.__getitem__, reverse=True):
+            if node not in wanted and all(user in dead or user in self.replaced for user in node.users):
+                dead.add(node)
+        return dead
+
+    def run(self) -> GraphModule:
+        heads = self._heads_of_chains()
+        for node in self.graph_module.graph.nodes:
+            for piece in self.opens.get(node, ()):
+                self._open(piece)
+            if node in self.replaced:
+                self.values[node] = self._in_dtype(self.replaced[node](), node)
+            elif node not in self.dead:
+                self.values[node] = copy_node(self.graph, node, self.values.__getitem__)
+                if node in heads:
+                    mark(self.values[node], Role.HEAD)
+        return module_like(self.graph_module, self.graph)
+
+    def _heads_of_chains(self) -> set[Node]:
+        """Return the values, expanded by the model, that its streams begin with."""
+        return {site.streams for site in self.findings.sites if op_name(site.streams) in _EXPANDING}
+
+    def _open(self, piece: NativeSite | NativeHead) -> None:
+        """Emit what computes a site's coefficients and layer input, or a readout."""
+        origin = piece.layer_input if isinstance(piece, NativeSite) else piece.output
+        streams = self.values[piece.streams]
+        width = math.prod(_shape(streams)[-2:])
+        if isinstance(piece, NativeHead):
+            parameters = self._parameters(piece.mapping, piece.leaves, width, origin)
+            target = torch.ops.mhc.head.default
+            made = self._emit(origin, target, streams, *parameters, piece.norm_eps, piece.eps, False)
+            self.readouts[piece] = mark(made, Role.READOUT)
+            return
+        form = piece.form
+        parameters = self._parameters(form.mapping, piece.leaves, width, origin)
+        constants = (form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed)
+        result = self._emit(origin, torch.ops.mhc.pre.default, streams, *parameters, *constants)
+        layer_input, post, res = (self._emit(origin, operator.getitem, result, index) for index in range(3))
+        if form.magnitude != 2.0:
+            post = self._emit(origin, operator.mul, post, form.magnitude / 2)
+        if form.post_eps:
+            post = self._emit(origin, operator.add, post, form.post_eps)
+        if form.columns_last:
+            res = self._emit(origin, torch.transpose, res, -1, -2)
+        self.coefficients[piece] = layer_input, post, res
+
+    def _write(self, site: NativeSite) -> Node:
+        _, post, res = self.coefficients[site]
+        branch = self.values[site.branch]
+        return self._emit(site.write, torch.ops.mhc.post.default, self.values[site.streams], branch, post, res)
+
+    def _in_dtype(self, value: Node, origin: Node) -> Node:
+        """Return a value in the dtype that the model's readers expect."""
+        if _dtype_of(value) == _dtype_of(origin):
+            return value
+        return self._emit(origin, "to", value, _dtype_of(origin))
+
+    def _parameters(
+        self, mapping: Mapping, leaves: tuple[Node, ...], width: int, origin: Node
+    ) -> tuple[Node, Node, Node]:
+        """Return phi [rows, width], scale and bias: the model's own tensors, or joined from them."""
+        held = [self.values[leaf] for leaf in leaves]
+        gain = held[mapping.gain.leaf] if mapping.gain is not None and mapping.gain.leaf is not None else None
+        phi = self._joined([self._rows(part, held, width, origin) for part in mapping.phi], origin)
+        if gain is not None:
+            phi = self._emit(origin, operator.mul, phi, self._emit(origin, "reshape", gain, -1))
+        vectors = (
+            self._joined([self._numbers(part, held, origin) for part in parts], origin)
+            for parts in (mapping.scale, mapping.bias)
+        )
+        return (phi, *vectors)  # type: ignore[return-value]
+
+    def _rows(self, part: Part, held: list[Node], flat: int, origin: Node) -> Node:
+        assert part.leaf is not None
+        leaf = held[part.leaf]
+        if part.columns:
+            leaf = self._emit(origin, torch.transpose, leaf, 0, 1)
+        elif len(_shape(leaf)) != 2:
+            leaf = self._emit(origin, "reshape", leaf, -1, flat)
+        return self._narrowed(leaf, part, origin)
+
+    def _numbers(self, part: Part, held: list[Node], origin: Node) -> Node:
+        if part.leaf is None:
+            device = tensor_of(held[0]).device  # type: ignore[union-attr]
+            size = (part.stop - part.start,)
+            return self._emit(origin, torch.full, size, part.fill, dtype=torch.float32, device=device)
+        leaf = held[part.leaf]
+        if len(_shape(leaf)) != 1:
+            leaf = self._emit(origin, "reshape", leaf, -1)
+        return self._narrowed(leaf, part, origin)
+
+    def _narrowed(self, leaf: Node, part: Part, origin: Node) -> Node:
+        if (part.start, part.stop) == (0, _shape(leaf)[0]):
+            return leaf
+        return self._emit(origin, torch.narrow, leaf, 0, part.start, part.stop - part.start)
+
+    def _joined(self, parts: list[Node], origin: Node) -> Node:
+        return parts[0] if len(parts) == 1 else self._emit(origin, torch.cat, parts)
+
+    def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(kind, target, args, kwargs)
+        node.meta = {key: value for key, value in origin.meta.items() if key != "grapharg"}
+        node.meta["example_value"] = _evaluate(target, args, kwargs)
+        put_into(node, regions_of(origin))
+        return mark(node, Role.STREAM)
+
+
+def _evaluate(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one operation on example values (fake tensors: shapes and dtypes, no arithmetic)."""
+    values: Any = map_arg(args, lambda node: node.meta["example_value"])
+    keywords: Any = map_arg(kwargs, lambda node: node.meta["example_value"])
+    with torch.no_grad():
+        if isinstance(target, str):
+            return getattr(values[0], target)(*values[1:], **keywords)
+        return target(*values, **keywords)
+
+
+def _dtype_of(node: Node) -> Any:
+    tensor = tensor_of(node)
+    return tensor.dtype if tensor is not None else None
+
+
+def _shape(node: Node) -> tuple[Any, ...]:
+    tensor = tensor_of(node)
+    assert tensor is not None
+    return tuple(tensor.shape)
