@@ -135,7 +135,12 @@ def look(
     seen.plans = seen.links.placed_plans(config) if config.on_graph_break == "carry" else ends_are_ends(captured)
     for plan, (_, frame), nodes, rows in zip(seen.plans, seen.links.plans, seen.nodes, seen.native, strict=True):
         seen.report.graphs.append(graph_report(frame.function, nodes, plan, frame.break_reason, native=rows))
-    if reason is not None and not (seen.report.sites or seen.report.native) and config.strict and config.on_graph_break != "collapse":
+    if (
+        reason is not None
+        and not (seen.report.sites or seen.report.native)
+        and config.strict
+        and config.on_graph_break != "collapse"
+    ):
         raise StreamCutError(cut_message(f"{reason}, and Dynamo gave up on the model's forward"))
     if not seen.links.plans:
         raise MHCError(

@@ -210,7 +210,9 @@ class Report:
         ]
         if self.native:
             count = sum(row.kind != "head" for row in self.native)
-            lines.append(f"streams of the model's own: {_counted(count, 'site')}, proved in float64, no parameters added")
+            lines.append(
+                f"streams of the model's own: {_counted(count, 'site')}, proved in float64, no parameters added"
+            )
         for fusion in dict.fromkeys(graph.fusion for graph in self.graphs if graph.fusion is not None):
             lines.append(f"fusion: {fusion}")
         broken = [graph for graph in self.graphs if graph.break_reason]

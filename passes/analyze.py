@@ -19,8 +19,8 @@ from .lower_native import lower_native
 from .native import NativeFindings
 from .normalize import normalize
 from .open_regions import open_regions
-from .recognize_native import recognize_native
 from .read_sentinels import SentinelCall, read_sentinels
+from .recognize_native import recognize_native
 from .residual import Findings
 from .stream_ends import StreamEnds, find_stream_ends
 

@@ -6,7 +6,6 @@ otherwise they are joined in the graph. What nothing reads any more is left out.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +17,10 @@ from torch.fx.node import map_arg
 from ..kernels import ops
 from .fx.added_nodes import Role, mark
 from .fx.dataflow import CAST_NAMES, op_name, tensor_of
+from .fx.grad_modes import grad_modes
 from .fx.graph_copy import copy_node, module_like
-from .fx.regions import put_into, regions_of
-from .native import Mapping, NativeFindings, NativeHead, NativeSite, Part
+from .fx.regions import Region, put_into, regions_of
+from .native import NativeFindings, NativeHead, NativeSite, Part
 
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
@@ -61,6 +61,10 @@ class _Lowerer:
         for piece in (*findings.sites, *findings.heads):
             self.opens.setdefault(piece.first, []).append(piece)
         self.dead = self._dead()
+        self.parameters: dict[NativeSite | NativeHead, tuple[Node, Node, Node]] = {}
+        switches = set(grad_modes(graph_module).values())
+        # Known from the start, they hinder no boundary from being joined; not so where they would lose their gradient.
+        self.early = len(switches) == 1
 
     def _replace(self, node: Node, streams: Node, value: Callable[[], Node]) -> None:
         made, wanted = tensor_of(node), tensor_of(streams)
@@ -85,7 +89,11 @@ class _Lowerer:
 
     def run(self) -> GraphModule:
         heads = self._heads_of_chains()
+        pending = self.early
         for node in self.graph_module.graph.nodes:
+            if pending and node.op != "placeholder":
+                self._join_parameters()
+                pending = False
             for piece in self.opens.get(node, ()):
                 self._open(piece)
             if node in self.replaced:
@@ -100,19 +108,23 @@ class _Lowerer:
         """Return the values, expanded by the model, that its streams begin with."""
         return {site.streams for site in self.findings.sites if op_name(site.streams) in _EXPANDING}
 
+    def _join_parameters(self) -> None:
+        """Emit the parameters of every site whose tensors are inputs of the graph."""
+        for piece in (*self.findings.sites, *self.findings.heads):
+            if all(leaf in self.values for leaf in piece.leaves):
+                self.parameters[piece] = self._parameters(piece, ())
+
     def _open(self, piece: NativeSite | NativeHead) -> None:
         """Emit what computes a site's coefficients and layer input, or a readout."""
         origin = piece.layer_input if isinstance(piece, NativeSite) else piece.output
         streams = self.values[piece.streams]
-        width = math.prod(_shape(streams)[-2:])
+        parameters = self.parameters.get(piece) or self._parameters(piece, regions_of(origin))
         if isinstance(piece, NativeHead):
-            parameters = self._parameters(piece.mapping, piece.leaves, width, origin)
             target = torch.ops.mhc.head.default
             made = self._emit(origin, target, streams, *parameters, piece.norm_eps, piece.eps, False)
             self.readouts[piece] = mark(made, Role.READOUT)
             return
         form = piece.form
-        parameters = self._parameters(form.mapping, piece.leaves, width, origin)
         constants = (form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed)
         result = self._emit(origin, torch.ops.mhc.pre.default, streams, *parameters, *constants)
         layer_input, post, res = (self._emit(origin, operator.getitem, result, index) for index in range(3))
@@ -135,47 +147,47 @@ class _Lowerer:
             return value
         return self._emit(origin, "to", value, _dtype_of(origin))
 
-    def _parameters(
-        self, mapping: Mapping, leaves: tuple[Node, ...], width: int, origin: Node
-    ) -> tuple[Node, Node, Node]:
-        """Return phi [rows, width], scale and bias: the model's own tensors, or joined from them."""
-        held = [self.values[leaf] for leaf in leaves]
-        gain = held[mapping.gain.leaf] if mapping.gain is not None and mapping.gain.leaf is not None else None
-        phi = self._joined([self._rows(part, held, width, origin) for part in mapping.phi], origin)
-        if gain is not None:
-            phi = self._emit(origin, operator.mul, phi, self._emit(origin, "reshape", gain, -1))
-        vectors = (
-            self._joined([self._numbers(part, held, origin) for part in parts], origin)
-            for parts in (mapping.scale, mapping.bias)
-        )
-        return (phi, *vectors)  # type: ignore[return-value]
+    def _parameters(self, piece: NativeSite | NativeHead, regions: tuple[Region, ...]) -> tuple[Node, Node, Node]:
+        """Return phi [rows, n·C], scale and bias: the model's own tensors, or joined from them."""
+        mapping = piece.form.mapping if isinstance(piece, NativeSite) else piece.mapping
+        origin = piece.layer_input if isinstance(piece, NativeSite) else piece.output
+        held = [self.values[leaf] for leaf in piece.leaves]
+        flat = piece.n_streams * piece.width
 
-    def _rows(self, part: Part, held: list[Node], flat: int, origin: Node) -> Node:
-        assert part.leaf is not None
-        leaf = held[part.leaf]
-        if part.columns:
-            leaf = self._emit(origin, torch.transpose, leaf, 0, 1)
-        elif len(_shape(leaf)) != 2:
-            leaf = self._emit(origin, "reshape", leaf, -1, flat)
-        return self._narrowed(leaf, part, origin)
+        def emit(target: Any, *args: Any, **kwargs: Any) -> Node:
+            node = self._emit(origin, target, *args, **kwargs)
+            put_into(node, regions)
+            return node
 
-    def _numbers(self, part: Part, held: list[Node], origin: Node) -> Node:
-        if part.leaf is None:
-            device = tensor_of(held[0]).device  # type: ignore[union-attr]
-            size = (part.stop - part.start,)
-            return self._emit(origin, torch.full, size, part.fill, dtype=torch.float32, device=device)
-        leaf = held[part.leaf]
-        if len(_shape(leaf)) != 1:
-            leaf = self._emit(origin, "reshape", leaf, -1)
-        return self._narrowed(leaf, part, origin)
+        def narrowed(leaf: Node, part: Part) -> Node:
+            if (part.start, part.stop) == (0, _shape(leaf)[0]):
+                return leaf
+            return emit(torch.narrow, leaf, 0, part.start, part.stop - part.start)
 
-    def _narrowed(self, leaf: Node, part: Part, origin: Node) -> Node:
-        if (part.start, part.stop) == (0, _shape(leaf)[0]):
-            return leaf
-        return self._emit(origin, torch.narrow, leaf, 0, part.start, part.stop - part.start)
+        def rows(part: Part) -> Node:
+            assert part.leaf is not None
+            leaf = held[part.leaf]
+            if len(_shape(leaf)) != 2:
+                leaf = emit("reshape", leaf, *((flat, -1) if part.columns else (-1, flat)))
+            return narrowed(emit(torch.transpose, leaf, 0, 1) if part.columns else leaf, part)
 
-    def _joined(self, parts: list[Node], origin: Node) -> Node:
-        return parts[0] if len(parts) == 1 else self._emit(origin, torch.cat, parts)
+        def numbers(part: Part) -> Node:
+            if part.leaf is None:
+                like = tensor_of(held[0])
+                assert like is not None
+                return emit(torch.full, (part.stop - part.start,), part.fill, dtype=torch.float32, device=like.device)
+            leaf = held[part.leaf]
+            return narrowed(emit("reshape", leaf, -1) if len(_shape(leaf)) != 1 else leaf, part)
+
+        def joined(parts: list[Node]) -> Node:
+            return parts[0] if len(parts) == 1 else emit(torch.cat, parts)
+
+        phi = joined([rows(part) for part in mapping.phi])
+        if mapping.gain is not None:
+            assert mapping.gain.leaf is not None
+            phi = emit(operator.mul, phi, emit("reshape", held[mapping.gain.leaf], -1))
+        scale = joined([numbers(part) for part in mapping.scale])
+        return phi, scale, joined([numbers(part) for part in mapping.bias])
 
     def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""

@@ -203,7 +203,14 @@ class NativeFindings:
             for site in self.sites
         )
         heads = (
-            NativeRow(head.name, "head", f"eps {head.eps:g}, norm eps {head.norm_eps:g}", head.n_streams, head.width, head.location)
+            NativeRow(
+                head.name,
+                "head",
+                f"eps {head.eps:g}, norm eps {head.norm_eps:g}",
+                head.n_streams,
+                head.width,
+                head.location,
+            )
             for head in self.heads
         )
         calls = (NativeRow(line, "call", "calls the operators", 0, 0, line) for line in self.called)

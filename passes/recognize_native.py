@@ -91,7 +91,7 @@ class _Recognizer:
                 form = Mismatch(str(error))
             if isinstance(form, NativeForm):
                 return self._made(write, collapse, piece, form)
-            if worst is None or (form.gap or 0.0) < (worst.gap or float("inf")):
+            if worst is None or (form.gap is not None and (worst.gap is None or form.gap < worst.gap)):
                 worst = form
         return worst or Mismatch("nothing collapses these streams")
 

@@ -106,14 +106,16 @@ def _rows(leaves: Sequence[Tensor], part: Part, flat: int) -> Tensor:
     if part.leaf is None:
         return leaves[0].new_zeros(part.stop - part.start, flat)
     leaf = leaves[part.leaf]
-    return (leaf.mT if part.columns else leaf.reshape(-1, flat))[part.start : part.stop]
+    return (leaf.reshape(flat, -1).mT if part.columns else leaf.reshape(-1, flat))[part.start : part.stop]
 
 
 def _or_constant(part: Part | None, rows: int, fill: float) -> Part:
     return Part(None, 0, rows, fill=fill) if part is None else part
 
 
-def fit_site(piece: Piece, layer_input: Node, post: Node, res: Node | None, mixes_by_rows: bool) -> NativeForm | Mismatch:
+def fit_site(
+    piece: Piece, layer_input: Node, post: Node, res: Node | None, mixes_by_rows: bool
+) -> NativeForm | Mismatch:
     """Return the form of a site whose results a piece computes, or what is in the way.
 
     Args:
@@ -245,9 +247,11 @@ def _reads(sample: _Sample, result: Node, rows: int) -> _Reads | Mismatch:
 def _kind_of(index: int, touched: Tensor, rows: int, flat: int) -> tuple[str | None, Part]:
     """Return what a tensor is, by which of its entries are read, and which part of it is."""
     nothing = Part(None, 0, 0)
-    if touched.dim() > 1 and touched.numel() % flat == 0 and int(touched.sum()) == rows * flat:
+    shape = touched.shape
+    if len(shape) > 1 and int(touched.sum()) == rows * flat:
         for columns in (False, True):
-            if (touched.shape[0] if columns else touched.shape[-1]) != flat and (columns or touched.numel() == flat):
+            near = (shape[0], shape[0] * shape[1]) if columns else (shape[-1], shape[-1] * shape[-2])
+            if flat not in near[: len(shape) - 1]:
                 continue
             matrix = touched.reshape(flat, -1).mT if columns else touched.reshape(-1, flat)
             used = matrix.all(-1)
@@ -321,7 +325,9 @@ def _fit_res(sample: _Sample, result: Node, reads: _Reads, by_rows: bool, form: 
 def _mixings(piece: Piece, form: NativeForm) -> Iterator[NativeForm]:
     """Yield what a mixing matrix may be, the likely first."""
     count = sum(op_name(node) in _NORMALIZATIONS for node in piece.nodes)
-    iterations = [value for value in dict.fromkeys(((count + 1) // 2, count // 2, (count - 1) // 2, count)) if value > 0]
+    iterations = [
+        value for value in dict.fromkeys(((count + 1) // 2, count // 2, (count - 1) // 2, count)) if value > 0
+    ]
     epsilons = dict.fromkeys((form.eps, *_small_numbers(piece)))
     for name, manifold in MANIFOLDS.items():
         if not (is_built_in(name) and manifold.gated and manifold.mixes):

@@ -1,8 +1,8 @@
 """Pieces of a graph between streams and what is computed from them: cut out, and run in float64 on random numbers.
 
 A piece is run as the model spells it, but for three things. Casts between floating-point dtypes are left out, so that
-all of it runs in float64. It runs for six tokens, however many the traced call had. And it runs on the CPU on numbers of
-its own: the model's values are not read, so a model on the meta device is as good as any.
+all of it runs in float64. It runs for six tokens, however many the traced call had. And it runs on the CPU, on numbers
+of its own: the model's values are not read, so a model on the meta device is as good as any.
 """
 
 from __future__ import annotations
@@ -204,9 +204,7 @@ class Piece:
 
         def mean(argument: Any) -> Any:
             if isinstance(argument, Node):
-                if argument not in values:
-                    raise PieceError(f"{argument.name} is read, which is neither the streams nor a parameter")
-                return values[argument]
+                return values[argument] if argument in values else _size_known(argument)
             if isinstance(argument, torch.dtype):
                 return torch.float64 if argument.is_floating_point else argument
             return torch.device("cpu") if isinstance(argument, torch.device) else argument
@@ -246,6 +244,16 @@ class Piece:
                 )
             lines.append(f"{node.op} {node.target if not is_leaf(node) else ''} {arguments} {few} {_dtype(node)}")
         return "\n".join(lines)
+
+
+def _size_known(node: Node) -> int:
+    """Return a size that a graph computes, where it is the same for any input."""
+    size = _example(node)
+    if isinstance(size, torch.SymInt) and size.node.expr.is_Integer:
+        return int(size.node.expr)
+    if not isinstance(size, int):
+        raise PieceError(f"{node.name} is read, which is neither the streams nor a parameter")
+    return size
 
 
 def _dtype(node: Node) -> Any:

@@ -77,7 +77,7 @@ def write_of(node: Node) -> Write | None:
         post, branch = _source(outer[0], cut.per_token(n)), _source(outer[1], cut.per_token(width), narrow=False)
         mixed = _factors(rest, cut, n * n, cut.flat)
         res = _source(mixed[0], cut.per_token(n, n)) if mixed is not None else None
-        streams = _source(mixed[1] if mixed is not None else rest, cut.per_token(n, width))
+        streams = _uncast(mixed[1] if mixed is not None else rest, cut)
         if post is None or branch is None or streams is None or (mixed is not None and res is None):
             continue
         return Write(node, Cut(streams, cut.tokens, n, width), branch, post, res)
@@ -123,6 +123,13 @@ def _size(node: Node, cut: Cut) -> int:
     if shape[: len(cut.tokens)] != cut.tokens or not all(isinstance(size, int) for size in rest):
         return -1
     return math.prod(rest)
+
+
+def _uncast(node: Node, cut: Cut) -> Node | None:
+    """Return the streams that a value is a cast of; None if it has not their shape."""
+    while op_name(node) in CAST_NAMES and isinstance(node.args[0], Node) and is_float(node.args[0]):
+        node = node.args[0]
+    return node if shape_of(node) == cut.per_token(cut.n_streams, cut.width) else None
 
 
 def _source(node: Node, shape: tuple[Any, ...], narrow: bool = True) -> Node | None:
