@@ -137,7 +137,9 @@ def pre_backward(
     grad_logits = [grad_pre, grad_post]
     if family.mixes:
         grad_mixing = family.project_backward(grad_res, res_logits, iters, eps)
-        grad_logits.append((grad_mixing.mT if transposed else grad_mixing).flatten(-2))
+        if family.logits is None:
+            grad_mixing = (grad_mixing.mT if transposed else grad_mixing).flatten(-2)
+        grad_logits.append(grad_mixing)
     grad_flat, *grad_mapping = _project_by_phi_backward(torch.cat(grad_logits, dim=-1), projection, phi, scale, groups)
     grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
     if anchored:
@@ -257,13 +259,15 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _groups(family: Manifold, n: int) -> tuple[int, ...]:
-    return (n, n, n * n) if family.mixes else (n, n)
+    return (n, n, family.rows(n) - 2 * n) if family.mixes else (n, n)
 
 
 def _split(logits: Tensor, family: Manifold, n: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a token's logits into pre [*, n], post [*, n] and res [*, n, n], `res[out, in]`."""
+    """Split a token's logits into pre [*, n], post [*, n] and res's, [*, n, n] as `[out, in]` or [*, k]."""
     if family.mixes:
-        pre_logits, post_logits, res_logits = logits.split((n, n, n * n), dim=-1)
+        pre_logits, post_logits, res_logits = logits.split(_groups(family, n), dim=-1)
+        if family.logits is not None:
+            return pre_logits, post_logits, res_logits
         matrix = res_logits.unflatten(-1, (n, n))
         return pre_logits, post_logits, matrix.mT if transposed else matrix
     pre_logits, post_logits = logits.split((n, n), dim=-1)

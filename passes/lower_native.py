@@ -57,8 +57,9 @@ class _Lowerer:
             self._replace(site.layer_input, site.streams, lambda site=site: self.coefficients[site][0])  # type: ignore[misc]
         for head in findings.heads:
             self._replace(head.output, head.streams, lambda head=head: self.readouts[head])  # type: ignore[misc]
+        self.pieces: tuple[NativeSite | NativeHead, ...] = (*findings.sites, *findings.heads)
         self.opens: dict[Node, list[NativeSite | NativeHead]] = {}
-        for piece in (*findings.sites, *findings.heads):
+        for piece in self.pieces:
             self.opens.setdefault(piece.first, []).append(piece)
         self.dead = self._dead()
         self.parameters: dict[NativeSite | NativeHead, tuple[Node, Node, Node]] = {}
@@ -79,7 +80,7 @@ class _Lowerer:
     def _dead(self) -> set[Node]:
         """Return what nothing reads once the operators run."""
         order = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
-        pieces = {node for piece in (*self.findings.sites, *self.findings.heads) for node in piece.pieces}
+        pieces = {node for piece in self.pieces for node in piece.pieces}
         wanted = {node for site in self.findings.sites for node in (site.branch, site.streams)}
         dead: set[Node] = set()
         for node in sorted(pieces - set(self.replaced), key=order.__getitem__, reverse=True):
@@ -110,7 +111,7 @@ class _Lowerer:
 
     def _join_parameters(self) -> None:
         """Emit the parameters of every site whose tensors are inputs of the graph."""
-        for piece in (*self.findings.sites, *self.findings.heads):
+        for piece in self.pieces:
             if all(leaf in self.values for leaf in piece.leaves):
                 self.parameters[piece] = self._parameters(piece, ())
 

@@ -192,8 +192,9 @@ def prove_site(
     for seed, (weight, size) in enumerate(_SCALES):
         sample = _sample(piece, seed + 1, weight, size)
         parameters = parameters_of(form.mapping, [sample.given[leaf] for leaf in piece.leaves], piece.cut.flat)
-        constants = (form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed)
-        got = reference.pre(sample.streams, *parameters, *constants)
+        got = reference.pre(
+            sample.streams, *parameters, form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed
+        )
         wanted = [("pre", sample.values[layer_input], got.layer_input)]
         wanted.append(("post", sample.values[post], got.post * (form.magnitude / 2) + form.post_eps))
         if res is not None:
@@ -330,7 +331,7 @@ def _mixings(piece: Piece, form: NativeForm) -> Iterator[NativeForm]:
     ]
     epsilons = dict.fromkeys((form.eps, *_small_numbers(piece)))
     for name, manifold in MANIFOLDS.items():
-        if not (is_built_in(name) and manifold.gated and manifold.mixes):
+        if not (is_built_in(name) and manifold.gated and manifold.mixes and manifold.logits is None):
             continue
         for transposed in (True, False):
             for columns_last in (False, True):

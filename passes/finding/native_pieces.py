@@ -210,13 +210,14 @@ class Piece:
             return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
         args, kwargs = map_aggregate(node.args, mean), map_aggregate(dict(node.kwargs), mean)
-        if name == "rms_norm" and kwargs.get("eps", args[3] if len(args) > 3 else None) is None:  # type: ignore[union-attr]
+        if name == "rms_norm" and kwargs.get("eps", args[3] if len(args) > 3 else None) is None:
             tensor = tensor_of(node)
             assert tensor is not None
-            args, kwargs = args[:3], {**kwargs, "eps": torch.finfo(tensor.dtype).eps}  # type: ignore[index,dict-item]
+            args, kwargs = args[:3], {**kwargs, "eps": torch.finfo(tensor.dtype).eps}
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index,arg-type]
-        return node.target(*args, **kwargs)  # type: ignore[operator,misc,arg-type]
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
 
     def _small(self, node: Node) -> tuple[int, ...]:
         """Return the shape of a value for `TOKENS` tokens."""
