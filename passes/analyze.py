@@ -21,7 +21,7 @@ from .normalize import normalize
 from .open_regions import open_regions
 from .read_sentinels import SentinelCall, read_sentinels
 from .recognize_native import recognize_native
-from .residual import Findings
+from .residual import Findings, Reason
 from .stream_ends import StreamEnds, find_stream_ends
 
 
@@ -84,7 +84,13 @@ def _lowered(plain: GraphModule, known: dict[str, Any], lower: bool) -> tuple[Gr
 
 def _with_differences(findings: Findings, native: NativeFindings) -> Findings:
     """Say of the writes that are not ours what the difference is."""
-    told = {entry.add: entry for entry in native.rejections}
+    known = {entry.add: entry.reason for entry in findings.rejections}
+    told = {
+        entry.add: entry
+        for entry in native.rejections
+        if known.get(entry.add) is Reason.NATIVE_STREAMS
+        or (entry.reason is Reason.NATIVE_DIFFERS and entry.add in known)
+    }
     others = tuple(entry for entry in findings.rejections if entry.add not in told)
     return replace(findings, rejections=(*others, *told.values()))
 

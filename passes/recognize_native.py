@@ -63,19 +63,22 @@ class _Recognizer:
             found = self._site(write)
             if isinstance(found, NativeSite):
                 sites.append(found)
+            elif isinstance(found, Rejection):
+                rejections.append(found)
             elif found is not None:
                 rejections.append(Rejection(node.name, location_of(node), Reason.NATIVE_DIFFERS, str(found)))
         called = tuple(location_of(node) for node in self.order if _schema_name(node) in _CALLED)
         return NativeFindings(tuple(sites), tuple(self._heads(sites)), called, tuple(rejections))
 
-    def _site(self, write: Write) -> NativeSite | Mismatch | None:
-        """Return the site of a write, the difference, or None where nothing behind it speaks of streams."""
+    def _site(self, write: Write) -> NativeSite | Mismatch | Rejection | None:
+        """Return the site of a write, what is in the way, or None where nothing behind it speaks of streams."""
         cut = write.cut
         try:
             sources = [node for node in (write.post, write.res) if node is not None]
             between = nodes_between(sources, (cut.node,), self.order)
         except PieceError as error:
-            return Mismatch(f"post or res: {error}") if self._collapses(cut) else None
+            # A state that is written to, such as a linear attention's, looks the same: the finder is to say what it is.
+            return Rejection(write.node.name, location_of(write.node), Reason.NATIVE_STREAMS, f"post or res: {error}")
         if not any(is_leaf(node) for node in between):
             return None
         by_rows = self._by_rows(write)

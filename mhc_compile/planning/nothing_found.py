@@ -62,7 +62,7 @@ def rejected_by_reason(entries: Iterable[Rejection]) -> list[tuple[str, list[tup
     """Group rejections by reason, and within one by source line with a count, most frequent first."""
     counts: dict[Reason, Counter[str]] = {}
     for entry in entries:
-        told = entry.reason is Reason.NATIVE_DIFFERS
+        told = entry.detail and entry.reason in (Reason.NATIVE_DIFFERS, Reason.NATIVE_STREAMS)
         counts.setdefault(entry.reason, Counter())[f"{entry.location}: {entry.detail}" if told else entry.location] += 1
     return [
         (reason.value, counter.most_common())
