@@ -41,8 +41,9 @@ class Case:
 
 def cases(quick: bool) -> list[Case]:
     """Return the cases, the most important first."""
-    depths = (2,) if quick else (4, 16, 43)
-    return [Case(compiler, layers) for layers in depths for compiler in ("site", "boundary", INDUCTOR)]
+    if quick:
+        return [Case("boundary", 1), Case(INDUCTOR, 1)]
+    return [Case(compiler, layers) for layers in (4, 16, 43) for compiler in ("site", "boundary", INDUCTOR)]
 
 
 def compile_in_process(case: Case, inner: str, options: Options, cache: str) -> dict[str, Any]:

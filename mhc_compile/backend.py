@@ -136,7 +136,7 @@ def _publish(analysis: Analysis, plan: Plan, frame: Frame, config: MHCConfig, fu
     """Add the graph to the model's report, and show that to TORCH_LOGS and the structured trace."""
     model = frame.outer or frame.model
     if model is not None and (plan.chains or plan.rejections or analysis.native.found or not frame.resumed):
-        rows = analysis.native.rows
+        rows = analysis.native.rows(frame.name_of)
         entry = graph_report(frame.function, analysis.nodes, plan, frame.break_reason, fusion, rows)
         report = add_to_report(model, config, entry)
         logs.artifact("mhc_report").debug("%s", report)

@@ -99,7 +99,7 @@ def look(
         if count_work:
             seen.work += count_branch_work(graph_module)
         seen.nodes.append(analysis.nodes)
-        seen.native.append(analysis.native.rows)
+        seen.native.append(analysis.native.rows(frame.name_of))
         if _is_whole(frame) and number == 0:
             raise _Seen("seen", first_useful_frame=None)
         codes.append(frame.code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -88,7 +89,8 @@ class NativeSite:
     """A site that the model writes itself, proved to be what the operators compute.
 
     Attributes:
-        name: path of the module that computes its coefficients, such as "model.layers.0.attn_hc".
+        name: path, from the graph's root, of the module that computes its coefficients: "model.layers.0.attn_hc".
+        module: the same module's entry (key, path) of the module stack; None where there is none.
         location: "file:line  source text" of its write.
         n_streams: n.
         width: C.
@@ -105,6 +107,7 @@ class NativeSite:
     """
 
     name: str
+    module: tuple[str, str] | None
     location: str
     n_streams: int
     width: int
@@ -125,7 +128,8 @@ class NativeHead:
     """A readout by learned weights that the model writes itself, proved to be `head`.
 
     Attributes:
-        name: path of the module that computes it.
+        name: path of the module that computes it, from the graph's root.
+        module: the same module's entry (key, path) of the module stack; None where there is none.
         location: "file:line  source text".
         n_streams: n.
         width: C.
@@ -140,6 +144,7 @@ class NativeHead:
     """
 
     name: str
+    module: tuple[str, str] | None
     location: str
     n_streams: int
     width: int
@@ -195,23 +200,26 @@ class NativeFindings:
         """Whether any site runs our operators."""
         return bool(self.sites or self.called)
 
-    @property
-    def rows(self) -> tuple[NativeRow, ...]:
-        """What the report shows."""
+    def rows(self, name_of: Callable[[str, str], str | None]) -> tuple[NativeRow, ...]:
+        """Return what the report shows.
+
+        Args:
+            name_of: a module's path on the model, by its entry (key, path) of the module stack.
+        """
+
+        def name(piece: NativeSite | NativeHead) -> str:
+            return (name_of(*piece.module) if piece.module is not None else None) or piece.name
+
         sites = (
-            NativeRow(site.name, "site", str(site.form), site.n_streams, site.width, site.location)
+            NativeRow(name(site), "site", str(site.form), site.n_streams, site.width, site.location)
             for site in self.sites
         )
         heads = (
             NativeRow(
-                head.name,
-                "head",
-                f"eps {head.eps:g}, norm eps {head.norm_eps:g}",
-                head.n_streams,
-                head.width,
+                name(head), "head", f"eps {head.eps:g}, norm eps {head.norm_eps:g}", head.n_streams, head.width,
                 head.location,
             )
             for head in self.heads
-        )
+        )  # fmt: skip
         calls = (NativeRow(line, "call", "calls the operators", 0, 0, line) for line in self.called)
         return (*sites, *heads, *calls)

@@ -135,6 +135,7 @@ class _Recognizer:
         written = nodes_between([write.node], write.inputs, self.order)
         return NativeSite(
             name=_name_of(collapse),
+            module=next(reversed(module_path_of(collapse)), None),
             location=location_of(write.node),
             n_streams=write.cut.n_streams,
             width=write.cut.width,
@@ -180,6 +181,7 @@ class _Recognizer:
                 moving = [node for node in piece.nodes if not is_leaf(node)]
                 return NativeHead(
                     name=_name_of(collapse),
+                    module=next(reversed(module_path_of(collapse)), None),
                     location=location_of(collapse),
                     n_streams=cut.n_streams,
                     width=cut.width,
