@@ -79,7 +79,7 @@ def _compiled(
 
     analysis = passes.read("analyze", analyze, graph_module, "lower_native" not in config.disable_passes)
     native = analysis.native
-    if native.sites:
+    if native.sites or native.writes:
         passes.show("after lower_native", analysis.plain)
     plan = passes.read("plan", plan_sites, analysis.findings, frame, config)
     plan = passes.read("check_graph_breaks", check_graph_breaks, graph_module, analysis, plan, frame, config)

@@ -209,7 +209,7 @@ class Report:
             f"parameters: {self.parameters_before:,} + {self.parameters_added:,}{share}",
         ]
         if self.native:
-            count = sum(row.kind != "head" for row in self.native)
+            count = sum(row.kind in ("site", "call") for row in self.native)
             lines.append(
                 f"streams of the model's own: {_counted(count, 'site')}, proved in float64, no parameters added"
             )

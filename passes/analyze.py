@@ -128,8 +128,10 @@ def _regions_passed(findings: Findings) -> set[tuple[str, ...]]:
 
 def _regions_of_native(native: NativeFindings) -> set[tuple[str, ...]]:
     """Return the paths of the regions that hold native sites."""
-    on_stream = [node for site in native.sites for node in (site.layer_input, site.write)]
+    on_stream = [site.write or site.layer_input for site in native.sites]
+    on_stream += [site.layer_input for site in native.sites]
     on_stream += [head.output for head in native.heads]
+    on_stream += [write.write for write in native.writes]
     return {region.path for node in on_stream for region in regions_of(node)}
 
 

@@ -20,7 +20,7 @@ from .fx.dataflow import CAST_NAMES, op_name, tensor_of
 from .fx.grad_modes import grad_modes
 from .fx.graph_copy import copy_node, module_like
 from .fx.regions import Region, put_into, regions_of
-from .native import NativeFindings, NativeHead, NativeSite, Part
+from .native import NativeFindings, NativeHead, NativeSite, NativeWrite, Part
 
 assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 
@@ -35,7 +35,7 @@ def lower_native(graph_module: GraphModule, findings: NativeFindings) -> GraphMo
         graph_module: the graph that the findings speak of; it is left as it is.
         findings: of `recognize_native`.
     """
-    if not findings.sites:
+    if not findings.sites and not findings.writes:
         return graph_module
     return _Lowerer(graph_module, findings).run()
 
@@ -53,8 +53,15 @@ class _Lowerer:
         # A cast behind a write or a collapse goes with it: the operators return the streams' dtype.
         self.replaced: dict[Node, Callable[[], Node]] = {}
         for site in findings.sites:
-            self._replace(site.write, site.streams, lambda site=site: self._write(site))  # type: ignore[misc]
+            if site.write is not None:
+                self._replace(site.write, site.streams, lambda site=site: self._write(site))  # type: ignore[misc]
+            else:
+                self.replaced[site.post] = lambda site=site: self.coefficients[site][1]  # type: ignore[misc]
+                if site.res is not None:
+                    self.replaced[site.res] = lambda site=site: self.coefficients[site][2]  # type: ignore[misc]
             self._replace(site.layer_input, site.streams, lambda site=site: self.coefficients[site][0])  # type: ignore[misc]
+        for write in findings.writes:
+            self._replace(write.write, write.streams, lambda write=write: self._write_alone(write))  # type: ignore[misc]
         for head in findings.heads:
             self._replace(head.output, head.streams, lambda head=head: self.readouts[head])  # type: ignore[misc]
         self.pieces: tuple[NativeSite | NativeHead, ...] = (*findings.sites, *findings.heads)
@@ -80,7 +87,7 @@ class _Lowerer:
     def _dead(self) -> set[Node]:
         """Return what nothing reads once the operators run."""
         order = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
-        pieces = {node for piece in self.pieces for node in piece.pieces}
+        pieces = {node for piece in (*self.pieces, *self.findings.writes) for node in piece.pieces}
         wanted = {node for site in self.findings.sites for node in (site.branch, site.streams)}
         dead: set[Node] = set()
         for node in sorted(pieces - set(self.replaced), key=order.__getitem__, reverse=True):
@@ -137,7 +144,22 @@ class _Lowerer:
             res = self._emit(origin, torch.transpose, res, -1, -2)
         self.coefficients[piece] = layer_input, post, res
 
+    def _write_alone(self, write: NativeWrite) -> Node:
+        """Emit the write of a site whose coefficients come into the graph."""
+        post = self.values[write.post]
+        if write.res is None:
+            ones = self._emit(write.write, torch.ones_like, post)
+            res = self._emit(write.write, torch.diag_embed, ones)
+        else:
+            res = self.values[write.res]
+            if not write.by_rows:
+                res = self._emit(write.write, torch.transpose, res, -1, -2)
+        streams, branch = self.values[write.streams], self.values[write.branch]
+        return self._emit(write.write, torch.ops.mhc.post.default, streams, branch, post, res)
+
     def _write(self, site: NativeSite) -> Node:
+        assert site.write is not None
+        assert site.branch is not None
         _, post, res = self.coefficients[site]
         branch = self.values[site.branch]
         return self._emit(site.write, torch.ops.mhc.post.default, self.values[site.streams], branch, post, res)

@@ -100,8 +100,8 @@ class NativeSite:
         layer_input: [*, C].
         post: [*, n].
         res: [*, n, n], what the write multiplies the streams by; None where streams do not mix.
-        branch: [*, C].
-        write: the new streams.
+        branch: [*, C]; None where the write lies in another graph.
+        write: the new streams; None likewise. post and res then leave this graph.
         first: the first node of the piece that depends on the streams.
         pieces: what computes the coefficients, the layer input and the write.
     """
@@ -117,9 +117,38 @@ class NativeSite:
     layer_input: Node
     post: Node
     res: Node | None
-    branch: Node
-    write: Node
+    branch: Node | None
+    write: Node | None
     first: Node
+    pieces: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class NativeWrite:
+    """The write of a site whose coefficients come from another graph, proved to be `post`.
+
+    Attributes:
+        location: "file:line  source text".
+        n_streams: n.
+        width: C.
+        streams: [*, n, C], an input of the graph, as are post and res.
+        branch: [*, C].
+        post: [*, n].
+        res: [*, n, n]; None where streams do not mix.
+        by_rows: `res` is res[out, in], not its transpose.
+        write: the new streams.
+        pieces: what computes the write.
+    """
+
+    location: str
+    n_streams: int
+    width: int
+    streams: Node
+    branch: Node
+    post: Node
+    res: Node | None
+    by_rows: bool
+    write: Node
     pieces: tuple[Node, ...]
 
 
@@ -186,19 +215,21 @@ class NativeFindings:
     Attributes:
         sites: proved ones, in graph order.
         heads: learned readouts, proved.
+        writes: of sites whose coefficients come from another graph, proved.
         called: "file:line  source text" of sites that call the operators themselves (`mhc_compile.functional`).
         rejections: writes to streams that stay as they are, and why.
     """
 
     sites: tuple[NativeSite, ...] = ()
     heads: tuple[NativeHead, ...] = ()
+    writes: tuple[NativeWrite, ...] = ()
     called: tuple[str, ...] = ()
     rejections: tuple[Rejection, ...] = ()
 
     @property
     def found(self) -> bool:
         """Whether any site runs our operators."""
-        return bool(self.sites or self.called)
+        return bool(self.sites or self.writes or self.called)
 
     def rows(self, name_of: Callable[[str, str], str | None]) -> tuple[NativeRow, ...]:
         """Return what the report shows.
@@ -211,8 +242,7 @@ class NativeFindings:
             return (name_of(*piece.module) if piece.module is not None else None) or piece.name
 
         sites = (
-            NativeRow(name(site), "site", str(site.form), site.n_streams, site.width, site.location)
-            for site in self.sites
+            NativeRow(name(site), "site", _told(site), site.n_streams, site.width, site.location) for site in self.sites
         )
         heads = (
             NativeRow(
@@ -221,5 +251,15 @@ class NativeFindings:
             )
             for head in self.heads
         )  # fmt: skip
+        writes = (
+            NativeRow(
+                write.location, "write", "of a site of another graph", write.n_streams, write.width, write.location
+            )
+            for write in self.writes
+        )
         calls = (NativeRow(line, "call", "calls the operators", 0, 0, line) for line in self.called)
-        return (*sites, *heads, *calls)
+        return (*sites, *heads, *writes, *calls)
+
+
+def _told(site: NativeSite) -> str:
+    return str(site.form) + (", written in another graph" if site.write is None else "")

@@ -18,11 +18,11 @@ from torch.fx import GraphModule, Node
 
 from .finding.native_fit import TOLERANCE, Mismatch, fit_head, fit_site
 from .finding.native_pieces import Cut, Piece, PieceError, computed_from, is_leaf, nodes_between
-from .finding.native_writes import Write, write_of
-from .fx.dataflow import CAST_NAMES, is_add, is_float, op_name, shape_of
+from .finding.native_writes import Write, cut_of, write_of
+from .fx.dataflow import CAST_NAMES, is_activation_input, is_add, is_float, op_name, output_values, shape_of
 from .fx.node_info import location_of, module_path_of
 from .fx.regions import regions_of
-from .native import Mapping, NativeFindings, NativeForm, NativeHead, NativeSite
+from .native import Mapping, NativeFindings, NativeForm, NativeHead, NativeSite, NativeWrite
 from .residual import Reason, Rejection
 
 _CALLED = {"mhc::post", "mhc::post_pre"}
@@ -55,6 +55,7 @@ class _Recognizer:
     def run(self) -> NativeFindings:
         self.order = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
         sites: list[NativeSite] = []
+        writes: list[NativeWrite] = []
         rejections: list[Rejection] = []
         for node in self.order:
             write = write_of(node) if is_add(node) and is_float(node) else None
@@ -63,16 +64,22 @@ class _Recognizer:
             found = self._site(write)
             if isinstance(found, NativeSite):
                 sites.append(found)
+            elif isinstance(found, NativeWrite):
+                writes.append(found)
             elif isinstance(found, Rejection):
                 rejections.append(found)
             elif found is not None:
                 rejections.append(Rejection(node.name, location_of(node), Reason.NATIVE_DIFFERS, str(found)))
         called = tuple(location_of(node) for node in self.order if _schema_name(node) in _CALLED)
-        return NativeFindings(tuple(sites), tuple(self._heads(sites)), called, tuple(rejections))
+        heads = tuple(self._heads(sites))
+        sites += self._halves({site.streams for site in sites})
+        return NativeFindings(tuple(sites), heads, tuple(writes), called, tuple(rejections))
 
-    def _site(self, write: Write) -> NativeSite | Mismatch | Rejection | None:
+    def _site(self, write: Write) -> NativeSite | NativeWrite | Mismatch | Rejection | None:
         """Return the site of a write, what is in the way, or None where nothing behind it speaks of streams."""
         cut = write.cut
+        if all(is_activation_input(node) for node in write.inputs if node is not write.branch):
+            return self._write_alone(write)
         try:
             sources = [node for node in (write.post, write.res) if node is not None]
             between = nodes_between(sources, (cut.node,), self.order)
@@ -84,16 +91,23 @@ class _Recognizer:
         by_rows = self._by_rows(write)
         if by_rows is None:
             return Mismatch("the write is not the streams, mixed, and the branch times post")
+        return self._collapsed(cut, write.post, write.res, by_rows, write)
+
+    def _collapsed(
+        self, cut: Cut, post: Node, res: Node | None, by_rows: bool, write: Write | None
+    ) -> NativeSite | Mismatch:
+        """Return the site with these coefficients, or how the nearest thing that collapses the streams differs."""
         worst: Mismatch | None = None
+        sources = [node for node in (post, res) if node is not None]
         for collapse in self._collapses(cut):
             try:
                 nodes = nodes_between([collapse, *sources], (cut.node,), self.order)
                 piece = Piece(nodes, cut, (cut.node,))
-                form = self._fitted(piece, (collapse, *sources), write, by_rows)
+                form = self._fitted(piece, (collapse, *sources), by_rows)
             except PieceError as error:
                 form = Mismatch(str(error))
             if isinstance(form, NativeForm):
-                return self._made(write, collapse, piece, form)
+                return self._made(cut, post, res, write, collapse, piece, form)
             if worst is None or (form.gap is not None and (worst.gap is None or form.gap < worst.gap)):
                 worst = form
         return worst or Mismatch("nothing collapses these streams")
@@ -117,36 +131,81 @@ class _Recognizer:
         found: bool | None = self.known[key]
         return found
 
-    def _fitted(self, piece: Piece, results: tuple[Node, ...], write: Write, by_rows: bool) -> NativeForm | Mismatch:
+    def _write_alone(self, write: Write) -> NativeWrite | None:
+        """Return a write whose coefficients and streams come into the graph."""
+        by_rows = self._by_rows(write)
+        if by_rows is None:
+            return None
+        return NativeWrite(
+            location=location_of(write.node),
+            n_streams=write.cut.n_streams,
+            width=write.cut.width,
+            streams=write.cut.node,
+            branch=write.branch,
+            post=write.post,
+            res=write.res,
+            by_rows=by_rows,
+            write=write.node,
+            pieces=nodes_between([write.node], write.inputs, self.order),
+        )
+
+    def _halves(self, read: set[Node]) -> list[NativeSite]:
+        """Return the sites whose coefficients leave the graph: their writes lie in another one."""
+        returned = [
+            node for node in output_values(self.graph_module.graph) if isinstance(node, Node) and is_float(node)
+        ]
+        inputs = [node for node in self.order if is_activation_input(node)]
+        found: list[NativeSite] = []
+        for streams in dict.fromkeys((*returned, *inputs)):
+            cut = cut_of(streams)
+            if cut is None or streams in read:
+                continue
+            n = cut.n_streams
+            posts = [node for node in returned if shape_of(node) == cut.per_token(n)]
+            mixings = [node for node in returned if shape_of(node) == cut.per_token(n, n)]
+            tried = (self._collapsed(cut, post, res, True, None) for post in posts for res in mixings or [None])
+            site = next((site for site in tried if isinstance(site, NativeSite)), None)
+            found += [site] if site is not None else []
+        return found
+
+    def _fitted(self, piece: Piece, results: tuple[Node, ...], by_rows: bool) -> NativeForm | Mismatch:
         places = [piece.nodes.index(node) for node in results]
         key = f"{places} {by_rows}\n{piece.fingerprint()}"
         if key not in self.known:
             with _apart():
-                self.known[key] = fit_site(piece, results[0], write.post, write.res, by_rows)
+                self.known[key] = fit_site(piece, results[0], results[1], next(iter(results[2:]), None), by_rows)
         form: NativeForm | Mismatch = self.known[key]
         return form
 
-    def _made(self, write: Write, collapse: Node, piece: Piece, form: NativeForm) -> NativeSite | Mismatch:
-        moving = [node for node in piece.nodes if not is_leaf(node) and self.order[node] > self.order[write.cut.node]]
-        first = next(node for node in moving if _reads(node, write.cut.node, piece))
-        regions = {regions_of(node) for node in (first, collapse, write.post, write.res) if node is not None}
+    def _made(
+        self,
+        cut: Cut,
+        post: Node,
+        res: Node | None,
+        write: Write | None,
+        collapse: Node,
+        piece: Piece,
+        form: NativeForm,
+    ) -> NativeSite | Mismatch:
+        first = next(node for node in piece.nodes if not is_leaf(node) and _reads(node, cut.node, piece))
+        regions = {regions_of(node) for node in (first, collapse, post, res) if node is not None}
         if len(regions) > 1:
             return Mismatch("its coefficients are computed in several regions, such as checkpointed bodies")
-        written = nodes_between([write.node], write.inputs, self.order)
+        written = nodes_between([write.node], write.inputs, self.order) if write is not None else ()
         return NativeSite(
             name=_name_of(collapse),
             module=next(reversed(module_path_of(collapse)), None),
-            location=location_of(write.node),
-            n_streams=write.cut.n_streams,
-            width=write.cut.width,
+            location=location_of(collapse if write is None else write.node),
+            n_streams=cut.n_streams,
+            width=cut.width,
             form=form,
             leaves=piece.leaves,
-            streams=write.cut.node,
+            streams=cut.node,
             layer_input=collapse,
-            post=write.post,
-            res=write.res,
-            branch=write.branch,
-            write=write.node,
+            post=post,
+            res=res,
+            branch=write.branch if write is not None else None,
+            write=write.node if write is not None else None,
             first=first,
             pieces=tuple(sorted({*piece.nodes, *written} - set(piece.leaves), key=self.order.__getitem__)),
         )
@@ -155,6 +214,7 @@ class _Recognizer:
         sites = list(sites)
         read = {site.streams for site in sites}
         for site in sites:
+            assert site.write is not None
             ends = [site.write, *_casts(site.write, shape_of(site.streams))]
             for end in ends:
                 if not read & set(ends):

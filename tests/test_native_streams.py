@@ -1,9 +1,11 @@
 """Models that carry streams already: found by dataflow, proved, run by the operators, exact with perturbed weights."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from mhc_compile.kernels import ops
 from torch import nn
 
 import mhc_compile
@@ -188,6 +190,34 @@ def test_generation_with_a_cache_is_that_of_the_plain_model():
     model.compile(backend="mhc", options=EAGER)
     assert torch.equal(model.generate(IDS, max_new_tokens=2, do_sample=False), wanted)
     assert len(_native(model)) == 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_site_that_a_graph_break_halves_runs_the_operators_in_both_graphs(transposed, monkeypatch):
+    called = Counter()
+
+    def counting(name, *arguments):
+        called[name] += 1
+        return run(name, *arguments)
+
+    run = ops.run
+    monkeypatch.setattr(ops, "run", counting)
+
+    class Breaking(nn.Linear):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = perturb(HandWritten(layers=2, transposed=transposed), 0.3)
+    model.branches[1][1] = perturb(Breaking(12, 12), 0.3)
+    model.double()
+    out, gradient, where = _compared(model, (TOKENS.double(),))
+    assert out <= 1e-12
+    assert gradient <= 1e-10, where
+    assert [site.name for site in _native(model)] == ["mixers.0", "mixers.1"]
+    assert "written in another graph" in _native(model)[1].mathematics
+    assert called["pre"] == called["post"] == 2
 
 
 def test_any_number_of_tokens_runs_in_one_graph():

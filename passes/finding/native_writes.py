@@ -60,15 +60,20 @@ class Write:
             return float((theirs - ours).abs().max()) / max(1.0, float(ours.abs().max()))
 
 
-def write_of(node: Node) -> Write | None:
-    """Return the write that an add has the form of; None if it has not."""
+def cut_of(node: Node) -> Cut | None:
+    """Return a value as streams [*, n, C], if by its shape it may be some."""
     shape = shape_of(node)
     if len(shape) < 3 or not all(isinstance(size, int) for size in shape[-2:]) or not 2 <= shape[-2] <= _MOST_STREAMS:
         return None
+    return Cut(node, tuple(shape[:-2]), shape[-2], shape[-1]) if shape[-1] != shape[-2] else None
+
+
+def write_of(node: Node) -> Write | None:
+    """Return the write that an add has the form of; None if it has not."""
     left, right = operands(node)
-    if not isinstance(left, Node) or not isinstance(right, Node) or shape[-1] == shape[-2]:
+    cut = cut_of(node)
+    if cut is None or not isinstance(left, Node) or not isinstance(right, Node):
         return None
-    cut = Cut(node, tuple(shape[:-2]), shape[-2], shape[-1])
     n, width = cut.n_streams, cut.width
     for spread, rest in ((left, right), (right, left)):
         outer = _factors(spread, cut, n, width)
