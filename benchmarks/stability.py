@@ -34,6 +34,7 @@ from .terminal import say, track
 
 PLAIN = "plain residual"
 KINDS = (PLAIN, "none", "sinkhorn")
+GAINS = ("none", "row", "identity", "sinkhorn", "permutation", "kronecker")
 _STREAMS = 4
 _TOKENS = 64
 # A network that says nothing has a loss of ln 10. One that stays far above it for some steps has lost its way.
@@ -80,7 +81,7 @@ def perturbed_gain(manifold: str, depth: int, spread: float, seed: int) -> tuple
     rest = family.rest_bias(_STREAMS).double()
     matrices = []
     for _ in range(depth):
-        noise = torch.randn(_TOKENS, _STREAMS, _STREAMS, generator=generator, dtype=torch.float64)
+        noise = torch.randn(_TOKENS, *rest.shape, generator=generator, dtype=torch.float64)
         # A manifold that does not mix has no logits: its matrix stays where it is.
         logits = rest + spread * noise if family.mixes else rest.expand_as(noise)
         matrices.append(family.project(logits, 20, 0.0))
@@ -89,7 +90,7 @@ def perturbed_gain(manifold: str, depth: int, spread: float, seed: int) -> tuple
 
 def measure_gains(sweep: Sweep, options: Options, record: Record) -> None:
     """Add a row for each manifold, spread and seed, with the gain at every depth."""
-    cases = [(manifold, spread) for spread in sweep.spreads for manifold in ("none", "identity", "sinkhorn")]
+    cases = [(manifold, spread) for spread in sweep.spreads for manifold in GAINS]
     for manifold, spread in track(cases, "gain over depth"):
         for seed in sweep.seeds:
             forward, backward = perturbed_gain(manifold, max(sweep.depths), spread, seed)

@@ -42,6 +42,7 @@ _GPU_PARTS = (
     Part("training_step", 0.6),
     Part("peers", 0.4),
     Part("compile_time", 0.6),
+    Part("native", 0.6),
     Part("stability", 1.0),
 )
 # On a CPU: what means something without a GPU comes first.
@@ -49,7 +50,8 @@ _CPU_PARTS = (
     Part("kernels", 0.3),
     Part("stability", 0.5),
     Part("training_step", 0.5),
-    Part("compile_time", 0.7),
+    Part("compile_time", 0.5),
+    Part("native", 0.7),
     Part("peers", 1.0),
 )
 

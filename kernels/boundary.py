@@ -23,6 +23,7 @@ def post_pre(
     eps: float = 0.0,
     manifold: str = "sinkhorn",
     anchored: bool = False,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a site's `post`, then the next site's `pre`.
 
@@ -39,12 +40,13 @@ def post_pre(
         eps: as in `pre`.
         manifold: a name of `MANIFOLDS`.
         anchored: the streams given are anchored, and so is all that is returned.
+        transposed: as in `pre`.
 
     Returns:
         the new streams [*, n, C]; layer_input [*, C], post [*, n] and res [*, n, n] of the next site.
     """
     fresh = reference.post(streams, branch, post, res)
-    return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold, anchored))
+    return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold, anchored, transposed))
 
 
 def post_pre_backward(
@@ -64,6 +66,7 @@ def post_pre_backward(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    transposed: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `post_pre` with respect to its seven tensors, making the new streams again."""
     fresh = reference.post(streams, branch, post, res)
@@ -80,6 +83,7 @@ def post_pre_backward(
         eps,
         manifold,
         anchored,
+        transposed,
     )
     grads = reference.post_backward(grad_fresh + through, streams, branch, post, res)
     return (*grads, *grad_mapping)

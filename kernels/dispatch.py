@@ -25,6 +25,7 @@ from torch import Tensor
 from . import boundary, reference
 from .cpu import build
 from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
+from .orientation import in_kernel_order
 
 CHOICES = ("auto", "triton", "cpu", "reference")
 
@@ -101,12 +102,13 @@ def run(name: str, tensors: tuple[Tensor, ...], n_streams: int, manifold: str, *
     """Call operator `name` (or `name_backward`) in the implementation that fits."""
     streams = tensors[0]
     chosen = implementation(tensors, n_streams, manifold)
+    backward = name.endswith("_backward")
     if chosen == "cpu":
-        return compiled_of(name)(*tensors, *constants)
+        return in_kernel_order(compiled_of(name), tensors, n_streams, constants, backward)
     if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
-            return kernel_of(name)(*tensors, *constants)
+            return in_kernel_order(kernel_of(name), tensors, n_streams, constants, backward)
     # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
     with torch.autocast(device_type=streams.device.type, enabled=False):
         return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)

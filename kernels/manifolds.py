@@ -1,10 +1,11 @@
 """The table of manifolds: where a site's n×n mixing matrix lives.
 
-A manifold maps the affine logits `A[out, in]` of a token to its mixing matrix `res[out, in]`. To add one, from
+A manifold maps the affine logits of a token, `A[out, in]` or another number of them, to its mixing matrix
+`res[out, in]`. To add one, from
 anywhere:
 
-    MANIFOLDS["row"] = Manifold(
-        name="row", project=row_softmax, project_backward=row_softmax_backward, rest_bias=..., help="rows sum to 1"
+    MANIFOLDS["column"] = Manifold(
+        name="column", project=softmax, project_backward=softmax_backward, rest_bias=..., help="columns sum to 1"
     )
 
 The name is then a value of the option `manifold`. Plain PyTorch runs it. A manifold of this table whose
@@ -15,6 +16,8 @@ Torch is imported only where it is used: the command line reads this table for i
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,11 +46,15 @@ class Manifold:
 
     Attributes:
         name: the value of the option `manifold`.
-        project: `(logits [*, n, n], iters, eps) -> res [*, n, n]`; rows index the output stream.
+        project: `(logits, iters, eps) -> res [*, n, n]`; rows index the output stream. The logits are [*, n, n], or
+            [*, k] where `logits` is given.
         project_backward: `(grad_res, logits, iters, eps) -> grad_logits`, the exact derivative of `project`.
-        rest_bias: `n -> [n, n]` logits whose matrix is near the identity and has exact row sums of 1.
+        rest_bias: `n -> ` [n, n] or [k] logits whose matrix is near the identity and has exact row sums of 1.
         gated: pre and post pass through sigmoids (mHC); otherwise they stay affine (hyper-connections).
         exact_rows: with eps = 0, rows of res sum to 1 because `project` ends on a row normalization, or is constant.
+        uses_eps: `project` adds eps to its sums, which are then not exact.
+        logits: `n -> k`, where the matrix is not made of n×n logits.
+        sizes: the numbers of streams that it is defined for.
         mixes: False when res is the constant identity, which then needs no rows in phi.
         kernel_matrix: what the kernels make of the matrix's logits, a value of the constant MATRIX of
             `gpu/coefficients.py`; None if no kernel covers the manifold, and plain PyTorch runs it.
@@ -62,6 +69,9 @@ class Manifold:
     rest_bias: Callable[[int], Tensor]
     gated: bool = True
     exact_rows: bool = False
+    uses_eps: bool = True
+    logits: Callable[[Any], Any] | None = None
+    sizes: tuple[int, ...] = tuple(range(1, MAX_STREAMS + 1))
     mixes: bool = True
     kernel_matrix: str | None = None
     flops: Callable[[Any, Any], Any] = _no_flops
@@ -69,7 +79,9 @@ class Manifold:
 
     def rows(self, n_streams: Any) -> Any:
         """Return the number of rows of phi, pre, post and, where streams mix, res, for a number or a symbol."""
-        return 2 * n_streams + (n_streams * n_streams if self.mixes else 0)
+        if not self.mixes:
+            return 2 * n_streams
+        return 2 * n_streams + (n_streams * n_streams if self.logits is None else self.logits(n_streams))
 
     @property
     def scales(self) -> int:
@@ -78,7 +90,7 @@ class Manifold:
 
     def rows_are_exact(self, eps: float) -> bool:
         """Whether rows of res sum to 1 by construction, so that no rounding of their sums need be carried along."""
-        return self.exact_rows and (eps == 0.0 or not self.mixes)
+        return self.exact_rows and (eps == 0.0 or not self.uses_eps)
 
 
 def sinkhorn_project(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -159,6 +171,116 @@ def _keep_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> 
     return grad_res.clone()
 
 
+def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    return weights * (grad - (grad * weights).sum(-1, keepdim=True))
+
+
+def row_project(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Softmax each row of [*, n, n]: rows sum to 1, columns to anything. No eps is added."""
+    return logits.softmax(-1)
+
+
+def row_project_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Differentiate `row_project`."""
+    return _softmax_backward(grad_res, logits.softmax(-1))
+
+
+def _permutation_matrices(logits: Tensor) -> Tensor:
+    """Return all permutation matrices [n!, n·n] for logits [*, n!], each row by row; the identity first."""
+    import torch
+
+    count = logits.shape[-1]
+    n = next(size for size in range(1, MAX_STREAMS + 1) if math.factorial(size) == count)
+    # Made from the logits, they are fake tensors where those are.
+    unit = torch.diag_embed(logits.new_ones(n)).unbind(0)
+    rows = [unit[source] for order in itertools.permutations(range(n)) for source in order]
+    return torch.stack(rows).reshape(count, n * n)
+
+
+def permutation_project(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Weigh all permutation matrices by a softmax: exactly doubly stochastic (mHC-lite, arXiv 2601.05732).
+
+    By Birkhoff's theorem every doubly stochastic matrix is such a sum. No eps is added.
+
+    Args:
+        logits: [*, n!], the identity's first, the others in lexicographic order.
+        iters: not used.
+        eps: not used.
+    """
+    matrices = _permutation_matrices(logits)
+    n = math.isqrt(matrices.shape[-1])
+    return (logits.softmax(-1) @ matrices).unflatten(-1, (n, n))
+
+
+def permutation_project_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Differentiate `permutation_project`."""
+    return _softmax_backward(grad_res.flatten(-2) @ _permutation_matrices(logits).mT, logits.softmax(-1))
+
+
+def _kronecker(factors: list[Tensor]) -> Tensor:
+    """Return the Kronecker product of [*, 2, 2] matrices, the first one's indices the slowest."""
+    product = factors[0]
+    for factor in factors[1:]:
+        spread = product.unsqueeze(-1).unsqueeze(-3) * factor.unsqueeze(-2).unsqueeze(-4)
+        product = spread.flatten(-2, -1).flatten(-3, -2)
+    return product
+
+
+def _kronecker_factors(stay: Tensor) -> list[Tensor]:
+    """Return [[a, 1 - a], [1 - a, a]] for each a of [*, K]."""
+    import torch
+
+    pairs = torch.stack([stay, 1.0 - stay, 1.0 - stay, stay], dim=-1)
+    return list(pairs.unflatten(-1, (2, 2)).unbind(-3))
+
+
+def kronecker_project(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Multiply K matrices [[a, 1 - a], [1 - a, a]] by Kronecker (KromHC, arXiv 2601.21579): exactly doubly stochastic.
+
+    Stream i and stream j mix by how the bits of i and j differ. No eps is added.
+
+    Args:
+        logits: [*, K] for n = 2^K streams; a is their sigmoid.
+        iters: not used.
+        eps: not used.
+    """
+    return _kronecker(_kronecker_factors(logits.sigmoid()))
+
+
+def kronecker_project_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Differentiate `kronecker_project`: the derivative by one factor replaces it with [[1, -1], [-1, 1]]."""
+    import torch
+
+    stay = logits.sigmoid()
+    factors = _kronecker_factors(stay)
+    change = torch.ones_like(factors[0])
+    change[..., 0, 1] = change[..., 1, 0] = -1.0
+    grads = [
+        (grad_res * _kronecker([*factors[:index], change, *factors[index + 1 :]])).sum((-2, -1))
+        for index in range(len(factors))
+    ]
+    return torch.stack(grads, dim=-1) * stay * (1.0 - stay)
+
+
+def _log2(n: Any) -> int:
+    return int(n).bit_length() - 1
+
+
+def _permutation_rest(n: int) -> Tensor:
+    import torch
+
+    # Of the identity's n! - 1 rivals, as much weight as of the n - 1 that an entry of a Sinkhorn row has.
+    rest = torch.zeros(math.factorial(n))
+    rest[0] = _REST_LOGIT + math.log((math.factorial(n) - 1) / (n - 1)) if n > 1 else 0.0
+    return rest
+
+
+def _kronecker_rest(n: int) -> Tensor:
+    import torch
+
+    return torch.full((_log2(n),), _REST_LOGIT)
+
+
 def _identity(n: int) -> Tensor:
     import torch
 
@@ -193,9 +315,44 @@ MANIFOLDS: dict[str, Manifold] = {
             project_backward=_keep_backward,
             rest_bias=_identity,
             exact_rows=True,
+            uses_eps=False,
             mixes=False,
             kernel_matrix="logits",
             help="streams do not mix",
+        ),
+        Manifold(
+            name="permutation",
+            project=permutation_project,
+            project_backward=permutation_project_backward,
+            rest_bias=_permutation_rest,
+            exact_rows=True,
+            uses_eps=False,
+            logits=lambda n: math.factorial(n),
+            sizes=(2, 3, 4),
+            flops=lambda n, iters: 2 * math.factorial(n) * (n**2 + 1),
+            help="exactly doubly stochastic by weighted permutations, 2 to 4 streams",
+        ),
+        Manifold(
+            name="kronecker",
+            project=kronecker_project,
+            project_backward=kronecker_project_backward,
+            rest_bias=_kronecker_rest,
+            exact_rows=True,
+            uses_eps=False,
+            logits=_log2,
+            sizes=(2, 4, 8),
+            flops=lambda n, iters: 2 * n**2,
+            help="exactly doubly stochastic by a Kronecker product, 2, 4 or 8 streams",
+        ),
+        Manifold(
+            name="row",
+            project=row_project,
+            project_backward=row_project_backward,
+            rest_bias=lambda n: _REST_LOGIT * _identity(n),
+            exact_rows=True,
+            uses_eps=False,
+            flops=lambda n, iters: 3 * n**2,
+            help="rows sum to 1, columns are free",
         ),
     )
 }

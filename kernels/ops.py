@@ -98,6 +98,7 @@ def _fake_pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    transposed: bool = False,
 ) -> tuple[Tensor, ...]:
     *tokens, n, width = streams.shape
     rows = MANIFOLDS[manifold].rows(n)
@@ -163,7 +164,7 @@ def _operator(
 
 _PARAMETERS = ("phi", "scale", "bias")
 _MIXING = ("streams", "branch", "post", "res")
-_SITE = ("SymInt iters", "float norm_eps", "float eps", "str manifold", "bool anchored=False")
+_SITE = ("SymInt iters", "float norm_eps", "float eps", "str manifold", "bool anchored=False", "bool transposed=False")
 _HEAD = ("float norm_eps", "float eps", "bool anchored=False")
 
 _pre = _operator("pre", Signature(("streams", *_PARAMETERS), _SITE, ("layer_input", "post", "res")), _fake_pre)

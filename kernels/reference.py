@@ -63,6 +63,7 @@ def pre(
     eps: float = 0.0,
     manifold: str = "sinkhorn",
     anchored: bool = False,
+    transposed: bool = False,
 ) -> PreOutput:
     """Compute a site's coefficients and collapse its streams into the branch's input (Eq. 5, 7, 8).
 
@@ -76,6 +77,8 @@ def pre(
         eps: added to pre, and inside Sinkhorn; 0 keeps the sums exact, DeepSeek-V4 uses 1e-6.
         manifold: a name of `MANIFOLDS`.
         anchored: the streams are anchored (see `anchored`), and so are the post and res that are returned.
+        transposed: the n·n last rows of phi and bias are ordered [in, out], as DeepSeek-V4 stores them; the res that is
+            returned is `res[out, in]` all the same.
 
     Returns:
         layer_input [*, C] in the streams' dtype; post [*, n] and res [*, n, n] in the accumulation dtype.
@@ -84,7 +87,7 @@ def pre(
     n = streams.shape[-2]
     projected = anchoring.release(_wide(streams)) if anchored else streams
     logits = _project_by_phi(projected, phi, scale, bias, norm_eps, _groups(family, n)).logits
-    pre_logits, post_logits, res_logits = _split(logits, family, n)
+    pre_logits, post_logits, res_logits = _split(logits, family, n, transposed)
     weights = torch.sigmoid(pre_logits) + eps if family.gated else pre_logits
     post_weights = 2.0 * torch.sigmoid(post_logits) if family.gated else post_logits
     res = family.project(res_logits, iters, eps)
@@ -107,6 +110,7 @@ def pre_backward(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `pre` with respect to streams, phi, scale and bias, recomputing its coefficients."""
     family = MANIFOLDS[manifold]
@@ -115,7 +119,7 @@ def pre_backward(
     groups = _groups(family, n)
     wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
     projection = _project_by_phi(wide, phi, scale, bias, norm_eps, groups)
-    pre_logits, post_logits, res_logits = _split(projection.logits, family, n)
+    pre_logits, post_logits, res_logits = _split(projection.logits, family, n, transposed)
 
     grad_input = grad_layer_input.to(dtype)
     grad_pre = (wide @ grad_input.unsqueeze(-1)).squeeze(-1)
@@ -132,7 +136,10 @@ def pre_backward(
         weights = pre_logits
     grad_logits = [grad_pre, grad_post]
     if family.mixes:
-        grad_logits.append(family.project_backward(grad_res, res_logits, iters, eps).flatten(-2))
+        grad_mixing = family.project_backward(grad_res, res_logits, iters, eps)
+        if family.logits is None:
+            grad_mixing = (grad_mixing.mT if transposed else grad_mixing).flatten(-2)
+        grad_logits.append(grad_mixing)
     grad_flat, *grad_mapping = _project_by_phi_backward(torch.cat(grad_logits, dim=-1), projection, phi, scale, groups)
     grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
     if anchored:
@@ -252,14 +259,17 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _groups(family: Manifold, n: int) -> tuple[int, ...]:
-    return (n, n, n * n) if family.mixes else (n, n)
+    return (n, n, family.rows(n) - 2 * n) if family.mixes else (n, n)
 
 
-def _split(logits: Tensor, family: Manifold, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a token's logits into pre [*, n], post [*, n] and res [*, n, n]."""
+def _split(logits: Tensor, family: Manifold, n: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a token's logits into pre [*, n], post [*, n] and res's, [*, n, n] as `[out, in]` or [*, k]."""
     if family.mixes:
-        pre_logits, post_logits, res_logits = logits.split((n, n, n * n), dim=-1)
-        return pre_logits, post_logits, res_logits.unflatten(-1, (n, n))
+        pre_logits, post_logits, res_logits = logits.split(_groups(family, n), dim=-1)
+        if family.logits is not None:
+            return pre_logits, post_logits, res_logits
+        matrix = res_logits.unflatten(-1, (n, n))
+        return pre_logits, post_logits, matrix.mT if transposed else matrix
     pre_logits, post_logits = logits.split((n, n), dim=-1)
     # Not `torch.eye`: made from the logits, it is a fake tensor where they are.
     identity = torch.diag_embed(logits.new_ones(n))

@@ -41,7 +41,8 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | Mapping[str, Any] |
             forward, is one: `attach(model, input_ids=ids, n_streams=2)`.
 
     Returns:
-        What was found. Attaching again with the same options adds only what is missing.
+        What was found. Attaching again with the same options adds only what is missing. A model that carries streams
+        itself keeps its own parameters, and none are added for them.
 
     Raises:
         ConfigMismatchError: other options are attached.
@@ -65,7 +66,7 @@ def attach(model: nn.Module, *args: Any, config: MHCConfig | Mapping[str, Any] |
     config = given.config or attached or MHCConfig()
     with sign_of_life(f"tracing {type(root).__name__}"):
         found = look(root, given.args, given.kwargs, config)
-    if config.strict and not found.report.sites:
+    if config.strict and not (found.report.sites or found.report.native):
         raise NoResidualError(nothing_found(found.merged(), config))
     frames = [frame for _, frame in found.links.plans]
     created: list[tuple[nn.Module, str]] = []

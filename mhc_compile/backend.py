@@ -28,7 +28,7 @@ from .passes.mark_cacheable import mark_cacheable
 from .passes.runner import PassRunner, leave_artifact
 from .passes.verify import verify
 from .planning.binding import attach_on_first_call, bind
-from .planning.chain_sizes import fusion_for
+from .planning.chain_sizes import fusion_for, fusion_for_native
 from .planning.graph_breaks import check_graph_breaks
 from .planning.nothing_found import require_sites
 from .planning.sentinel_checks import refuse_plain_sites, remaining_checks
@@ -78,13 +78,16 @@ def _compiled(
     passes = PassRunner(frame.function, logs.artifact("mhc_passes"), config.disable_passes)
     passes.show("captured", graph_module)
 
-    analysis = passes.read("analyze", analyze, graph_module)
+    analysis = passes.read("analyze", analyze, graph_module, "lower_native" not in config.disable_passes)
+    native = analysis.native
+    if native.sites or native.writes:
+        passes.show("after lower_native", analysis.plain)
     plan = passes.read("plan", plan_sites, analysis.findings, frame, config)
     plan = passes.read("check_graph_breaks", check_graph_breaks, graph_module, analysis, plan, frame, config)
     refuse_plain_sites(analysis.sentinels, plan, frame, is_split_by_ddp(graph_module))
-    require_sites(plan, frame, config)
+    require_sites(plan, frame, config, native.found)
 
-    graph, fusion = analysis.plain, None
+    graph, fusion, leaving = analysis.plain, None, 0
     if not plan.chains and analysis.findings.chains:
         # Dynamo does not guard on hooks: this graph would serve another module of the class that has its parameters.
         pin_to_modules(frame)
@@ -99,11 +102,13 @@ def _compiled(
         leaving = sum(len(chain.exits) for chain in chains)
         graph = passes.rewrite("expand_streams", expand_streams, graph, chains, config)
         verify(analysis.plain, graph, config.n_streams, leaving)
-        if FUSIONS[fusion.fusion].post_pre is not None:
-            graph = passes.rewrite("fuse_boundaries", fuse_boundaries, graph)
-            verify(analysis.plain, graph, config.n_streams, leaving)
+    elif native.sites:
+        fusion = fusion_for_native(native.sites, config)
+    if fusion is not None and FUSIONS[fusion.fusion].post_pre is not None:
+        graph = passes.rewrite("fuse_boundaries", fuse_boundaries, graph)
+        verify(analysis.plain, graph, config.n_streams, leaving)
     graph = passes.rewrite("close_regions", close_regions, graph)
-    if plan.chains:
+    if fusion is not None:
         graph = passes.rewrite("annotate_recompute", annotate_recompute, graph, config)
         graph = passes.rewrite("mark_cacheable", mark_cacheable, graph)
 
@@ -133,8 +138,9 @@ def _checked(compiled: Compiled, checks: list[Callable[[], None]]) -> Compiled:
 def _publish(analysis: Analysis, plan: Plan, frame: Frame, config: MHCConfig, fusion: FusionChoice | None) -> None:
     """Add the graph to the model's report, and show that to TORCH_LOGS and the structured trace."""
     model = frame.outer or frame.model
-    if model is not None and (plan.chains or plan.rejections or not frame.resumed):
-        entry = graph_report(frame.function, analysis.nodes, plan, frame.break_reason, fusion)
+    if model is not None and (plan.chains or plan.rejections or analysis.native.found or not frame.resumed):
+        rows = analysis.native.rows(frame.name_of)
+        entry = graph_report(frame.function, analysis.nodes, plan, frame.break_reason, fusion, rows)
         report = add_to_report(model, config, entry)
         logs.artifact("mhc_report").debug("%s", report)
         leave_artifact("mhc report", lambda: str(report))

@@ -18,7 +18,7 @@ FUSIONS = ("auto", *fusions.FUSIONS)
 GRAPH_BREAKS = ("carry", "collapse", "error")
 RECOMPUTES = ("auto", "none")
 # Rewriting passes that a model runs without, too.
-OPTIONAL_PASSES = ("fuse_boundaries", "annotate_recompute", "mark_cacheable")
+OPTIONAL_PASSES = ("lower_native", "fuse_boundaries", "annotate_recompute", "mark_cacheable")
 
 # The options that decide which parameters exist and what they mean. The rest may change from one
 # compilation to the next without touching a checkpoint.
@@ -40,8 +40,10 @@ class MHCConfig:
     Args:
         n_streams: number of parallel residual streams, 1 to 8.
         manifold: where the mixing matrices live: "sinkhorn" (doubly stochastic, arXiv 2512.24880 Eq. 8-9),
-            "none" (unconstrained, arXiv 2409.19606), "identity" (streams do not mix), or a name that was added to
-            `mhc_compile.kernels.manifolds`.
+            "none" (unconstrained, arXiv 2409.19606), "identity" (streams do not mix),
+            "permutation" (exactly doubly stochastic by weighted permutations, 2 to 4 streams, arXiv 2601.05732),
+            "kronecker" (exactly doubly stochastic by a Kronecker product, 2, 4 or 8 streams, arXiv 2601.21579),
+            "row" (rows sum to 1, columns are free), or a name that was added to `mhc_compile.kernels.manifolds`.
         sinkhorn_iters: Sinkhorn-Knopp iterations, at least 1 (the paper uses 20).
         init: "preserve" starts from exactly the original model; "paper" starts from scale 0.01 and random phi.
         readout: how a chain's streams become one value at its end: "mean", or "learned" (sigmoid-weighted).
@@ -94,6 +96,11 @@ class MHCConfig:
         _check_int("sinkhorn_iters", self.sinkhorn_iters, 1, None)
         _check_int("min_sites", self.min_sites, 1, None)
         _check_choice("manifold", self.manifold, tuple(MANIFOLDS))
+        sizes = MANIFOLDS[self.manifold].sizes
+        if self.n_streams not in sizes:
+            raise MHCOptionError(
+                f"n_streams={self.n_streams}: the manifold {self.manifold!r} is defined for {_either(sizes)} streams."
+            )
         _check_choice("init", self.init, INITS)
         _check_choice("readout", self.readout, READOUTS)
         _check_choice("on_graph_break", self.on_graph_break, GRAPH_BREAKS)
@@ -184,6 +191,11 @@ def _check_names(options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(str(name), known, n=3)
             hint = f"Did you mean {_listed(near)}?" if near else f"Known options: {_listed(known)}."
             raise MHCOptionError(f"unknown option {name!r}. {hint}")
+
+
+def _either(sizes: tuple[int, ...]) -> str:
+    *first, last = map(str, sizes)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _listed(names: tuple[str, ...] | list[str]) -> str:

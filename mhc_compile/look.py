@@ -24,6 +24,7 @@ from .dynamo.skipped_frames import watch_skipped_frames
 from .errors import MHCError, StreamCutError
 from .passes.analyze import analyze
 from .passes.count_branch_work import BranchWork, count_branch_work
+from .passes.native import NativeRow
 from .passes.shapes_only import shapes_only
 from .planning.graph_breaks import check_graph_breaks, cut_message, ends_are_ends, forget_breaks, given_up
 from .planning.sites import Plan, plan_sites
@@ -49,6 +50,7 @@ class Look:
     links: StreamLinks = field(default_factory=StreamLinks)
     plans: list[Plan] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
+    native: list[tuple[NativeRow, ...]] = field(default_factory=list)
     work: BranchWork = field(default_factory=lambda: BranchWork(0, 0))
 
     def merged(self) -> Plan:
@@ -97,6 +99,7 @@ def look(
         if count_work:
             seen.work += count_branch_work(graph_module)
         seen.nodes.append(analysis.nodes)
+        seen.native.append(analysis.native.rows(frame.name_of))
         if _is_whole(frame) and number == 0:
             raise _Seen("seen", first_useful_frame=None)
         codes.append(frame.code)
@@ -133,9 +136,14 @@ def look(
                 reset_code(code)
     captured = [plan for plan, _ in seen.links.plans]
     seen.plans = seen.links.placed_plans(config) if config.on_graph_break == "carry" else ends_are_ends(captured)
-    for plan, (_, frame), nodes in zip(seen.plans, seen.links.plans, seen.nodes, strict=True):
-        seen.report.graphs.append(graph_report(frame.function, nodes, plan, frame.break_reason))
-    if reason is not None and not seen.report.sites and config.strict and config.on_graph_break != "collapse":
+    for plan, (_, frame), nodes, rows in zip(seen.plans, seen.links.plans, seen.nodes, seen.native, strict=True):
+        seen.report.graphs.append(graph_report(frame.function, nodes, plan, frame.break_reason, native=rows))
+    if (
+        reason is not None
+        and not (seen.report.sites or seen.report.native)
+        and config.strict
+        and config.on_graph_break != "collapse"
+    ):
         raise StreamCutError(cut_message(f"{reason}, and Dynamo gave up on the model's forward"))
     if not seen.links.plans:
         raise MHCError(

@@ -6,7 +6,7 @@ import html
 import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,11 +14,15 @@ from .config import MHCConfig
 from .kernels.costs.fusion_choice import FusionChoice
 from .kernels.manifolds import MANIFOLDS
 from .memory import MEMORY
+from .passes.native import NativeRow
 from .passes.residual import Chain, Reason, Rejection, Site
 from .planning.nothing_found import rejected_by_reason
 from .planning.sites import Plan
 from .prediction import Prediction
 from .repeated_layers import folded
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _MOST_ROWS = 40
 
@@ -35,6 +39,7 @@ class GraphReport:
         break_reason: why the graph ended before its function did, if it did.
         fusion: which operators its sites run and why; None for a graph that was not compiled, or has no site.
         cuts: why the streams that enter the graph were averaged before it, and expanded again in it.
+        native: sites and readouts of streams that the model carries itself, which our operators run.
     """
 
     function: str
@@ -44,6 +49,7 @@ class GraphReport:
     break_reason: str | None = None
     fusion: FusionChoice | None = None
     cuts: tuple[str, ...] = ()
+    native: tuple[NativeRow, ...] = ()
 
 
 @dataclass
@@ -78,6 +84,11 @@ class Report:
         return tuple(seen.values())
 
     @property
+    def native(self) -> tuple[NativeRow, ...]:
+        """Every site and readout of streams that the model carries itself, once."""
+        return tuple(dict.fromkeys(row for graph in self.graphs for row in graph.native))
+
+    @property
     def rejected(self) -> tuple[Rejection, ...]:
         """Every add that was looked at and left alone, of the graphs that differ."""
         seen: dict[tuple[str, str, Reason], Rejection] = {}
@@ -110,6 +121,7 @@ class Report:
             "parameters_before": self.parameters_before,
             "parameters_added": self.parameters_added,
             "chains": [asdict(chain) for chain in self.chains],
+            "native": [asdict(row) for row in self.native],
             "rejected": [_rejection_dict(entry) for entry in self.rejected],
             "prediction": self.prediction.to_dict() if self.prediction is not None else None,
             "graphs": [
@@ -166,6 +178,8 @@ class Report:
             if len(rows) > _MOST_ROWS:
                 table.add_row(f"… and {len(rows) - _MOST_ROWS} more", "", "", "")
             console.print(table)
+        if self.native:
+            console.print(self._native_table())
         if self.rejected:
             table = Table(title="adds left as they are", title_justify="left")
             for column in ("count", "why", "source"):
@@ -178,6 +192,19 @@ class Report:
             console.print(str(self.prediction))
         return buffer.getvalue().rstrip()
 
+    def _native_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="streams that the model carries itself, run by the operators", title_justify="left")
+        for column in ("site", "what it computes", "n x C", "source"):
+            table.add_column(column, overflow="fold")
+        for row in self.native[:_MOST_ROWS]:
+            size = f"{row.n_streams}x{row.width}" if row.n_streams else ""
+            table.add_row(row.name, row.mathematics, size, row.location)
+        if len(self.native) > _MOST_ROWS:
+            table.add_row(f"… and {len(self.native) - _MOST_ROWS} more", "", "", "")
+        return table
+
     def _summary(self) -> str:
         options = self.config
         share = f" ({self.parameters_added / self.parameters_before:.2%})" if self.parameters_before else ""
@@ -186,6 +213,11 @@ class Report:
             f"{options.n_streams} streams on the manifold {options.manifold!r}, init={options.init!r}",
             f"parameters: {self.parameters_before:,} + {self.parameters_added:,}{share}",
         ]
+        if self.native:
+            count = sum(row.kind in ("site", "call") for row in self.native)
+            lines.append(
+                f"streams of the model's own: {_counted(count, 'site')}, proved in float64, no parameters added"
+            )
         for fusion in dict.fromkeys(graph.fusion for graph in self.graphs if graph.fusion is not None):
             lines.append(f"fusion: {fusion}")
         broken = [graph for graph in self.graphs if graph.break_reason]
@@ -235,7 +267,12 @@ def add_to_report(root: nn.Module, config: MHCConfig, graph: GraphReport) -> Rep
 
 
 def graph_report(
-    function: str, nodes: int, plan: Plan, break_reason: str | None, fusion: FusionChoice | None = None
+    function: str,
+    nodes: int,
+    plan: Plan,
+    break_reason: str | None,
+    fusion: FusionChoice | None = None,
+    native: tuple[NativeRow, ...] = (),
 ) -> GraphReport:
     """Describe one graph."""
     return GraphReport(
@@ -246,6 +283,7 @@ def graph_report(
         break_reason=break_reason,
         fusion=fusion,
         cuts=plan.cuts,
+        native=native,
     )
 
 

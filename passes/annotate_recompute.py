@@ -148,7 +148,7 @@ def _stored_streams(graph_module: GraphModule, config: MHCConfig) -> set[Node]:
     for node in writes:
         place = places[node]
         sites = lengths[place.head]
-        if place.sites % _interval(config, sites) == 0 and place.sites < sites:
+        if place.sites % _interval(node, config, sites) == 0 and place.sites < sites:
             stored.add(node)
     return stored
 
@@ -171,7 +171,10 @@ def _places(graph_module: GraphModule) -> dict[Node, _Place]:
     return places
 
 
-def _interval(config: MHCConfig, sites: int) -> int:
+def _interval(write: Node, config: MHCConfig, sites: int) -> int:
     if isinstance(config.recompute, int):
         return config.recompute
-    return recompute_interval(sites, config.n_streams)
+    # Not the option: a model that carries streams itself has as many as it likes.
+    made = write.meta["example_value"]
+    streams = made if isinstance(made, torch.Tensor) else made[0]
+    return recompute_interval(sites, int(streams.shape[-2]))

@@ -53,19 +53,19 @@ def fuse_boundaries(graph_module: GraphModule) -> GraphModule:
 
 
 def _partners(graph_module: GraphModule) -> dict[Node, Node]:
-    """Return, for each `post`, the first `pre` that reads its streams; its parameters are graph inputs."""
+    """Return, for each `post`, the first `pre` that reads its streams; its parameters are known before the `post`."""
     partners: dict[Node, Node] = {}
     modes = grad_modes(graph_module)
+    order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
         if node.target is not _PRE:
             continue
         streams, *parameters = node.args[:4]
-        inputs_only = all(isinstance(value, Node) and value.op == "placeholder" for value in parameters)
         # Across the border of a checkpointed body, one half would be recomputed without the other.
         if (
             isinstance(streams, Node)
             and streams.target is _POST
-            and inputs_only
+            and all(isinstance(value, Node) and order[value] < order[streams] for value in parameters)
             and regions_of(streams) == regions_of(node)
             # Fused, a `pre` behind `no_grad` would run under it, and its parameters would get no gradient.
             and modes[streams] == modes[node]

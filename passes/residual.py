@@ -14,6 +14,7 @@ class Reason(Enum):
     """Why an add stays as it is; the value is the phrase that the report shows."""
 
     NATIVE_STREAMS = "writes to several streams that the model carries itself"
+    NATIVE_DIFFERS = "writes to several streams that the model carries itself, and not as the operators do"
     ATTENTION_SCORES = "adds a bias or a mask to attention scores"
     EMBEDDING = "adds a fixed or looked-up table, such as positions, types or segments"
     BIAS = "adds a learned bias, broadcast over tokens"

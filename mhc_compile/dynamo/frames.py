@@ -87,6 +87,11 @@ class Frame:
             return self.paths.get(id(found), (plain, found))
         return None
 
+    def name_of(self, key: str, path: str) -> str | None:
+        """Return a module's path on the model, by one entry of a node's module stack."""
+        found = self.module_at(key, path)
+        return found[0] if found is not None else None
+
 
 def plain_path(path: str) -> str:
     """Return a module's dotted path as users write it: Dynamo's has the names of its dictionaries in it."""

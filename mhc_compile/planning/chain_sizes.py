@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..config import MHCConfig
 from ..kernels.costs.fusion_choice import FusionChoice, FusionReason, choose_fusion
+from ..passes.fx.node_info import form_of
+from ..passes.native import NativeSite
 from .sites import Plan, PlannedChain
 
 
@@ -47,6 +50,23 @@ def fusion_for(plan: Plan, config: MHCConfig) -> FusionChoice:
         largest.dtype,
         largest.device,
         manifold=config.manifold,
+        training=torch.is_grad_enabled(),
+    )
+
+
+def fusion_for_native(sites: Sequence[NativeSite], config: MHCConfig) -> FusionChoice:
+    """Return the fusion choice for a graph that holds native sites alone."""
+    if config.fusion != "auto":
+        return FusionChoice(config.fusion, FusionReason.ASKED)
+    forms = [(form_of(site.layer_input, -1), site) for site in sites]
+    form, site = max(forms, key=lambda entry: entry[0].tokens * entry[0].width)
+    return choose_fusion(
+        form.tokens,
+        form.width,
+        site.n_streams,
+        form.dtype,
+        form.device,
+        manifold=site.form.manifold,
         training=torch.is_grad_enabled(),
     )
 

@@ -15,13 +15,19 @@ from .graph_breaks import has_open_breaks
 from .sites import Plan
 
 
-def require_sites(plan: Plan, frame: Frame, config: MHCConfig) -> None:
+def require_sites(plan: Plan, frame: Frame, config: MHCConfig, native: bool) -> None:
     """Check that something is rewritten in this graph, or was in another graph of the same model.
+
+    Args:
+        plan: of the graph.
+        frame: of the graph.
+        config: the options.
+        native: the graph holds sites that the model writes itself and that run our operators.
 
     Raises:
         NoResidualError: `strict` is on and the whole model shows no residual add.
     """
-    if plan.chains or not config.strict:
+    if plan.chains or native or not config.strict:
         return
     if not frame.roots and has_open_breaks(frame):
         # A loss function behind a graph break: no module, so no residual block.
@@ -56,7 +62,8 @@ def rejected_by_reason(entries: Iterable[Rejection]) -> list[tuple[str, list[tup
     """Group rejections by reason, and within one by source line with a count, most frequent first."""
     counts: dict[Reason, Counter[str]] = {}
     for entry in entries:
-        counts.setdefault(entry.reason, Counter())[entry.location] += 1
+        told = entry.detail and entry.reason in (Reason.NATIVE_DIFFERS, Reason.NATIVE_STREAMS)
+        counts.setdefault(entry.reason, Counter())[f"{entry.location}: {entry.detail}" if told else entry.location] += 1
     return [
         (reason.value, counter.most_common())
         for reason, counter in sorted(counts.items(), key=lambda item: -item[1].total())

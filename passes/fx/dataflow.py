@@ -89,8 +89,12 @@ def size_hint(size: int | torch.SymInt) -> int:
 
 
 def sizes_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return the shape with symbolic sizes as expressions, comparable without guards."""
-    return tuple(size if isinstance(size, int) else size.node.expr for size in tensor.shape)
+    """Return the shape with symbolic sizes as expressions, comparable without guards; what is known is an int."""
+    return tuple(size if isinstance(size, int) else _known(size.node.expr) for size in tensor.shape)
+
+
+def _known(expression: Any) -> Any:
+    return int(expression) if expression.is_Integer else expression
 
 
 def shape_of(node: Any) -> tuple[Any, ...]:

@@ -1,0 +1,135 @@
+"""Measure models that carry streams already: compile time, size of the graph, launches and step, against Inductor.
+
+    python -m benchmarks.native [--device cuda] [--quick] [--minutes 8] [--out DIR]
+
+The model is transformers' DeepSeek-V4 mixers (20 Sinkhorn iterations) around small feed-forward branches, and its head:
+what is measured is the streams, not attention or experts. Each case compiles in a process of its own with an empty
+cache. `--only inductor/4`: cases by compiler and number of layers, two sites each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .llama import missing
+from .record import OUT_OF_TIME, Benchmark, Options, Record, in_time, run_as_script
+from .terminal import Table, track
+
+_ROOT = Path(__file__).parents[1]
+INDUCTOR = "inductor"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A compiler and a depth: plain Inductor, or the backend with a fusion."""
+
+    compiler: str
+    layers: int
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line."""
+        return f"{self.compiler}/{self.layers}"
+
+
+def cases(quick: bool) -> list[Case]:
+    """Return the cases, the most important first."""
+    if quick:
+        return [Case("boundary", 1), Case(INDUCTOR, 1)]
+    return [Case(compiler, layers) for layers in (4, 16, 43) for compiler in ("site", "boundary", INDUCTOR)]
+
+
+def compile_in_process(case: Case, inner: str, options: Options, cache: str) -> dict[str, Any]:
+    """Return what `native_child` prints.
+
+    Raises:
+        RuntimeError: the process failed; the message is its last line.
+        subprocess.TimeoutExpired: the time is up.
+    """
+    command = [
+        sys.executable, "-m", "benchmarks.native_child", "--compiler", case.compiler, "--layers", str(case.layers),
+        "--inner", inner, "--device", options.device,
+    ]  # fmt: skip
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
+    limit = None if options.seconds_left == float("inf") else max(options.seconds_left, 1.0)
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def run(options: Options, record: Record) -> None:
+    """Compile every case, cold."""
+    why = missing()
+    if why is not None:
+        record.skip("everything", why)
+        return
+    inner = "aot_eager" if options.quick else "inductor"
+    record.fact(inner=inner)
+    for case in track([case for case in cases(options.quick) if options.wants(case.name)], "compiling"):
+        if not in_time(options, record, case.name, needs=20.0):
+            break
+        with tempfile.TemporaryDirectory() as cache:
+            try:
+                found = compile_in_process(case, inner, options, cache)
+            except subprocess.TimeoutExpired:
+                record.skip(case.name, OUT_OF_TIME)
+                break
+            except RuntimeError as error:
+                record.fail(case.name, str(error))
+                continue
+        record.add(compiler=case.compiler, layers=case.layers, **found)
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Return one table: a row for each compiler and depth."""
+    rows = sorted(result["rows"], key=lambda row: row["layers"])
+    plain = {row["layers"]: row for row in rows if row["compiler"] == INDUCTOR}
+    cells = []
+    for row in rows:
+        reference = plain.get(row["layers"])
+        ratio = row["step_seconds"] / reference["step_seconds"] if reference else None
+        launches = row["launches_per_site"]
+        cells.append(
+            (
+                f"{row['layers']} layers",
+                row["compiler"],
+                f"{row['compile_seconds']:.1f} s",
+                f"{row['analyze_seconds']:.2f} s" if row["analyze_seconds"] is not None else "–",
+                f"{row['graph_nodes']:,}",
+                f"{row['aten_nodes']:,}",
+                f"{launches:.1f}" if launches is not None else "–",
+                f"{1e3 * row['step_seconds']:.1f} ms",
+                f"{ratio:.2f}" if ratio is not None else "–",
+            )
+        )
+    eager = next((row["eager_launches_per_site"] for row in rows), float("nan"))
+    table = Table(
+        f"DeepSeek-V4's mixers, inner compiler {result['facts'].get('inner', 'inductor')}",
+        ("model", "compiler", "compile", "search", "graph", "ATen", "launches a site", "step", "to Inductor"),
+        tuple(cells),
+        frozenset(),
+        "Cold. Search: finding, proving and lowering the sites. Graph: nodes that the inner compiler is given. ATen: "
+        "nodes of its forward and backward. Launches: kernels of the generated code and calls of operators in forward "
+        f"and backward, of the whole model over its sites; eagerly {eager:.0f} in the forward alone.",
+    )
+    return [table] if cells else []
+
+
+def figures(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
+    """Return no figure: three depths are a table."""
+    return []
+
+
+BENCHMARK = Benchmark("native", "Models that carry streams already", run, tables, figures)
+
+if __name__ == "__main__":
+    run_as_script(BENCHMARK, __doc__)

@@ -1,0 +1,54 @@
+"""Rows of phi and bias in the order that the kernels read: `res[out, in]`.
+
+A site whose mixing matrix is stored [in, out] (`transposed`, as DeepSeek-V4 stores it) is the same site with the n·n
+last rows of phi and bias in another order. The reference takes the flag as it is. The kernels do not know it: here they
+are given the rows in their order, and the gradients are put back. That is one pass over phi, (n² + 2n)·n·C numbers,
+beside the n·C of every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Behind iters, norm_eps, eps, manifold and anchored: where the constants of a site's operators hold `transposed`.
+_POSITION = 5
+
+
+def in_kernel_order(
+    call: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    n_streams: int,
+    constants: tuple[Any, ...],
+    gradients: bool = False,
+) -> Any:
+    """Call a kernel that knows no `transposed`.
+
+    Args:
+        call: the kernel.
+        tensors: of the call; the last three of a site's operators are phi, scale and bias.
+        n_streams: n.
+        constants: of the call, as the operator's signature has them.
+        gradients: the kernel returns the gradients of phi, scale and bias last.
+    """
+    known, transposed = constants[:_POSITION], any(constants[_POSITION:])
+    if not transposed or tensors[-1].numel() == 2 * n_streams:
+        return call(*tensors, *known)
+    *others, phi, scale, bias = tensors
+    results = call(*others, _swapped(phi, n_streams), scale, _swapped(bias, n_streams), *known)
+    if not gradients:
+        return results
+    *grads, grad_phi, grad_scale, grad_bias = results
+    return (*grads, _swapped(grad_phi, n_streams), grad_scale, _swapped(grad_bias, n_streams))
+
+
+def _swapped(rows: Tensor, n_streams: int) -> Tensor:
+    """Return a copy of phi [rows, n·C] or bias [rows] whose rows of res are transposed."""
+    result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    gates, matrix = (2 * n_streams, (n_streams, n_streams))
+    result[:gates] = rows[:gates]
+    result[gates:].unflatten(0, matrix).copy_(rows[gates:].unflatten(0, matrix).transpose(0, 1))
+    return result
