@@ -30,28 +30,28 @@ if TYPE_CHECKING:
     from .api import attach, detach, explain, param_groups, parameters, report, reset_parameters
     from .attachment.optimizers import check_optimizer
     from .config import MHCConfig
-    from .exporting import export
-    from .inspection import inspect
-    from .saving import from_pretrained, save_pretrained
-    from .trainer_callback import MHCCallback
+    from .sharing.exporting import export
+    from .sharing.saving import from_pretrained, save_pretrained
+    from .watching.inspection import inspect
+    from .watching.trainer_callback import MHCCallback
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "MHCCallback": "trainer_callback",
+    "MHCCallback": "watching.trainer_callback",
     "MHCConfig": "config",
     "attach": "api",
     "check_optimizer": "attachment.optimizers",
     "detach": "api",
     "explain": "api",
-    "export": "exporting",
-    "inspect": "inspection",
-    "from_pretrained": "saving",
+    "export": "sharing.exporting",
+    "inspect": "watching.inspection",
+    "from_pretrained": "sharing.saving",
     "param_groups": "api",
     "parameters": "api",
     "report": "api",
     "reset_parameters": "api",
-    "save_pretrained": "saving",
+    "save_pretrained": "sharing.saving",
 }
 
 __all__ = [

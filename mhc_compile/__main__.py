@@ -20,8 +20,8 @@ from .signs_of_life import sign_of_life
 if TYPE_CHECKING:
     from .cli_models import Example
     from .config import MHCConfig
-    from .prediction import Workload
-    from .reporting import Report
+    from .reports.prediction import Workload
+    from .reports.reporting import Report
 
 # Before transformers is imported: nothing here needs the network, and a machine without one must not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -111,7 +111,7 @@ def inspect(
 ) -> None:
     """Show what the mixing of a trained model does: matrices, leans, similarity of streams and gain over depth."""
     with _errors_are_messages():
-        from .inspection import inspect as look_into
+        from .watching.inspection import inspect as look_into
 
         with sign_of_life(f"loading and running {model}"):
             example = _load_saved(model)
@@ -183,7 +183,7 @@ def _continue_pretrained(steps: int, seed: int, backend: str, streams: int, mani
 def _workload(tokens: int | None, gpu: str | None) -> Workload | None:
     if tokens is None and gpu is None:
         return None
-    from .prediction import Workload
+    from .reports.prediction import Workload
 
     return Workload(tokens=_TOKENS if tokens is None else tokens, gpu=gpu or _GPU)
 
@@ -219,7 +219,7 @@ def _found(load: Callable[[], Example]) -> Example:
 
 def _refuse_sites(glob: str, every: Report) -> None:
     """Say that a glob picks nothing, and what there is to pick."""
-    from .repeated_layers import folded
+    from .reports.repeated_layers import folded
 
     if every.sites:
         names = ", ".join(row.name for row in folded(every.sites)[:4])

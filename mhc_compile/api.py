@@ -22,8 +22,8 @@ from .planning.binding import attach_plan, take_back
 from .planning.chain_sizes import chain_sizes
 from .planning.graph_breaks import forget_breaks
 from .planning.nothing_found import nothing_found
-from .prediction import Workload, predict
-from .reporting import Report, forget_report, keep_report, report_of
+from .reports.prediction import Workload, predict
+from .reports.reporting import Report, forget_report, keep_report, report_of
 from .signs_of_life import sign_of_life
 
 
@@ -96,8 +96,8 @@ def explain(
     """Look at a model as `attach` would, and change nothing. Works on the meta device.
 
     Args and errors are those of `attach`; nothing found is no error here: the report says so. With `predict_for`, a
-    `mhc_compile.prediction.Workload`, the report also predicts memory and step time of training on a GPU; it then
-    raises MHCOptionError where nothing was found.
+    `mhc_compile.reports.prediction.Workload`, the report also predicts memory and step time of training on a GPU; it
+    then raises MHCOptionError where nothing was found.
     """
     root = unwrap(model)
     given = read_arguments(root, args, kwargs, config)

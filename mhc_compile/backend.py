@@ -33,7 +33,7 @@ from .planning.graph_breaks import check_graph_breaks
 from .planning.nothing_found import require_sites
 from .planning.sentinel_checks import refuse_plain_sites, remaining_checks
 from .planning.sites import Plan, plan_sites
-from .reporting import add_to_report, graph_report
+from .reports.reporting import add_to_report, graph_report
 from .signs_of_life import sign_of_life
 
 Compiled = Callable[..., Any]

@@ -83,7 +83,7 @@ def load_saved(name: str) -> Example:
     Raises:
         ModelNotFoundError: it is neither.
     """
-    from .saving import from_pretrained
+    from .sharing.saving import from_pretrained
 
     path = Path(name)
     if not path.is_dir():

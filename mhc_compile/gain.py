@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from .api import explain, parameters, unwrap
 from .errors import MHCError, NotAttachedError
 from .passes.record_mixing import MixingRecorder
-from .reporting import keep_report, report_of
+from .reports.reporting import keep_report, report_of
 
 _INNER = "mhc_record_mixing"
 _RECORD: ContextVar[list[tuple[Tensor, SiteObservation]] | None] = ContextVar("mhc_mixing", default=None)

@@ -29,7 +29,7 @@ from .passes.shapes_only import shapes_only
 from .planning.graph_breaks import check_graph_breaks, cut_message, ends_are_ends, forget_breaks, given_up
 from .planning.sites import Plan, plan_sites
 from .planning.stream_links import StreamLinks
-from .reporting import Report, graph_report, new_report
+from .reports.reporting import Report, graph_report, new_report
 
 _NO_LIMIT = 1 << 30
 

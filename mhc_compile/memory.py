@@ -13,7 +13,7 @@ from torch import nn
 if TYPE_CHECKING:
     from .planning.call_counts import Calls
     from .planning.graph_breaks import Break
-    from .reporting import Report
+    from .reports.reporting import Report
 
 
 @dataclass

@@ -162,7 +162,7 @@ class _Recognizer:
                 continue
             n = cut.n_streams
             posts = [node for node in returned if shape_of(node) == cut.per_token(n)]
-            mixings = [node for node in returned if shape_of(node) == cut.per_token(n, n)]
+            mixings: list[Node | None] = [node for node in returned if shape_of(node) == cut.per_token(n, n)]
             tried = (self._collapsed(cut, post, res, True, None) for post in posts for res in mixings or [None])
             site = next((site for site in tried if isinstance(site, NativeSite)), None)
             found += [site] if site is not None else []

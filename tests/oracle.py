@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from mhc_compile import MHCConfig
-from mhc_compile.reporting import Chain, Report
+from mhc_compile.reports.reporting import Chain, Report
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 _MIXING = ("linear", "conv", "matmul", "bmm", "attention")

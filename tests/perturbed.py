@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile import MHCConfig
-from mhc_compile.reporting import Report
+from mhc_compile.reports.reporting import Report
 
 from .oracle import oracle
 from .preserving import tensors_of

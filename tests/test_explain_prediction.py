@@ -16,7 +16,7 @@ import mhc_compile
 from mhc_compile import MHCConfig, MHCError, MHCOptionError
 from mhc_compile.__main__ import app
 from mhc_compile.planning.chain_sizes import ChainSize
-from mhc_compile.prediction import Workload, predict
+from mhc_compile.reports.prediction import Workload, predict
 
 from .models import Stack, llama, token_ids
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mhc_compile
-from mhc_compile.repeated_layers import folded
+from mhc_compile.reports.repeated_layers import folded
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import mhc_compile
 from mhc_compile.__main__ import app
-from mhc_compile.repeated_layers import folded
+from mhc_compile.reports.repeated_layers import folded
 
 from .models import Stack, features, llama, token_ids
 

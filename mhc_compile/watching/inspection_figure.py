@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MHCError
+from ..errors import MHCError
 
 if TYPE_CHECKING:
     from .inspection import Inspection

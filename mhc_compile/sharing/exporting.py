@@ -13,10 +13,10 @@ from torch._dynamo import register_backend
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .api import unwrap
-from .attachment.site_parameters import attached_config
-from .errors import MHCError, NotAttachedError
-from .passes.plain_operators import size_inputs, without_autocast_regions
+from ..api import unwrap
+from ..attachment.site_parameters import attached_config
+from ..errors import MHCError, NotAttachedError
+from ..passes.plain_operators import size_inputs, without_autocast_regions
 
 _INNER = "mhc_export"
 _NO_LIMIT = 1 << 30

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .config import MHCConfig
-from .kernels.costs.fusion_choice import FusionChoice
-from .kernels.manifolds import MANIFOLDS
-from .memory import MEMORY
-from .passes.native import NativeRow
-from .passes.residual import Chain, Reason, Rejection, Site
-from .planning.nothing_found import rejected_by_reason
-from .planning.sites import Plan
+from ..config import MHCConfig
+from ..kernels.costs.fusion_choice import FusionChoice
+from ..kernels.manifolds import MANIFOLDS
+from ..memory import MEMORY
+from ..passes.native import NativeRow
+from ..passes.residual import Chain, Reason, Rejection, Site
+from ..planning.nothing_found import rejected_by_reason
+from ..planning.sites import Plan
 from .prediction import Prediction
 from .repeated_layers import folded
 
@@ -244,7 +244,7 @@ def _fusion_dict(fusion: FusionChoice | None) -> dict[str, str] | None:
 
 def new_report(root: nn.Module, config: MHCConfig) -> Report:
     """Return an empty report on a model."""
-    from .attachment.site_parameters import SiteParameters
+    from ..attachment.site_parameters import SiteParameters
 
     ours = {id(p) for module in root.modules() if isinstance(module, SiteParameters) for p in module.parameters()}
     before = sum(p.numel() for p in root.parameters() if id(p) not in ours)

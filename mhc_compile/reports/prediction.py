@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import MHCOptionError
-from .kernels.costs import traffic
-from .kernels.costs.fusion_choice import FusionChoice, choose_on
-from .kernels.costs.gpus import find_gpu
-from .passes.count_branch_work import BranchWork
-from .planning.chain_sizes import ChainSize
+from ..errors import MHCOptionError
+from ..kernels.costs import traffic
+from ..kernels.costs.fusion_choice import FusionChoice, choose_on
+from ..kernels.costs.gpus import find_gpu
+from ..passes.count_branch_work import BranchWork
+from ..planning.chain_sizes import ChainSize
 
 _GIB = 2**30
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import attach, unwrap
-from .attachment.adapters import join_adapter
-from .attachment.site_list import SiteList, attach_listed, list_sites
-from .attachment.site_parameters import CHILD, attached_config, decoded_options, named_parameters
-from .config import MHCConfig
-from .errors import MHCError, MHCOptionError, NotAttachedError
-from .memory import MEMORY
+from ..api import attach, unwrap
+from ..attachment.adapters import join_adapter
+from ..attachment.site_list import SiteList, attach_listed, list_sites
+from ..attachment.site_parameters import CHILD, attached_config, decoded_options, named_parameters
+from ..config import MHCConfig
+from ..errors import MHCError, MHCOptionError, NotAttachedError
+from ..memory import MEMORY
 
 CONFIG_FILE = "mhc_config.json"
 WEIGHTS_FILE = "mhc.safetensors"

@@ -16,12 +16,12 @@ try:
 except ImportError as error:
     raise ImportError(f"mhc_compile.MHCCallback needs transformers, which cannot be imported: {error}") from error
 
-from .api import unwrap
-from .attachment.site_parameters import attached_config, named_parameters
-from .errors import MHCWarning, NotAttachedError
-from .gain import composite_gain
+from ..api import unwrap
+from ..attachment.site_parameters import attached_config, named_parameters
+from ..errors import MHCWarning, NotAttachedError
+from ..gain import composite_gain
+from ..sharing.saving import save_site_list
 from .inspection import STILL, inspect
-from .saving import save_site_list
 from .static_mixing import static_mixing
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attachment.site_parameters import READOUT_SUFFIX, SiteParameters, owners_in
-from .config import MHCConfig
-from .kernels.manifolds import MANIFOLDS
+from ..attachment.site_parameters import READOUT_SUFFIX, SiteParameters, owners_in
+from ..config import MHCConfig
+from ..kernels.manifolds import MANIFOLDS
 
 
 @dataclass(frozen=True)
