@@ -27,7 +27,19 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from mhc_compile.kernels.gpu import head, launch, paper_pre, post, post_pre, pre, sinkhorn
+from mhc_compile.kernels.gpu import (
+    collapse,
+    head,
+    launch,
+    measure,
+    paper_pre,
+    post,
+    post_collapse,
+    post_measure,
+    post_pre,
+    pre,
+    sinkhorn,
+)
 from mhc_compile.kernels.manifolds import MANIFOLDS
 from rich.console import Console
 from rich.table import Table
@@ -129,19 +141,24 @@ def run_operators(case: Case) -> None:
     mapping = (make(rows, n * width), make(family.scales), make(rows))
     readout = (make(n, n * width), make(1), make(n))
     constants = (20, 1e-6, 0.0, case.manifold, case.anchored)
+    projection, read = make(tokens, rows + 1), make(tokens, n + 1)
+    measured = (post_weights, res, projection)
+    mixing = (streams, branch, post_weights, res)
     sinkhorn.sinkhorn(res, 20, 0.0)
     sinkhorn.sinkhorn_backward(res, res, 20, 0.0)
     pre.pre(streams, *mapping, *constants)
     paper_pre.paper_pre(streams, *mapping, *constants)
-    pre.pre_backward(branch, post_weights, res, streams, *mapping, *constants)
-    post.post(streams, branch, post_weights, res)
-    post.post_backward(streams, streams, branch, post_weights, res)
-    post_pre.post_pre(streams, branch, post_weights, res, *mapping, *constants)
-    post_pre.post_pre_backward(
-        streams, branch, post_weights, res, streams, branch, post_weights, res, *mapping, *constants
-    )
+    pre.pre_backward(branch, post_weights, res, streams, *mapping, projection, *constants)
+    post.post(*mixing)
+    post.post_backward(streams, *mixing)
+    post_pre.post_pre(*mixing, *mapping, *constants)
+    post_pre.post_pre_backward(*mixing, *mixing, *mapping, projection, *constants)
+    measure.measure(streams, *mapping, *constants)
+    collapse.collapse(streams, *mapping, *measured, *constants)
+    post_measure.post_measure(*mixing, *mapping, *constants)
+    post_collapse.post_collapse(*mixing, *mapping, *measured, *constants)
     head.head(streams, *readout, 1e-6, 0.0, case.anchored)
-    head.head_backward(branch, streams, *readout, 1e-6, 0.0, case.anchored)
+    head.head_backward(branch, streams, *readout, read, 1e-6, 0.0, case.anchored)
 
 
 def launches(case: Case, target: Target) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:

@@ -37,9 +37,11 @@ def site_calls(fusion: str, shape: Shape, device: str, training: bool) -> Callab
         operator = OPERATORS[name]
         calls.append((operator.forward, (*tensors, *constants)))
         if training:
+            assert operator.backward is not None
             outputs = many(operator.forward(*tensors, *constants))
-            grads = tuple(torch.randn_like(output) for output in outputs)
-            backwards.append((operator.backward, (*grads, *tensors, *constants)))
+            count = len(operator.signature.outputs)
+            grads = tuple(torch.randn_like(output) for output in outputs[:count])
+            backwards.append((operator.backward, (*grads, *tensors, *outputs[count:], *constants)))
     streams = make_inputs(replace(shape, operator="pre"), device)[0][0]
 
     def run() -> None:

@@ -14,7 +14,7 @@ from mhc_compile.kernels.ops import OPERATORS
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from .problems import Shape, excess, make_inputs, many
+from .problems import Shape, excess, held_dtype, make_inputs, many
 
 Implementation = Callable[..., Any]
 INDUCTOR = "inductor"
@@ -77,7 +77,7 @@ def prepare(
     leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
     # Donated buffers of a compiled backward would forbid to run it a second time.
     with functorch_config.patch(donated_buffer=False):
-        outputs = many(implementation(*leaves, *constants))
+        outputs = tuple(out for out in many(implementation(*leaves, *constants)) if out.requires_grad)
     generator = torch.Generator(leaves[0].device).manual_seed(seed)
     grads = tuple(
         torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype).contiguous() for out in outputs
@@ -100,7 +100,8 @@ def problems_of(implementation: Implementation, shape: Shape, device: str) -> li
         ("gradient", (mine.backward(), theirs.backward(), true.backward())),
     ):
         for index, (ours, plains, exact) in enumerate(zip(*results, strict=True)):
-            wrong = excess(ours.detach(), plains.detach(), exact.detach(), shape.dtype)
+            held = held_dtype(shape, index) if what == "gradient" else None
+            wrong = excess(ours.detach(), plains.detach(), exact.detach(), held)
             if wrong:
                 found.append(f"{what} {index} {wrong}")
     return found

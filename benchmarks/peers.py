@@ -40,7 +40,7 @@ def shapes_for(options: Options) -> list[Shape]:
     elif options.quick:
         grid = grid[:1]
     names = ("post_pre", "pre", "post", "sinkhorn")
-    return [Shape(name, tokens, 4, width, dtype) for tokens, width, dtype in grid for name in names]
+    return [Shape(name, tokens, 4, width, dtype, anchored=False) for tokens, width, dtype in grid for name in names]
 
 
 def largest_error(adapter: Adapter, shape: Shape, device: str) -> float:

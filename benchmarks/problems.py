@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from mhc_compile.kernels.costs import traffic
 from mhc_compile.kernels.dispatch import reference_of
-from mhc_compile.kernels.ops import OPERATORS
+from mhc_compile.kernels.ops import OPERATORS, Operator
 from torch import Tensor
 
 ITERS = 20
 NORM_EPS = 1e-6
+_WITHOUT_LAYOUT = ("sinkhorn", "post")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Shape:
         n: streams.
         width: channels C.
         dtype: of streams and branch.
+        anchored: how the streams are held, where the operator asks; as in rewritten graphs by default.
     """
 
     operator: str
@@ -33,6 +35,7 @@ class Shape:
     n: int
     width: int
     dtype: torch.dtype
+    anchored: bool = True
 
     def traffic(self, backward: bool) -> int:
         """Least bytes between the device's memory and its processors: each input and output once."""
@@ -48,12 +51,13 @@ class Shape:
     def to_dict(self) -> dict[str, Any]:
         """Return the sizes as JSON types."""
         names = {"operator": self.operator, "tokens": self.tokens, "n": self.n, "width": self.width}
-        return {**names, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**names, "dtype": str(self.dtype).removeprefix("torch."), "anchored": self.anchored}
 
     def __str__(self) -> str:
         """Return a short name, as it appears in lists of failures."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.operator}, {self.tokens} tokens, n={self.n}, C={self.width}, {dtype}"
+        layout = "" if self.anchored or self.operator in _WITHOUT_LAYOUT else ", plain layout"
+        return f"{self.operator}, {self.tokens} tokens, n={self.n}, C={self.width}, {dtype}{layout}"
 
 
 def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -66,21 +70,26 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
 
     tokens, n, width = shape.tokens, shape.n, shape.width
     rows = n if shape.operator == "head" else n * n + 2 * n
-    site = (ITERS, NORM_EPS, 0.0, "sinkhorn")
+    site = (ITERS, NORM_EPS, 0.0, "sinkhorn", shape.anchored)
     if shape.operator == "sinkhorn":
         return (normal(tokens, n, n),), (ITERS, 0.0)
     streams = normal(tokens, n, width).to(shape.dtype)
     scale = torch.ones(1 if shape.operator == "head" else 3, device=device)
     mapping = (normal(rows, n * width) / (n * width) ** 0.5, scale, normal(rows))
-    if shape.operator in ("pre", "paper_pre"):
+    if shape.operator in ("pre", "paper_pre", "measure"):
         return (streams, *mapping), site
+    if shape.operator == "collapse":
+        return (streams, *mapping, *many(OPERATORS["measure"].forward(streams, *mapping, *site))), site
     if shape.operator == "head":
-        return (streams, *mapping), (NORM_EPS, 0.0)
+        return (streams, *mapping), (NORM_EPS, 0.0, shape.anchored)
     coefficients = (normal(tokens, n).sigmoid() * 2, normal(tokens, n, n).softmax(-1))
     branch = normal(tokens, width).to(shape.dtype)
     if shape.operator == "post":
         return (streams, branch, *coefficients), ()
-    return (streams, branch, *coefficients, *mapping), site
+    tensors = (streams, branch, *coefficients, *mapping)
+    if shape.operator == "post_collapse":
+        tensors = (*tensors, *many(OPERATORS["post_measure"].forward(*tensors, *site)))
+    return tensors, site
 
 
 def many(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -88,43 +97,76 @@ def many(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def excess(mine: Tensor, theirs: Tensor, true: Tensor, dtype: torch.dtype) -> str | None:
+def excess(mine: Tensor, theirs: Tensor, true: Tensor, held: torch.dtype | None = None) -> str | None:
     """Return what is wrong with a result, None if nothing is.
 
     Args:
         mine: the result.
-        theirs: plain PyTorch's in the same dtype: the error that is allowed, and one rounding more.
+        theirs: plain PyTorch's in the same dtype: the error that is allowed, and one rounding of that dtype more.
         true: the result in float64.
-        dtype: of the streams.
+        held: dtype of an intermediate that the result is a product with, where it is narrower.
     """
     if not mine.numel():
         return None
     error, allowed = ((part.double() - true).abs().max().item() for part in (mine, theirs))
     size = max(true.abs().max().item(), 1e-3)
-    slack = (64 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2) * size
+    # Sums are taken in another order, and products with bfloat16 streams take float32 factors in 16 bits: 64 roundings
+    # of float32 each.
+    slack = 128 * torch.finfo(torch.float32).eps * size
+    narrowest = held or mine.dtype
+    if narrowest != torch.float32:
+        slack += torch.finfo(narrowest).eps / 2 * size
     # Not `error > …`: a NaN is wrong too.
     return None if error <= allowed + slack else f"errs by {error:.2e}, plain PyTorch by {allowed:.2e}"
+
+
+def held_dtype(shape: Shape, index: int) -> torch.dtype | None:
+    """Return `excess`'s `held` of a gradient: a boundary holds that of its new streams in their dtype."""
+    behind_post = shape.operator in ("post_pre", "post_collapse")
+    return shape.dtype if behind_post and index in (2, 3) else None
 
 
 def check(shape: Shape, device: str) -> list[str]:
     """Return what is wrong: errors beyond those of plain PyTorch in that dtype and one rounding."""
     tensors, constants = make_inputs(shape, device)
     operator = OPERATORS[shape.operator]
-    grads = tuple(torch.randn_like(out) for out in many(operator.forward(*tensors, *constants)))
-    calls = (
-        ("forward", operator.forward, reference_of(shape.operator), ()),
-        ("backward", operator.backward, reference_of(f"{shape.operator}_backward"), grads),
+    count = len(operator.signature.outputs)
+    given = tuple(tensor.double() for tensor in tensors)
+    plain = reference_of(shape.operator)
+    outputs = tuple(
+        many(call(*arguments, *constants))
+        for call, arguments in ((operator.forward, tensors), (plain, tensors), (plain, given))
     )
-    problems = []
-    for name, kernel, plain, extra in calls:
-        given = (*extra, *tensors)
-        truth = many(plain(*(tensor.double() for tensor in given), *constants))
-        results = zip(many(kernel(*given, *constants)), many(plain(*given, *constants)), truth, strict=True)
-        for index, (mine, theirs, true) in enumerate(results):
-            wrong = excess(mine, theirs, true, shape.dtype)
-            if wrong:
-                problems.append(f"{shape}: {name}, output {index} {wrong}")
+    problems = _excesses(f"{shape}: forward", outputs)
+    if operator.backward is not None:
+        grads = tuple(torch.randn_like(out) for out in outputs[0][:count])
+        wide = tuple(grad.double() for grad in grads)
+        inputs = len(operator.signature.inputs)
+        plain = reference_of(operator.backward._name)
+        results = tuple(
+            many(call(*into, *held[:inputs], *_projection(operator, held, made), *constants))
+            for call, into, held, made in (
+                (operator.backward, grads, tensors, outputs[0]),
+                (plain, grads, tensors, outputs[1]),
+                (plain, wide, given, outputs[2]),
+            )
+        )
+        problems += _excesses(f"{shape}: backward", results, [held_dtype(shape, index) for index in range(inputs)])
     return problems
+
+
+def _projection(operator: Operator, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return what an operator's backward takes beside its inputs."""
+    signature = operator.signature
+    kept = outputs[len(signature.outputs) :] if signature.kept else tensors[len(signature.inputs) :]
+    return kept[-1:]
+
+
+def _excesses(
+    what: str, results: tuple[tuple[Tensor, ...], ...], held: Sequence[torch.dtype | None] | None = None
+) -> list[str]:
+    found = (excess(*each, dtype) for *each, dtype in zip(*results, held or [None] * len(results[0]), strict=True))
+    return [f"{what}, output {index} {wrong}" for index, wrong in enumerate(found) if wrong]
 
 
 def shapes_to_check(quick: bool, device: str) -> list[Shape]:
@@ -132,14 +174,16 @@ def shapes_to_check(quick: bool, device: str) -> list[Shape]:
 
     The most used first: a kernel is compiled for each n and dtype, which takes most of the time.
     """
-    tokens = (1, 3, 65) if quick or device == "cpu" else (1, 3, 64, 127, 1000)
+    tokens = (1, 3, 65) if quick or device == "cpu" else (1, 3, 64, 100, 127, 1000)
     widths = (40,) if device == "cpu" else (4096, 17, 5129)
     streams = (4, 2, 5) if quick or device == "cpu" else (4, 2, 8, 1, 3, 5, 6, 7)
     return [
-        Shape(operator, count, n, width, dtype)
-        for n in streams
+        Shape(operator, count, n, width, dtype, anchored)
+        for anchored in (True, False)
+        for n in (streams if anchored else streams[:1])
         for dtype in (torch.bfloat16, torch.float32, torch.float16)
         for width in widths
         for operator in OPERATORS
+        if anchored or operator not in _WITHOUT_LAYOUT
         for count in tokens
     ]

@@ -203,10 +203,11 @@ def recorded_mixing() -> Iterator[list[Tensor]]:
     matrices: list[Tensor] = []
     dispatch = ops.run
 
-    def run(name: str, *arguments: Any) -> Any:
-        results = dispatch(name, *arguments)
-        if name in ("pre", "post_pre"):
-            matrices.append(results[-1].detach())
+    def run(name: str, *arguments: Any, **keywords: Any) -> Any:
+        results = dispatch(name, *arguments, **keywords)
+        # What is replayed in a backward is another operator.
+        if name in ("pre", "measure", "post_pre", "post_measure"):
+            matrices.append(results[-2].detach())
         return results
 
     with mock.patch.object(ops, "run", run):

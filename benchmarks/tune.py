@@ -17,35 +17,41 @@ from typing import Any
 
 import torch
 from mhc_compile.kernels.dispatch import choosing, kernel_of
-from mhc_compile.kernels.gpu import coefficient_gradients, post, post_pre, pre, projection, sinkhorn, stream_gradients
+from mhc_compile.kernels.gpu import (
+    coefficient_gradients,
+    coefficients,
+    collapse,
+    gates,
+    post,
+    projection,
+    sinkhorn,
+    stream_gradients,
+)
+from mhc_compile.kernels.ops import OPERATORS
 
 from .problems import Shape, make_inputs, many
 from .terminal import track
 from .timing import copies_to_rotate, median_seconds
 
+_FORWARD = (
+    (projection, "projection_config"),
+    (coefficients, "coefficients_config"),
+    (collapse, "collapse_config"),
+)
+_BACKWARD = (
+    (gates, "gates_config"),
+    (coefficient_gradients, "coefficients_config"),
+    (stream_gradients, "stream_gradients_config"),
+)
 # Where each configuration function is looked up when an operator launches.
 HEURISTICS: dict[str, tuple[tuple[ModuleType, str], ...]] = {
     "sinkhorn": ((sinkhorn, "forward_config"),),
     "sinkhorn_backward": ((sinkhorn, "backward_config"),),
     "post": ((post, "forward_config"),),
     "post_backward": ((post, "backward_config"),),
-    "pre": ((pre, "forward_config"), (projection, "partial_projections_config")),
-    "head": ((pre, "forward_config"), (projection, "partial_projections_config")),
-    "post_pre": ((post_pre, "forward_config"), (projection, "partial_projections_config")),
-    **{
-        f"{name}_backward": (
-            (projection, "partial_projections_config"),
-            (coefficient_gradients, "coefficient_gradients_config"),
-            (stream_gradients, "stream_gradients_config"),
-        )
-        for name in ("pre", "head")
-    },
-    "post_pre_backward": (
-        (projection, "partial_projections_config"),
-        (coefficient_gradients, "coefficient_gradients_config"),
-        (stream_gradients, "stream_gradients_config"),
-        (post_pre, "backward_config"),
-    ),
+    **dict.fromkeys(("pre", "head", "post_pre"), _FORWARD),
+    **dict.fromkeys(("pre_backward", "head_backward"), _BACKWARD),
+    "post_pre_backward": (*_BACKWARD, (post, "backward_config")),
 }
 _VARIED = {
     "block_tokens": (0.5, 1, 2),
@@ -107,7 +113,8 @@ def _inputs(shape: Shape, device: str, backward: bool) -> list[tuple[Any, ...]]:
         tensors, constants = make_inputs(shape, device, seed)
         if backward:
             outputs = many(kernel_of(shape.operator)(*tensors, *constants))
-            tensors = (*(torch.randn_like(output) for output in outputs), *tensors)
+            count = len(OPERATORS[shape.operator].signature.outputs)
+            tensors = (*(torch.randn_like(output) for output in outputs[:count]), *tensors, *outputs[count:])
         sets.append((*tensors, *constants))
     return sets
 

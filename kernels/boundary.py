@@ -5,6 +5,8 @@ A file of its own because its arguments post and res would hide the functions of
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import reference
@@ -24,7 +26,7 @@ def post_pre(
     manifold: str = "sinkhorn",
     anchored: bool = False,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run a site's `post`, then the next site's `pre`.
 
     Args:
@@ -43,10 +45,43 @@ def post_pre(
         transposed: as in `pre`.
 
     Returns:
-        the new streams [*, n, C]; layer_input [*, C], post [*, n] and res [*, n, n] of the next site.
+        the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] and the projection [*, rows + 1] of
+        the next site.
     """
     fresh = reference.post(streams, branch, post, res)
     return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold, anchored, transposed))
+
+
+def post_measure(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return post, res and the projection of `post_pre`; see `reference.measure`. `constants` are those of a site."""
+    return reference.measure(reference.post(streams, branch, post, res), phi, scale, bias, *constants)
+
+
+def post_collapse(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    next_post: Tensor,
+    next_res: Tensor,
+    projection: Tensor,
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `post_pre` returns, given what `post_measure` did; see `reference.collapse`."""
+    fresh = reference.post(streams, branch, post, res)
+    return (fresh, *reference.collapse(fresh, phi, scale, bias, next_post, next_res, projection, *constants))
 
 
 def post_pre_backward(
@@ -61,29 +96,11 @@ def post_pre_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
-    transposed: bool = False,
+    projection: Tensor,
+    *constants: Any,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `post_pre` with respect to its seven tensors, making the new streams again."""
     fresh = reference.post(streams, branch, post, res)
-    through, *grad_mapping = reference.pre_backward(
-        grad_layer_input,
-        grad_next_post,
-        grad_next_res,
-        fresh,
-        phi,
-        scale,
-        bias,
-        iters,
-        norm_eps,
-        eps,
-        manifold,
-        anchored,
-        transposed,
-    )
-    grads = reference.post_backward(grad_fresh + through, streams, branch, post, res)
-    return (*grads, *grad_mapping)
+    grads = (grad_layer_input, grad_next_post, grad_next_res)
+    through, *grad_mapping = reference.pre_backward(*grads, fresh, phi, scale, bias, projection, *constants)
+    return (*reference.post_backward(grad_fresh + through, streams, branch, post, res), *grad_mapping)

@@ -98,17 +98,33 @@ def implementation(
     return "cpu" if reason is None else "reference"
 
 
-def run(name: str, tensors: tuple[Tensor, ...], n_streams: int, manifold: str, *constants: Any) -> Any:
-    """Call operator `name` (or `name_backward`) in the implementation that fits."""
+def run(
+    name: str,
+    tensors: tuple[Tensor, ...],
+    n_streams: int,
+    manifold: str,
+    *constants: Any,
+    phi_at: int | None = None,
+) -> Any:
+    """Call operator `name` (or `name_backward`) in the implementation that fits.
+
+    Args:
+        name: of an operator or its backward.
+        tensors: of the call.
+        n_streams: n.
+        manifold: a name of `MANIFOLDS`.
+        constants: of the call.
+        phi_at: where phi, scale and bias begin among the tensors, None without.
+    """
     streams = tensors[0]
     chosen = implementation(tensors, n_streams, manifold)
     backward = name.endswith("_backward")
     if chosen == "cpu":
-        return in_kernel_order(compiled_of(name), tensors, n_streams, constants, backward)
+        return in_kernel_order(compiled_of(name), tensors, n_streams, constants, phi_at, backward)
     if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
-            return in_kernel_order(kernel_of(name), tensors, n_streams, constants, backward)
+            return in_kernel_order(kernel_of(name), tensors, n_streams, constants, phi_at, backward)
     # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
     with torch.autocast(device_type=streams.device.type, enabled=False):
         return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
@@ -118,7 +134,7 @@ def reference_of(name: str) -> Callable[..., Any]:
     """Return the plain PyTorch of an operator or its backward."""
     # The paper's split is another lowering of the same function.
     name = name.removeprefix("paper_")
-    return getattr(boundary if name.startswith("post_pre") else reference, name)
+    return getattr(boundary if hasattr(boundary, name) else reference, name)
 
 
 def kernel_of(name: str) -> Callable[..., Any]:

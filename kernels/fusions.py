@@ -60,24 +60,27 @@ FUSIONS: dict[str, Fusion] = {
 # What `fusion="auto"` chooses from: graphs that differ only in whether `fuse_boundaries` joins operators.
 CANDIDATES = ("site", "boundary")
 
+# The halves that a replayed site runs as: what computes an operator's coefficients, and what takes them.
+HALVES = {"pre": ("measure", "collapse"), "post_pre": ("post_measure", "post_collapse")}
+
+_MEASURE = ("prepare_phi_kernel", "projection_kernel", "coefficients_kernel")
 _SITE_BACKWARD = (
-    "partial_projections_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel",
-    "parameter_gradients_kernel",
+    "gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel", "parameter_gradients_kernel",
 )  # fmt: skip
-_SPLIT_FORWARD = ("partial_projections_kernel", "pre_finish_kernel")
 
 # The kernels that each operator and its backward may launch.
 KERNELS: dict[str, tuple[str, ...]] = {
     "sinkhorn": ("sinkhorn_forward_kernel", "sinkhorn_backward_kernel"),
-    "pre": ("pre_forward_kernel", *_SPLIT_FORWARD, *_SITE_BACKWARD),
-    "head": ("pre_forward_kernel", *_SPLIT_FORWARD, *_SITE_BACKWARD),
+    "pre": (*_MEASURE, "collapse_kernel", *_SITE_BACKWARD),
+    "measure": _MEASURE,
+    "collapse": ("collapse_kernel", *_SITE_BACKWARD),
+    "head": (*_MEASURE, "collapse_kernel", *_SITE_BACKWARD),
     "paper_pre": (
-        "partial_projections_kernel", "paper_affine_kernel", "sinkhorn_forward_kernel", "paper_collapse_kernel",
+        "prepare_phi_kernel", "projection_kernel", "paper_affine_kernel", "sinkhorn_forward_kernel", "collapse_kernel",
         *_SITE_BACKWARD,
     ),
     "post": ("post_forward_kernel", "post_backward_kernel"),
-    "post_pre": (
-        "post_pre_forward_kernel", *_SPLIT_FORWARD, "post_pre_backward_kernel", "mixing_gradients_kernel",
-        "post_backward_kernel", *_SITE_BACKWARD,
-    ),
+    "post_pre": (*_MEASURE, "collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
+    "post_measure": _MEASURE,
+    "post_collapse": ("collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
 }  # fmt: skip

@@ -27,8 +27,10 @@ def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 pre = _in_full_precision(reference.pre)
+products = _in_full_precision(reference.products)
+pre_of = _in_full_precision(reference.pre_of)
 post = _in_full_precision(reference.post)
-head = _in_full_precision(reference.head)
 post_terms = _in_full_precision(reference.post_terms)
+head = _in_full_precision(reference.head)
 
-FUNCTIONS = frozenset({pre, post, head, post_terms})
+FUNCTIONS = frozenset({pre, products, pre_of, post, post_terms, head})

@@ -7,7 +7,12 @@ operator by its name.
 Every operator is opaque to Inductor, so that compile time does not grow with the number of Sinkhorn iterations, and so
 is its backward.
 
-An operator saves nothing but its inputs for the backward and recomputes its coefficients there.
+An operator saves its inputs for the backward, and beside them its projection, n² + 2n + 1 floats a token that it
+returns: nothing is projected again. The other coefficients are recomputed from that.
+
+`pre` and `post_pre` also come in two halves. `measure` computes the coefficients, which a graph that recomputes always
+keeps; `collapse` takes them, does the rest, and is differentiated as the whole. Run again in a backward it is one pass
+over the streams.
 
 Why `custom_op` and not `triton_op`. `triton_op` lets Inductor see the kernels and emit their launches itself,
 without Python dispatch. It was not taken, for three reasons. Dispatch here depends on the device and on an
@@ -36,33 +41,56 @@ from .reference import accumulation_dtype
 
 Outputs = Tensor | tuple[Tensor, ...]
 
+# What a forward hands to its backward.
+_PROJECTION = "projection"
+
 
 @dataclass(frozen=True)
 class Signature:
     """What an operator takes and returns; its backward's signature follows.
 
     Attributes:
-        inputs: names of the tensors it takes, all differentiable, which its backward returns the gradients of.
-        constants: the arguments after them, as in a schema.
+        inputs: names of the tensors it takes that are differentiable, which its backward returns the gradients of.
+        constants: the arguments after all tensors, as in a schema.
         outputs: names of the tensors it returns.
+        given: tensors that it takes after these and that are not differentiated.
+        kept: tensors that it returns after its outputs, not differentiable.
     """
 
     inputs: tuple[str, ...]
     constants: tuple[str, ...]
     outputs: tuple[str, ...]
+    given: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all tensors that it takes."""
+        return (*self.inputs, *self.given)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Names of all tensors that it returns."""
+        return (*self.outputs, *self.kept)
 
     @property
     def schema(self) -> str:
         """The schema without a name, such as `(Tensor logits, SymInt iters, float eps) -> Tensor`."""
-        arguments = (*(f"Tensor {name}" for name in self.inputs), *self.constants)
-        returned = ", ".join("Tensor" for _ in self.outputs)
-        return f"({', '.join(arguments)}) -> {returned if len(self.outputs) == 1 else f'({returned})'}"
+        arguments = (*(f"Tensor {name}" for name in self.tensors), *self.constants)
+        returned = ", ".join("Tensor" for _ in self.results)
+        return f"({', '.join(arguments)}) -> {returned if len(self.results) == 1 else f'({returned})'}"
 
     @property
     def backward(self) -> Signature:
-        """The signature of the backward: gradients of the outputs, then all that the operator takes."""
+        """The signature of the backward: gradients of the outputs, the inputs, and the projection if there is one."""
         grads = tuple(f"grad_{name}" for name in self.outputs)
-        return Signature((*grads, *self.inputs), self.constants, self.inputs)
+        projection = tuple(name for name in (*self.given, *self.kept) if name == _PROJECTION)
+        return Signature((*grads, *self.inputs, *projection), self.constants, self.inputs)
+
+    @property
+    def phi_at(self) -> int | None:
+        """Where the tensors phi, scale and bias begin, None without."""
+        return self.tensors.index("phi") if "phi" in self.tensors else None
 
     def manifold(self, constants: tuple[Any, ...]) -> str:
         """Return the manifold that a call's constants name; operators that take none are covered by every kernel."""
@@ -71,12 +99,12 @@ class Signature:
 
 @dataclass(frozen=True)
 class Operator:
-    """One row of the table: an operator, its backward, and the plain PyTorch that defines it."""
+    """One row of the table: an operator, its backward if it has one, and the plain PyTorch that defines it."""
 
     name: str
     signature: Signature
     forward: CustomOpDef
-    backward: CustomOpDef
+    backward: CustomOpDef | None
     reference: Callable[..., Any]
 
 
@@ -88,7 +116,7 @@ def _fake_like_first(first: Tensor, *_: Any) -> Tensor:
     return _like(first)
 
 
-def _fake_pre(
+def _fake_measure(
     streams: Tensor,
     phi: Tensor,
     scale: Tensor,
@@ -100,36 +128,52 @@ def _fake_pre(
     anchored: bool = False,
     transposed: bool = False,
 ) -> tuple[Tensor, ...]:
-    *tokens, n, width = streams.shape
+    *tokens, n, _ = streams.shape
     rows = MANIFOLDS[manifold].rows(n)
     torch._check(phi.shape[0] == rows, lambda: f"phi has {phi.shape[0]} rows; {n} streams on {manifold!r} need {rows}")
-    coefficients = accumulation_dtype(streams)
-    return (
-        streams.new_empty(*tokens, width),
-        streams.new_empty(*tokens, n, dtype=coefficients),
-        streams.new_empty(*tokens, n, n, dtype=coefficients),
-    )
+    shapes = ((n,), (n, n), (rows + 1,))
+    return tuple(streams.new_empty(*tokens, *shape, dtype=accumulation_dtype(streams)) for shape in shapes)
 
 
-def _fake_post_pre(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *site: Any) -> tuple[Tensor, ...]:
-    return (_like(streams), *_fake_pre(streams, *site))
-
-
-def _fake_head(streams: Tensor, *rest: Any) -> Tensor:
+def _fake_layer_input(streams: Tensor) -> Tensor:
     *tokens, _, width = streams.shape
     return streams.new_empty(*tokens, width)
 
 
+def _fake_pre(streams: Tensor, *site: Any) -> tuple[Tensor, ...]:
+    return (_fake_layer_input(streams), *_fake_measure(streams, *site))
+
+
+def _fake_collapse(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    post, res, *_ = given
+    return (_fake_layer_input(streams), _like(post), _like(res))
+
+
+def _behind_post(fake: Callable[..., tuple[Tensor, ...]], fresh: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the fake of an operator that a `post` comes first in, whose streams `fresh` says it returns."""
+
+    def fake_behind(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *site: Any) -> tuple[Tensor, ...]:
+        return (*((_like(streams),) if fresh else ()), *fake(streams, *site))
+
+    return fake_behind
+
+
+def _fake_head(streams: Tensor, phi: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *tokens, _, _ = streams.shape
+    projection = streams.new_empty(*tokens, phi.shape[0] + 1, dtype=accumulation_dtype(streams))
+    return _fake_layer_input(streams), projection
+
+
 def _define(name: str, signature: Signature, fake: Callable[..., Outputs]) -> CustomOpDef:
     """Register one operator: it runs whatever `dispatch` chooses for its tensors."""
-    count = len(signature.inputs)
+    count = len(signature.tensors)
     # The first input that is no gradient: streams [*, n, C], or logits [*, n, n].
-    position = next(index for index, given in enumerate(signature.inputs) if not given.startswith("grad_"))
+    position = next(index for index, given in enumerate(signature.tensors) if not given.startswith("grad_"))
 
     def call(*arguments: Any) -> Outputs:
         tensors, constants = arguments[:count], arguments[count:]
         n_streams = tensors[position].shape[-2]
-        result = run(name, tensors, n_streams, signature.manifold(constants), *constants)
+        result = run(name, tensors, n_streams, signature.manifold(constants), *constants, phi_at=signature.phi_at)
         return result if isinstance(result, Tensor) else tuple(result)
 
     operator = torch.library.custom_op(f"mhc::{name}", call, mutates_args=(), schema=signature.schema)
@@ -141,33 +185,60 @@ def _operator(
     name: str, signature: Signature, fake: Callable[..., Outputs], backward: CustomOpDef | None = None
 ) -> Operator:
     """Register an operator, its backward unless it is given another's, and the autograd that joins them."""
-    count = len(signature.inputs)
+    count, outputs = len(signature.inputs), len(signature.outputs)
 
     def fake_backward(*arguments: Any) -> Outputs:
-        inputs = arguments[len(signature.outputs) :][:count]
+        inputs = arguments[outputs:][:count]
         return _like(inputs[0]) if count == 1 else tuple(_like(tensor) for tensor in inputs)
 
     forward = _define(name, signature, fake)
     gradients = backward or _define(f"{name}_backward", signature.backward, fake_backward)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:count])
-        ctx.constants = inputs[count:]
+        results = (output,) if isinstance(output, Tensor) else output
+        names = (*signature.tensors, *signature.results)
+        named = dict(zip(names, (*inputs[: len(signature.tensors)], *results), strict=True))
+        ctx.save_for_backward(*inputs[:count], *(named[_PROJECTION] for _ in range(_PROJECTION in named)))
+        ctx.mark_non_differentiable(*results[outputs:])
+        ctx.constants = inputs[len(signature.tensors) :]
 
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        result = gradients(*grads, *ctx.saved_tensors, *ctx.constants)
-        return (*((result,) if count == 1 else result), *(None for _ in ctx.constants))
+        result = gradients(*grads[:outputs], *ctx.saved_tensors, *ctx.constants)
+        nothing = (None for _ in (*signature.given, *ctx.constants))
+        return (*((result,) if count == 1 else result), *nothing)
 
     forward.register_autograd(differentiate, setup_context=save)
     return Operator(name, signature, forward, gradients, reference_of(name))
+
+
+def _without_gradient(name: str, signature: Signature, fake: Callable[..., Outputs]) -> Operator:
+    """Register an operator whose results are constants to autograd."""
+    forward = _define(name, signature, fake)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.arguments = len(inputs)
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (None,) * ctx.arguments
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return Operator(name, signature, forward, None, reference_of(name))
 
 
 _PARAMETERS = ("phi", "scale", "bias")
 _MIXING = ("streams", "branch", "post", "res")
 _SITE = ("SymInt iters", "float norm_eps", "float eps", "str manifold", "bool anchored=False", "bool transposed=False")
 _HEAD = ("float norm_eps", "float eps", "bool anchored=False")
+_KEPT = (_PROJECTION,)
+_MEASURED, _NEXT_MEASURED = ("post", "res"), ("next_post", "next_res")
 
-_pre = _operator("pre", Signature(("streams", *_PARAMETERS), _SITE, ("layer_input", "post", "res")), _fake_pre)
+_pre = _operator("pre", Signature(("streams", *_PARAMETERS), _SITE, ("layer_input", *_MEASURED), kept=_KEPT), _fake_pre)
+_post_pre = _operator(
+    "post_pre",
+    Signature((*_MIXING, *_PARAMETERS), _SITE, ("fresh", "layer_input", *_NEXT_MEASURED), kept=_KEPT),
+    _behind_post(_fake_pre, fresh=True),
+)
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -177,12 +248,28 @@ OPERATORS: dict[str, Operator] = {
         # The paper's separate kernels compute the same function; its backward is that of `pre`.
         _operator("paper_pre", _pre.signature, _fake_pre, _pre.backward),
         _operator("post", Signature(_MIXING, (), ("streams",)), _fake_like_first),
-        _operator(
-            "post_pre",
-            Signature((*_MIXING, *_PARAMETERS), _SITE, ("fresh", "layer_input", "next_post", "next_res")),
-            _fake_post_pre,
+        _post_pre,
+        _operator("head", Signature(("streams", *_PARAMETERS), _HEAD, ("output",), kept=_KEPT), _fake_head),
+        _without_gradient(
+            "measure", Signature((), _SITE, (), ("streams", *_PARAMETERS), (*_MEASURED, *_KEPT)), _fake_measure
         ),
-        _operator("head", Signature(("streams", *_PARAMETERS), _HEAD, ("output",)), _fake_head),
+        _operator(
+            "collapse",
+            Signature(("streams", *_PARAMETERS), _SITE, ("layer_input", *_MEASURED), (*_MEASURED, *_KEPT)),
+            _fake_collapse,
+            _pre.backward,
+        ),
+        _without_gradient(
+            "post_measure",
+            Signature((), _SITE, (), (*_MIXING, *_PARAMETERS), (*_NEXT_MEASURED, *_KEPT)),
+            _behind_post(_fake_measure, fresh=False),
+        ),
+        _operator(
+            "post_collapse",
+            Signature((*_MIXING, *_PARAMETERS), _SITE, _post_pre.signature.outputs, (*_NEXT_MEASURED, *_KEPT)),
+            _behind_post(_fake_collapse, fresh=True),
+            _post_pre.backward,
+        ),
     )
 }
 

@@ -2,8 +2,8 @@
 
 A site whose mixing matrix is stored [in, out] (`transposed`, as DeepSeek-V4 stores it) is the same site with the n·n
 last rows of phi and bias in another order. The reference takes the flag as it is. The kernels do not know it: here they
-are given the rows in their order, and the gradients are put back. That is one pass over phi, (n² + 2n)·n·C numbers,
-beside the n·C of every token.
+are given the rows in their order, and the gradients are put back; the projection is in their order everywhere. That is
+one pass over phi, (n² + 2n)·n·C numbers, beside the n·C of every token.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ def in_kernel_order(
     tensors: tuple[Tensor, ...],
     n_streams: int,
     constants: tuple[Any, ...],
+    phi_at: int | None,
     gradients: bool = False,
 ) -> Any:
     """Call a kernel that knows no `transposed`.
 
     Args:
         call: the kernel.
-        tensors: of the call; the last three of a site's operators are phi, scale and bias.
+        tensors: of the call.
         n_streams: n.
         constants: of the call, as the operator's signature has them.
+        phi_at: where phi, scale and bias begin among the tensors, None without.
         gradients: the kernel returns the gradients of phi, scale and bias last.
     """
     known, transposed = constants[:_POSITION], any(constants[_POSITION:])
-    if not transposed or tensors[-1].numel() == 2 * n_streams:
+    if not transposed or phi_at is None or tensors[phi_at].shape[0] == 2 * n_streams:
         return call(*tensors, *known)
-    *others, phi, scale, bias = tensors
-    results = call(*others, _swapped(phi, n_streams), scale, _swapped(bias, n_streams), *known)
+    phi, scale, bias = tensors[phi_at : phi_at + 3]
+    ordered = (_swapped(phi, n_streams), scale, _swapped(bias, n_streams))
+    results = call(*tensors[:phi_at], *ordered, *tensors[phi_at + 3 :], *known)
     if not gradients:
         return results
     *grads, grad_phi, grad_scale, grad_bias = results

@@ -9,7 +9,7 @@ differentiated by autograd, which is how the hand-written backward functions bes
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +21,32 @@ NORM_EPS = 1e-6
 
 
 class PreOutput(NamedTuple):
-    """What `pre` returns: layer_input [*, C], post [*, n], res [*, n, n]."""
+    """What `functional.pre` returns: layer_input [*, C], post [*, n], res [*, n, n]."""
 
     layer_input: Tensor
     post: Tensor
     res: Tensor
 
 
-class _Projection(NamedTuple):
-    """A token's affine logits and what their derivative needs."""
+class SiteOutput(NamedTuple):
+    """What `pre` returns: layer_input [*, C], post [*, n], res [*, n, n], and the projection [*, rows + 1].
 
-    flat: Tensor
-    inverse_rms: Tensor
-    projected: Tensor
+    The projection is what the backward reads in place of projecting again: the products phi · vec(X), before 1/RMS, and
+    behind them the sum of squares of the streams.
+    """
+
+    layer_input: Tensor
+    post: Tensor
+    res: Tensor
+    projection: Tensor
+
+
+class _Logits(NamedTuple):
+    """A token's affine logits [*, rows], the products [*, rows] and 1/RMS [*, 1] that they come from."""
+
     logits: Tensor
+    products: Tensor
+    inverse_rms: Tensor
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -64,7 +76,7 @@ def pre(
     manifold: str = "sinkhorn",
     anchored: bool = False,
     transposed: bool = False,
-) -> PreOutput:
+) -> SiteOutput:
     """Compute a site's coefficients and collapse its streams into the branch's input (Eq. 5, 7, 8).
 
     Args:
@@ -78,23 +90,84 @@ def pre(
         manifold: a name of `MANIFOLDS`.
         anchored: the streams are anchored (see `anchored`), and so are the post and res that are returned.
         transposed: the n·n last rows of phi and bias are ordered [in, out], as DeepSeek-V4 stores them; the res that is
-            returned is `res[out, in]` all the same.
+            returned is `res[out, in]` all the same, and the projection is in that order too.
 
     Returns:
-        layer_input [*, C] in the streams' dtype; post [*, n] and res [*, n, n] in the accumulation dtype.
+        layer_input [*, C] in the streams' dtype; post [*, n], res [*, n, n] and the projection [*, rows + 1], which is
+        not differentiable, in the accumulation dtype.
     """
-    family = MANIFOLDS[manifold]
+    projection = torch.cat(products(streams, phi, manifold, anchored, transposed), dim=-1)
+    site = pre_of(streams, scale, bias, projection, iters, norm_eps, eps, manifold, anchored, transposed)
+    return SiteOutput(*site, projection.detach())
+
+
+def products(
+    streams: Tensor, phi: Tensor, manifold: str, anchored: bool = False, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the two parts of a projection: phi · vec(X) [*, rows] and the sum of squares [*, 1]; see `pre`."""
     n = streams.shape[-2]
-    projected = anchoring.release(_wide(streams)) if anchored else streams
-    logits = _project_by_phi(projected, phi, scale, bias, norm_eps, _groups(family, n)).logits
-    pre_logits, post_logits, res_logits = _split(logits, family, n, transposed)
+    return _products(streams, in_kernel_rows(phi, MANIFOLDS[manifold], n, transposed), anchored)
+
+
+def pre_of(
+    streams: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    projection: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `pre`'s layer_input, post and res, given its projection."""
+    family, n = MANIFOLDS[manifold], streams.shape[-2]
+    bias = in_kernel_rows(bias, family, n, transposed)
+    logits = _logits(projection, scale, bias, n * streams.shape[-1], norm_eps, _groups(family, n)).logits
+    pre_logits, post_logits, res_logits = _split(logits, family, n)
     weights = torch.sigmoid(pre_logits) + eps if family.gated else pre_logits
     post_weights = 2.0 * torch.sigmoid(post_logits) if family.gated else post_logits
     res = family.project(res_logits, iters, eps)
     if anchored:
         weights, post_weights = anchoring.read_weights(weights), anchoring.write_weights(post_weights)
         res = anchoring.mixing(res, family.rows_are_exact(eps))
-    return PreOutput(_weighted_sum(streams, weights), post_weights.contiguous(), res)
+    return _weighted_sum(streams, weights), post_weights.contiguous(), res
+
+
+def measure(
+    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *constants: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `pre` returns beside the layer input: post, res and the projection. Not differentiated."""
+    return pre(streams, phi, scale, bias, *constants)[1:]
+
+
+def collapse(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    post: Tensor,
+    res: Tensor,
+    projection: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `pre` returns, given what `measure` did: the layer input, and copies of post and res.
+
+    Together they are `pre`, whose backward is this one's. Run again in a backward, this reads the streams once and
+    needs neither phi nor the manifold.
+    """
+    family, n = MANIFOLDS[manifold], streams.shape[-2]
+    gates = torch.cat([projection[..., :n], projection[..., -1:]], dim=-1)
+    logits = _logits(gates, scale[:1], bias[:n], n * streams.shape[-1], norm_eps, (n,)).logits
+    weights = torch.sigmoid(logits) + eps if family.gated else logits
+    weights = anchoring.read_weights(weights) if anchored else weights
+    return _weighted_sum(streams, weights), post.clone(), res.clone()
 
 
 def pre_backward(
@@ -105,6 +178,7 @@ def pre_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    projection: Tensor,
     iters: int,
     norm_eps: float,
     eps: float,
@@ -112,14 +186,17 @@ def pre_backward(
     anchored: bool = False,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `pre` with respect to streams, phi, scale and bias, recomputing its coefficients."""
+    """Return the gradients of `pre` with respect to streams, phi, scale and bias, given its projection."""
     family = MANIFOLDS[manifold]
     dtype = accumulation_dtype(streams)
     n = streams.shape[-2]
     groups = _groups(family, n)
     wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
-    projection = _project_by_phi(wide, phi, scale, bias, norm_eps, groups)
-    pre_logits, post_logits, res_logits = _split(projection.logits, family, n, transposed)
+    ordered = in_kernel_rows(phi, family, n, transposed)
+    logits = _logits(
+        projection, scale, in_kernel_rows(bias, family, n, transposed), n * streams.shape[-1], norm_eps, groups
+    )
+    pre_logits, post_logits, res_logits = _split(logits.logits, family, n)
 
     grad_input = grad_layer_input.to(dtype)
     grad_pre = (wide @ grad_input.unsqueeze(-1)).squeeze(-1)
@@ -137,20 +214,18 @@ def pre_backward(
     grad_logits = [grad_pre, grad_post]
     if family.mixes:
         grad_mixing = family.project_backward(grad_res, res_logits, iters, eps)
-        if family.logits is None:
-            grad_mixing = (grad_mixing.mT if transposed else grad_mixing).flatten(-2)
-        grad_logits.append(grad_mixing)
-    grad_flat, *grad_mapping = _project_by_phi_backward(torch.cat(grad_logits, dim=-1), projection, phi, scale, groups)
-    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
+        grad_logits.append(grad_mixing.flatten(-2) if family.logits is None else grad_mixing)
+    grad_streams, grad_phi, grad_scale, grad_bias = _project_by_phi_backward(
+        torch.cat(grad_logits, dim=-1), wide, logits, ordered, scale, groups
+    )
     if anchored:
         grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
     grad_streams = grad_streams + weights.unsqueeze(-1) * grad_input.unsqueeze(-2)
-    grad_phi, grad_scale, grad_bias = grad_mapping
     return (
         grad_streams.to(streams.dtype),
-        grad_phi.to(phi.dtype),
+        in_kernel_rows(grad_phi, family, n, transposed).to(phi.dtype),
         grad_scale.to(scale.dtype),
-        grad_bias.to(bias.dtype),
+        in_kernel_rows(grad_bias, family, n, transposed).to(bias.dtype),
     )
 
 
@@ -199,7 +274,7 @@ def head(
     norm_eps: float = NORM_EPS,
     eps: float = 0.0,
     anchored: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Read the streams out by a learned, sigmoid-weighted sum (the head of DeepSeek-V4).
 
     Args:
@@ -212,12 +287,12 @@ def head(
         anchored: the streams are anchored (see `anchored`).
 
     Returns:
-        [*, C] in the streams' dtype.
+        [*, C] in the streams' dtype, and the projection [*, n + 1] as `pre` has it.
     """
-    n = streams.shape[-2]
-    projected = anchoring.release(_wide(streams)) if anchored else streams
-    weights = torch.sigmoid(_project_by_phi(projected, phi, scale, bias, norm_eps, (n,)).logits) + eps
-    return _weighted_sum(streams, anchoring.read_weights(weights) if anchored else weights)
+    n, width = streams.shape[-2:]
+    projection = torch.cat(_products(streams, phi, anchored), dim=-1)
+    weights = torch.sigmoid(_logits(projection, scale, bias, n * width, norm_eps, (n,)).logits) + eps
+    return _weighted_sum(streams, anchoring.read_weights(weights) if anchored else weights), projection.detach()
 
 
 def head_backward(
@@ -226,23 +301,23 @@ def head_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    projection: Tensor,
     norm_eps: float,
     eps: float,
     anchored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `head` with respect to streams, phi, scale and bias."""
+    """Return the gradients of `head` with respect to streams, phi, scale and bias, given its projection."""
     dtype = accumulation_dtype(streams)
-    groups = (streams.shape[-2],)
+    n, width = streams.shape[-2:]
     wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
-    projection = _project_by_phi(wide, phi, scale, bias, norm_eps, groups)
-    gate = torch.sigmoid(projection.logits)
+    logits = _logits(projection, scale, bias, n * width, norm_eps, (n,))
+    gate = torch.sigmoid(logits.logits)
     weights = gate + eps
     grad = grad_output.to(dtype)
     grad_weights = (wide @ grad.unsqueeze(-1)).squeeze(-1)
-    grad_flat, grad_phi, grad_scale, grad_bias = _project_by_phi_backward(
-        grad_weights * gate * (1.0 - gate), projection, phi, scale, groups
+    grad_streams, grad_phi, grad_scale, grad_bias = _project_by_phi_backward(
+        grad_weights * gate * (1.0 - gate), wide, logits, phi, scale, (n,)
     )
-    grad_streams = grad_flat.unflatten(-1, streams.shape[-2:])
     if anchored:
         grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
     grad_streams = grad_streams + weights.unsqueeze(-1) * grad.unsqueeze(-2)
@@ -254,6 +329,14 @@ def head_backward(
     )
 
 
+def in_kernel_rows(rows: Tensor, family: Manifold, n: int, transposed: bool) -> Tensor:
+    """Return phi [rows, n·C] or bias [rows] with the rows of res ordered [out, in], or put that order back."""
+    if not transposed or not family.mixes or family.logits is not None:
+        return rows
+    gates, matrix = rows.split([2 * n, n * n])
+    return torch.cat([gates, matrix.unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)])
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor))
 
@@ -262,14 +345,11 @@ def _groups(family: Manifold, n: int) -> tuple[int, ...]:
     return (n, n, family.rows(n) - 2 * n) if family.mixes else (n, n)
 
 
-def _split(logits: Tensor, family: Manifold, n: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _split(logits: Tensor, family: Manifold, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split a token's logits into pre [*, n], post [*, n] and res's, [*, n, n] as `[out, in]` or [*, k]."""
     if family.mixes:
         pre_logits, post_logits, res_logits = logits.split(_groups(family, n), dim=-1)
-        if family.logits is not None:
-            return pre_logits, post_logits, res_logits
-        matrix = res_logits.unflatten(-1, (n, n))
-        return pre_logits, post_logits, matrix.mT if transposed else matrix
+        return pre_logits, post_logits, res_logits if family.logits else res_logits.unflatten(-1, (n, n))
     pre_logits, post_logits = logits.split((n, n), dim=-1)
     # Not `torch.eye`: made from the logits, it is a fake tensor where they are.
     identity = torch.diag_embed(logits.new_ones(n))
@@ -281,32 +361,37 @@ def _spread(scale: Tensor, groups: tuple[int, ...]) -> Tensor:
     return torch.cat([scale[index].expand(rows) for index, rows in enumerate(groups)])
 
 
-def _project_by_phi(
-    streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float, groups: tuple[int, ...]
-) -> _Projection:
-    dtype = accumulation_dtype(streams)
-    flat = streams.to(dtype).flatten(-2)
-    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+def _products(streams: Tensor, phi: Tensor, anchored: bool) -> tuple[Tensor, Tensor]:
+    wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
+    flat = wide.flatten(-2)
+    return flat @ phi.to(flat.dtype).mT, flat.square().sum(-1, keepdim=True)
+
+
+def _logits(
+    projection: Tensor, scale: Tensor, bias: Tensor, flat_width: int, norm_eps: float, groups: tuple[int, ...]
+) -> _Logits:
+    dtype = projection.dtype
+    inverse_rms = torch.rsqrt(projection[..., -1:] / flat_width + norm_eps)
     # 1/RMS after the matmul: it must not scale the bias, and the product then reads raw streams once.
-    projected = flat @ phi.to(dtype).mT
-    logits = projected * inverse_rms * _spread(scale.to(dtype), groups) + bias.to(dtype)
-    return _Projection(flat, inverse_rms, projected, logits)
+    found = projection[..., :-1]
+    return _Logits(found * inverse_rms * _spread(scale.to(dtype), groups) + bias.to(dtype), found, inverse_rms)
 
 
 def _project_by_phi_backward(
-    grad_logits: Tensor, projection: _Projection, phi: Tensor, scale: Tensor, groups: tuple[int, ...]
+    grad_logits: Tensor, wide: Tensor, logits: _Logits, phi: Tensor, scale: Tensor, groups: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to the flat streams, phi, scale and bias."""
-    flat, inverse_rms, projected, _ = projection
+    """Return the gradients with respect to the streams [*, n, C], phi, scale and bias."""
+    _, found, inverse_rms = logits
+    flat = wide.flatten(-2)
     rows = grad_logits.shape[-1]
     grad_normed = grad_logits * _spread(scale.to(flat.dtype), groups)
-    grad_projected = grad_normed * inverse_rms
-    grad_inverse_rms = (grad_normed * projected).sum(-1, keepdim=True)
-    grad_flat = grad_projected @ phi.to(flat.dtype) - grad_inverse_rms * inverse_rms**3 / flat.shape[-1] * flat
-    grad_phi = grad_projected.reshape(-1, rows).mT @ flat.reshape(-1, flat.shape[-1])
-    per_row = (grad_logits * projected * inverse_rms).reshape(-1, rows).sum(0)
+    grad_products = grad_normed * inverse_rms
+    grad_inverse_rms = (grad_normed * found).sum(-1, keepdim=True)
+    grad_flat = grad_products @ phi.to(flat.dtype) - grad_inverse_rms * inverse_rms**3 / flat.shape[-1] * flat
+    grad_phi = grad_products.reshape(-1, rows).mT @ flat.reshape(-1, flat.shape[-1])
+    per_row = (grad_logits * found * inverse_rms).reshape(-1, rows).sum(0)
     grad_scale = torch.stack([part.sum() for part in per_row.split(groups)])
-    return grad_flat, grad_phi, grad_scale, grad_logits.reshape(-1, rows).sum(0)
+    return grad_flat.unflatten(-1, wide.shape[-2:]), grad_phi, grad_scale, grad_logits.reshape(-1, rows).sum(0)
 
 
 def _weighted_sum(streams: Tensor, weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+from torch.library import CustomOpDef
 
 from .ops import OPERATORS, Signature
 
@@ -60,24 +61,26 @@ def replicated(*parameters: Tensor, mesh: DeviceMesh, dims: tuple[int, ...]) -> 
 def register_sharding_rules() -> None:
     """Tell DTensor how the operators and their backwards may be sharded."""
     for operator in OPERATORS.values():
-        for definition, signature in (
-            (operator.forward, operator.signature),
-            (operator.backward, operator.signature.backward),
-        ):
-            register_sharding(definition._opoverload)(functools.partial(_acceptable, signature))
+        _register(operator.forward, operator.signature)
+        if operator.backward is not None:
+            _register(operator.backward, operator.signature.backward)
+
+
+def _register(definition: CustomOpDef, signature: Signature) -> None:
+    register_sharding(definition._opoverload)(functools.partial(_acceptable, signature))
 
 
 def _acceptable(signature: Signature, *arguments: Any) -> Sequence[tuple[list[Any], list[Any]]]:
     """Return the placements, for one dimension of a mesh, under which an operator runs on each rank alone."""
-    position = next(index for index, name in enumerate(signature.inputs) if not name.startswith("grad_"))
+    position = next(index for index, name in enumerate(signature.tensors) if not name.startswith("grad_"))
     token_dims = arguments[position].ndim - 2
-    constants = [None] * (len(arguments) - len(signature.inputs))
-    backward = signature.inputs[0].startswith("grad_")
+    constants = [None] * (len(arguments) - len(signature.tensors))
+    backward = signature.tensors[0].startswith("grad_")
 
     def placed(placement: Any) -> tuple[list[Any], list[Any]]:
-        inputs = [Replicate() if name in _PARAMETERS else placement for name in signature.inputs]
+        inputs = [Replicate() if name in _PARAMETERS else placement for name in signature.tensors]
         summed = Partial() if placement.is_shard() else Replicate()
-        outputs = [summed if backward and name in _PARAMETERS else placement for name in signature.outputs]
+        outputs = [summed if backward and name in _PARAMETERS else placement for name in signature.results]
         return outputs, [*inputs, *constants]
 
     return [placed(Replicate()), *(placed(Shard(dim)) for dim in range(token_dims))]

@@ -48,7 +48,7 @@ def pre(
     Returns:
         layer_input [*, C] in the streams' dtype, post [*, n], res [*, n, n].
     """
-    return PreOutput(*ops.pre(streams, phi, scale, bias, iters, norm_eps, eps, manifold))
+    return PreOutput(*ops.pre(streams, phi, scale, bias, iters, norm_eps, eps, manifold)[:3])
 
 
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -78,7 +78,9 @@ def post_pre(
     Returns:
         the new streams [*, n, C], layer_input [*, C], post [*, n] and res [*, n, n] of the next site.
     """
-    return ops.post_pre(streams, branch, post, res, phi, scale, bias, iters, norm_eps, eps, manifold)
+    made = ops.post_pre(streams, branch, post, res, phi, scale, bias, iters, norm_eps, eps, manifold)
+    fresh, layer_input, next_post, next_res, _ = made
+    return fresh, layer_input, next_post, next_res
 
 
 def head(
@@ -94,4 +96,4 @@ def head(
 
     Shapes: phi [n, n·C], scale [1], bias [n].
     """
-    return ops.head(streams, phi, scale, bias, norm_eps, eps)
+    return ops.head(streams, phi, scale, bias, norm_eps, eps)[0]

@@ -1,15 +1,21 @@
 """Say which streams the forward stores and what the backward computes again.
 
-Streams are stored every L_r sites of a chain. Everything else that the rewrite added (the streams in between, layer
-inputs, coefficients) is replayed in the backward from the stored streams and the branches' outputs (arXiv 2512.24880,
-section 4.3). What the model computes is left to AOTAutograd's partitioner, which never runs a matmul twice: so no
-branch is rerun. The first streams of a chain are copies of its head, and are replayed from it.
+Streams are stored every L_r sites of a chain. Most else that the rewrite added (the streams in between, layer inputs)
+is replayed in the backward from the stored streams and the branches' outputs (arXiv 2512.24880, section 4.3). What the
+model computes is left to AOTAutograd's partitioner, which never runs a matmul twice: so no branch is rerun. The first
+streams of a chain are copies of its head, and are replayed from it.
+
+Coefficients are always kept: post, res and the projection are some dozen floats a token, against n·C elements for the
+streams. So each site that is replayed runs as two operators (`fusions.HALVES`): what measures its coefficients, which
+is stored, and what takes them, mixes and collapses, which is run again. That one reads neither phi nor runs Sinkhorn: a
+replay is one pass over the streams, (2n + 2)C for a joined boundary. Of an inlined site the projection is kept; its
+derivative replays the rest of the coefficients anyway. The paper's kernels (`paper_pre`) are replayed whole.
 
 The policy is written where AOTAutograd's partitioner looks for it, `node.meta["recompute"]`. Tracing copies that, with
 `ac_graph_id`, from a torch IR node to every ATen node traced from it. Probed on torch 2.11, 2.13 and 2.15:
 
 - A tuple-valued operator and its items are traced from one torch IR node, so they share one policy. Where a fused
-  `post_pre` makes stored streams, its layer input and coefficients are stored with them: (n+1)C instead of nC.
+  `post_pre` makes stored streams, its layer input is stored with them: (n+1)C instead of nC.
 - MUST_SAVE forbids to compute a node again; it stores no node that the backward does not read. On an inlined operator
   (fusion="inductor") it would forbid that for every ATen node inside, and so store casts to float32. So there the last
   step of `post` becomes a node of its own. A `clone` behind it would not do: Inductor takes clones out of joint graphs.
@@ -37,6 +43,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ..config import MHCConfig
 from ..kernels import inlined, ops
 from ..kernels.costs.traffic import recompute_interval
+from ..kernels.fusions import HALVES
 from ..kernels.reference import accumulation_dtype
 from .fx.added_nodes import Role, role_of
 from .fx.cache_key import add_to_cache_key
@@ -48,6 +55,14 @@ assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 POLICY, REGION = "recompute", "ac_graph_id"
 
 _REGION_ID = sys.maxsize
+# Operators of which a site that is replayed runs the halves, with the number of tensors before the site's constants.
+_HALVES = {
+    getattr(torch.ops.mhc, name).default: (
+        *(getattr(torch.ops.mhc, half).default for half in halves),
+        len(ops.OPERATORS[name].signature.tensors),
+    )
+    for name, halves in HALVES.items()
+}
 _WRITES = {torch.ops.mhc.post.default, torch.ops.mhc.post_pre.default, inlined.post}
 _KEEPS_STATISTICS = {"batch_norm", "instance_norm"}
 
@@ -75,7 +90,8 @@ def annotate_recompute(graph_module: GraphModule, config: MHCConfig) -> GraphMod
     Returns:
         the graph with a `CheckpointPolicy` on each added node that has none yet; `graph_module` itself for "none".
     """
-    if config.recompute == "none":
+    # Without a backward nothing is stored or replayed.
+    if config.recompute == "none" or not torch.is_grad_enabled():
         return graph_module
     stored = _stored_streams(graph_module, config)
     graph = Graph()
@@ -85,6 +101,10 @@ def annotate_recompute(graph_module: GraphModule, config: MHCConfig) -> GraphMod
         policy = _policy(node, stored)
         if policy is CheckpointPolicy.MUST_SAVE and node.target is inlined.post:
             values[node] = _last_step_apart(graph, node, values.__getitem__)
+        elif policy is CheckpointPolicy.MUST_RECOMPUTE and node.target in _HALVES:
+            values[node] = _in_halves(graph, node, values.__getitem__)
+        elif policy is CheckpointPolicy.MUST_RECOMPUTE and node.target is inlined.pre:
+            values[node] = _projection_apart(graph, node, values.__getitem__)
         else:
             values[node] = copy_node(graph, node, values.__getitem__)
         if policy is not None:
@@ -117,23 +137,55 @@ def _annotate(node: Node, policy: CheckpointPolicy) -> None:
     node.meta[REGION] = _REGION_ID
 
 
-def _last_step_apart(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
-    """Emit an inlined `post` whose last ATen operator has a node of its own, which is returned."""
+def _emitter(graph: Graph, origin: Node, policy: CheckpointPolicy) -> Callable[..., Node]:
+    """Return a function that adds a node which speaks for `origin`, with a policy and an example value."""
 
-    def emit(target: Any, *arguments: Any, **changes: Any) -> Node:
+    def emit(target: Any, *arguments: Any, example_value: Any) -> Node:
         kind = "call_method" if isinstance(target, str) else "call_function"
         emitted = graph.create_node(kind, target, arguments)
-        emitted.meta = {**node.meta, **changes}
-        _annotate(emitted, CheckpointPolicy.MUST_RECOMPUTE)
+        emitted.meta = {**origin.meta, "example_value": example_value}
+        _annotate(emitted, policy)
         return emitted
 
+    return emit
+
+
+def _in_halves(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
+    """Emit an operator as its halves, the coefficients stored; the second one is returned, with `node`'s results."""
+    measure, collapse, count = _HALVES[node.target]
+    arguments = map_arg(node.args, argument)
+    keep = _emitter(graph, node, CheckpointPolicy.MUST_SAVE)
+    *made, post, res, projection = node.meta["example_value"]
+    coefficients = (post, res, projection)
+    measured = keep(measure, *arguments, example_value=coefficients)
+    items = [keep(operator.getitem, measured, index, example_value=value) for index, value in enumerate(coefficients)]
+    replay = _emitter(graph, node, CheckpointPolicy.MUST_RECOMPUTE)
+    return replay(collapse, *arguments[:count], *items, *arguments[count:], example_value=(*made, post, res))
+
+
+def _projection_apart(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
+    """Emit an inlined `pre` whose projection has a node of its own, which is stored; `node`'s results are returned."""
+    streams, phi, scale, bias, iters, norm_eps, eps, manifold, *flags = map_arg(node.args, argument)
+    *made, projection = node.meta["example_value"]
+    parts = projection[..., :-1], projection[..., -1:]
+    replay = _emitter(graph, node, CheckpointPolicy.MUST_RECOMPUTE)
+    both = replay(inlined.products, streams, phi, manifold, *flags, example_value=parts)
+    pieces = [replay(operator.getitem, both, index, example_value=part) for index, part in enumerate(parts)]
+    joined = _emitter(graph, node, CheckpointPolicy.MUST_SAVE)(torch.cat, pieces, -1, example_value=projection)
+    constants = (iters, norm_eps, eps, manifold, *flags)
+    return replay(inlined.pre_of, streams, scale, bias, joined, *constants, example_value=tuple(made))
+
+
+def _last_step_apart(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
+    """Emit an inlined `post` whose last ATen operator has a node of its own, which is returned."""
+    emit = _emitter(graph, node, CheckpointPolicy.MUST_RECOMPUTE)
     streams = node.meta["example_value"]
     wide = streams.to(accumulation_dtype(streams))
     terms = emit(inlined.post_terms, *map_arg(node.args, argument), example_value=(wide, wide))
     mixed, written = (emit(operator.getitem, terms, index, example_value=wide) for index in range(2))
     total = emit(operator.add, mixed, written, example_value=wide)
     # A cast to the same dtype leaves no ATen operator behind.
-    return total if wide.dtype == streams.dtype else emit("to", total, streams.dtype)
+    return total if wide.dtype == streams.dtype else emit("to", total, streams.dtype, example_value=streams)
 
 
 def _stored_streams(graph_module: GraphModule, config: MHCConfig) -> set[Node]:

@@ -222,7 +222,8 @@ class _Expander:
             readout = self.readouts.get(value)
             if readout is not None:
                 arguments = (stacked, *self._inputs(readout), reference.NORM_EPS, 0.0, True)
-                out = self._emit(value, self.lowering.head, *arguments)
+                read = mark(self._emit(value, self.lowering.head, *arguments), Role.READOUT)
+                out = self._emit(value, operator.getitem, read, 0)
             else:
                 out = self._mean(stacked, value)
             mark(out, Role.READOUT)

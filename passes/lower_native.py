@@ -130,7 +130,8 @@ class _Lowerer:
         if isinstance(piece, NativeHead):
             target = torch.ops.mhc.head.default
             made = self._emit(origin, target, streams, *parameters, piece.norm_eps, piece.eps, False)
-            self.readouts[piece] = mark(made, Role.READOUT)
+            output = self._emit(origin, operator.getitem, mark(made, Role.READOUT), 0)
+            self.readouts[piece] = mark(output, Role.READOUT)
             return
         form = piece.form
         constants = (form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed)

@@ -12,7 +12,11 @@ from torch.fx import GraphModule, Interpreter
 from ..kernels import ops
 from ..kernels.anchored import release, released_mixing
 
-assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
+# Where the operators that compute a site's coefficients return res.
+_RES = {
+    getattr(torch.ops.mhc, name).default: ops.OPERATORS[name].signature.results.index("res")
+    for name in ("pre", "measure")
+}
 
 
 class MixingRecorder(Interpreter):
@@ -31,6 +35,6 @@ class MixingRecorder(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator."""
         result = super().call_function(target, args, kwargs)
-        if target is torch.ops.mhc.pre.default:
-            self.note(args[1], released_mixing(result[2]), release(args[0]))
+        if target in _RES:
+            self.note(args[1], released_mixing(result[_RES[target]]), release(args[0]))
         return result

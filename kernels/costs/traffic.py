@@ -5,9 +5,9 @@ amounts of traffic with the device's memory:
 
 - `least`: each input read once and each output written once. No kernel moves less, so it is what benchmarks
   divide by.
-- `ours`: what the kernels of `gpu` move where their second walk over the streams misses the cache.
-  Counted once a launch: phi, the coefficients, and what programs that run side by side load together. The
-  padding of coefficient tiles is left out.
+- `ours`: what the kernels of `gpu` move, each launch by itself: what a launch loads or stores several times counts
+  once, what one launch leaves for the next counts twice. `python -m benchmarks.traffic` counts the same from the
+  kernels themselves. Of few tokens a cache keeps much of it; their launches cost more than their bytes.
 
 The unit of a stream's traffic is the element, of coefficients and phi the float32. phi has n² + 2n rows, and
 the backward of a fusion choice includes adding up the gradients of streams that two operators read.
@@ -15,160 +15,44 @@ the backward of a fusion choice includes adding up the gradients of streams that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import sympy
-from sympy import Expr, Integer, Piecewise, ceiling
+from sympy import Expr, Integer, ceiling
 
-from ..fusions import FUSIONS
+from ..fusions import FUSIONS, HALVES
 from ..manifolds import MANIFOLDS
+from .amounts import ELEMENT, FLOAT, INTERVAL, ITERS, SITES, STREAMS, WIDTH, ZERO, Cost, Passes, Traffic
+from .site_launches import MIXING, STREAM_LAUNCHES, SiteLaunches
 
-TOKENS, STREAMS, WIDTH, SITES, INTERVAL, ELEMENT, ITERS = sympy.symbols(
-    "tokens n_streams width sites interval element_size iters", integer=True, positive=True
-)
-FLOAT = 4
-
-_n, _C, _ZERO = STREAMS, WIDTH, Integer(0)
+_n, _C = STREAMS, WIDTH
 # The manifold that is counted throughout: it does all that any does.
 _SINKHORN = MANIFOLDS["sinkhorn"]
 _ROWS = _SINKHORN.rows(_n)
-_MIXING = _n**2 + _n  # what `post` reads: res and post
 _PHI = _ROWS * _n * _C
 _PROJECTION = _SINKHORN.flops(_n, ITERS)
-# The streams of 64 tokens stay in any of the caches meant here: 2 MB at n = 4, C = 4096.
-_FEW = TOKENS <= 64
-# n tiles and n² coefficients a token fit the registers.
-_NARROW = _n <= 4
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What moves between the device's memory and its processors.
-
-    Attributes:
-        streams: elements a token, in the streams' dtype.
-        coefficients: float32 values a token.
-        phi: float32 values a call, of phi and its gradient.
-    """
-
-    streams: Expr
-    coefficients: Expr = _ZERO
-    phi: Expr = _ZERO
-
-    def __add__(self, other: Traffic) -> Traffic:
-        """Return the traffic of both."""
-        return Traffic(self.streams + other.streams, self.coefficients + other.coefficients, self.phi + other.phi)
-
-    def __mul__(self, times: Any) -> Traffic:
-        """Return the traffic of that many calls."""
-        return Traffic(self.streams * times, self.coefficients * times, self.phi * times)
-
-    @property
-    def bytes(self) -> Expr:
-        """Bytes of a call on `TOKENS` tokens."""
-        return TOKENS * (ELEMENT * self.streams + FLOAT * self.coefficients) + FLOAT * self.phi
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one pass costs.
-
-    Attributes:
-        least: traffic that no kernel can avoid.
-        ours: traffic of the kernels of `gpu`.
-        flops: multiplications and additions a token.
-        launches: kernels launched by a call.
-    """
-
-    least: Traffic
-    ours: Traffic
-    flops: Expr
-    launches: Expr
-
-    def __add__(self, other: Cost) -> Cost:
-        """Return the cost of one after the other."""
-        return Cost(
-            self.least + other.least, self.ours + other.ours, self.flops + other.flops, self.launches + other.launches
-        )
-
-    def __mul__(self, times: Any) -> Cost:
-        """Return the cost of that many calls."""
-        return Cost(self.least * times, self.ours * times, self.flops * times, self.launches * times)
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The forward and the backward of an operator, a site or a chain."""
-
-    forward: Cost
-    backward: Cost
-
-    def __add__(self, other: Passes) -> Passes:
-        """Return both, one after the other."""
-        return Passes(self.forward + other.forward, self.backward + other.backward)
-
-    def __mul__(self, times: Any) -> Passes:
-        """Return that many of these."""
-        return Passes(self.forward * times, self.backward * times)
-
-
-class _Splits(sympy.Function):
-    """Shares of the tokens that each hold partial sums of phi's gradient: `token_splits` of the kernels, for bfloat16.
-
-    A function that waits for numbers: sympy 1.14 reduces Min(ceiling(1024 / (n * ceiling(C / 32))), 64) to 64.
-    """
-
-    @classmethod
-    def eval(cls, tokens: Expr, n: Expr, width: Expr) -> Expr | None:
-        """Return the number, once the arguments are numbers."""
-        if not all(argument.is_Integer for argument in (tokens, n, width)):
-            return None
-        blocks = n * ceiling(width / 32)
-        return max(Integer(1), min(ceiling(1024 / blocks), ceiling(tokens / 32), Integer(64)))
-
-
-_SPLITS = _Splits(TOKENS, _n, _C)
-
-
-def _again(elements: Expr) -> Expr:
-    """Return what is read again where the cache has lost it: many tokens lose it, few do not."""
-    return Piecewise((_ZERO, _FEW), (elements, True))
-
-
-def _pre(rows: Expr, written: Expr, matrix_flops: Expr) -> Passes:
-    """Return the cost of `pre` with that many rows of phi, which writes that many coefficients (`head`: none)."""
-    phi = rows * _n * _C
-    sums, gates = rows + 1, rows + 1 + _n
-    split = sympy.Or(_FEW, sympy.Not(_NARROW))
-    forward = Traffic((_n + 1) * _C, written, phi)
-    backward = Traffic((2 * _n + 1) * _C, written, 2 * phi)
+def _pre(rows: Expr, matrix_flops: Expr) -> Passes:
+    """Return the cost of `pre` with that many rows of phi, or of `head`."""
+    site = SiteLaunches(rows)
+    forward = Traffic((_n + 1) * _C, site.written + site.kept, site.phi)
+    backward = Traffic((2 * _n + 1) * _C, site.written + site.kept, 2 * site.phi)
     project, collapse = 2 * rows * _n * _C, 2 * _n * _C
-    # From 5 streams on, one program a stream projects: each loads the gradient of the layer input.
-    again_backward = (_n + 1 + Piecewise((0, _NARROW), (_n - 1, True))) * _C
     return Passes(
         Cost(
             forward,
-            # The collapse walks over the streams once more; a split launch leaves its sums for the next.
-            forward + Traffic(_again(_n * _C), Piecewise((2 * sums, split), (_ZERO, True))),
+            site.measure(stored=False) + site.collapse(copied=False),
             project + 2 * collapse + matrix_flops,
-            Piecewise((2, split), (1, True)),
+            site.measure_launches + 1,
         ),
-        Cost(
-            backward,
-            # Projections and streams' gradients are two walks, joined by sums, then by gradients of the products;
-            # phi's gradient leaves the second as partials.
-            backward + Traffic(_again(again_backward), 4 * gates, phi + 2 * _SPLITS * phi),
-            3 * project + 4 * collapse + 3 * matrix_flops,
-            Integer(4),
-        ),
+        Cost(backward, site.backward(), 2 * project + 4 * collapse + 3 * matrix_flops, 3 + STREAM_LAUNCHES),
     )
 
 
 def _post() -> Passes:
-    forward, backward = Traffic((2 * _n + 1) * _C, _MIXING), Traffic((3 * _n + 2) * _C, 2 * _MIXING)
-    flops = 2 * _MIXING * _C
+    forward, backward = Traffic((2 * _n + 1) * _C, MIXING), Traffic((3 * _n + 2) * _C, 2 * MIXING)
+    flops = 2 * MIXING * _C
     return Passes(
         Cost(forward, forward, flops, Integer(1)),
         Cost(backward, backward, 2 * flops, Integer(1)),
@@ -176,31 +60,49 @@ def _post() -> Passes:
 
 
 def _post_pre() -> Passes:
-    first, second = _post(), _pre(_ROWS, _MIXING, _PROJECTION)
-    forward = Traffic((2 * _n + 2) * _C, 2 * _MIXING, _PHI)
-    backward = Traffic((3 * _n + 3) * _C, 3 * _MIXING, 2 * _PHI)
-    # From 5 streams on, one program a stream mixes: each loads all n, and the backward writes a gradient between.
-    again = Piecewise((_n, _NARROW), (_n**2 + _n - 1, True)) * _C
-    again_backward = Piecewise((2 * _n + 3, _NARROW), (_n**2 + 5 * _n + 1, True)) * _C
-    # Each block of 16 channels leaves its share of the gradients of post and res.
-    shares = Piecewise((2 * ceiling(_C / 16) * _MIXING, _NARROW), (_ZERO, True))
-    scratch = second.forward.ours.coefficients - second.forward.least.coefficients
-    sums = second.backward.ours.coefficients - second.backward.least.coefficients
-    phi_reads = Piecewise((2, _NARROW), (1, True)) * _PHI
+    site, after = SiteLaunches(_ROWS, mixes=True), SiteLaunches(_ROWS)
+    first, second = _post(), _pre(_ROWS, _PROJECTION)
+    forward = Traffic((2 * _n + 2) * _C, 2 * MIXING + site.kept, _PHI)
+    backward = Traffic((3 * _n + 3) * _C, 3 * MIXING + site.kept, 2 * _PHI)
     return Passes(
         Cost(
             forward,
-            forward + Traffic(_again(again), scratch),
+            site.measure(stored=True) + after.collapse(copied=False),
             first.forward.flops + second.forward.flops,
-            second.forward.launches,
+            site.measure_launches + 1,
         ),
         Cost(
             backward,
-            backward + Traffic(_again(again_backward), sums + shares, phi_reads + 2 * _SPLITS * _PHI),
-            first.forward.flops + first.backward.flops + second.backward.flops,
-            Piecewise((6, _NARROW), (5, True)),
+            site.backward() + first.backward.ours,
+            2 * first.forward.flops + first.backward.flops + second.backward.flops,
+            4 + STREAM_LAUNCHES,
         ),
     )
+
+
+def _halves(mixes: bool) -> dict[str, Passes]:
+    """Return the costs of the halves of `pre`, or of `post_pre`; the backward is that of the whole."""
+    site, prefix = SiteLaunches(_ROWS, mixes), "post_" if mixes else ""
+    whole = _post_pre() if mixes else _pre(_ROWS, _PROJECTION)
+    post = _post().forward.flops if mixes else ZERO
+    read = site.mixing + Traffic(_n * _C)
+    collapsed = site.mixing + Traffic((2 * _n + 1) * _C if mixes else (_n + 1) * _C, _n + 1 + 2 * MIXING)
+    nothing = Cost(Traffic(ZERO), Traffic(ZERO), ZERO, ZERO)
+    projecting = 2 * _ROWS * _n * _C + 2 * _n * _C + _PROJECTION
+    return {
+        f"{prefix}measure": Passes(
+            Cost(
+                read + Traffic(ZERO, MIXING + site.kept, _PHI),
+                site.measure(stored=False),
+                post + projecting,
+                site.measure_launches,
+            ),
+            nothing,
+        ),
+        f"{prefix}collapse": Passes(
+            Cost(collapsed, site.collapse(copied=True), post + 2 * _n * _C, Integer(1)), whole.backward
+        ),
+    }
 
 
 def _simple(forward: Traffic, backward: Traffic, flops: Expr, flops_backward: Expr) -> Passes:
@@ -211,13 +113,15 @@ def _simple(forward: Traffic, backward: Traffic, flops: Expr, flops_backward: Ex
 _SPREAD = Traffic((_n + 1) * _C)
 
 OPERATORS: dict[str, Passes] = {
-    "sinkhorn": _simple(Traffic(_ZERO, 2 * _n**2), Traffic(_ZERO, 3 * _n**2), _PROJECTION, 3 * _PROJECTION),
-    "pre": _pre(_ROWS, _MIXING, _PROJECTION),
+    "sinkhorn": _simple(Traffic(ZERO, 2 * _n**2), Traffic(ZERO, 3 * _n**2), _PROJECTION, 3 * _PROJECTION),
+    "pre": _pre(_ROWS, _PROJECTION),
     "post": _post(),
     "post_pre": _post_pre(),
-    "head": _pre(_n, _ZERO, _ZERO),
-    "expand": _simple(_SPREAD, _SPREAD, _ZERO, _n * _C),
-    "collapse": _simple(_SPREAD, _SPREAD, _n * _C, _C),
+    "head": _pre(_n, ZERO),
+    **_halves(mixes=False),
+    **_halves(mixes=True),
+    "expand": _simple(_SPREAD, _SPREAD, ZERO, _n * _C),
+    "mean": _simple(_SPREAD, _SPREAD, _n * _C, _C),
 }
 
 # The residual add, and in the backward the sum of the skip's and the branch's gradient.
@@ -235,7 +139,7 @@ def _unfused() -> Passes:
     """
     site = _site()
     reads, writes = Traffic((5 * _n + 1) * _C, _ROWS), Traffic((3 * _n + 1) * _C, _ROWS)
-    forward = reads + writes + Traffic(_ZERO, _ZERO, _PHI)
+    forward = reads + writes + Traffic(ZERO, ZERO, _PHI)
     backward = Traffic((14 * _n + 3) * _C, 4 * _ROWS, 2 * _PHI)
     return Passes(
         Cost(forward, forward, site.forward.flops, Integer(5)),
@@ -248,10 +152,11 @@ def _paper() -> Passes:
 
     Their coefficients go through device memory: sums, gates, logits, matrices. The backward is that of `site`.
     """
-    site = _site()
-    coefficients = 2 * (_ROWS + 1) + 3 * _n + 3 * _n**2 + _MIXING
-    forward = Traffic((4 * _n + 2) * _C, coefficients, _PHI)
-    return Passes(Cost(forward, forward, site.forward.flops, Integer(5)), site.backward)
+    one, site = SiteLaunches(_ROWS), _site()
+    # The affine kernel leaves the matrix's logits, which Sinkhorn's reads and writes over.
+    ours = one.measure(stored=False) + Traffic(ZERO, 2 * _n**2) + one.collapse(copied=False) + _post().forward.ours
+    least = Traffic((4 * _n + 2) * _C, 2 * MIXING + one.kept + 4 * _n**2, _PHI)
+    return Passes(Cost(least, ours, site.forward.flops, one.measure_launches + 3), site.backward)
 
 
 def _site() -> Passes:
@@ -270,6 +175,25 @@ SITE_COSTS: dict[str, Passes] = {
 PER_SITE: dict[str, Passes] = {fusion.name: SITE_COSTS[fusion.cost] for fusion in FUSIONS.values()}
 
 
+def _replayed(whole: str, *again: str) -> Cost:
+    """Return what operators that run again cost, and that the forward of `whole` ran in halves."""
+    measure, collapse = HALVES[whole]
+    halves = OPERATORS[measure].forward + OPERATORS[collapse].forward + OPERATORS[whole].forward * -1
+    replay = Cost(Traffic(ZERO), Traffic(ZERO), ZERO, ZERO)
+    for name in again:
+        replay += OPERATORS[name].forward
+    return Cost(replay.least, replay.ours + halves.ours, replay.flops + halves.flops, replay.launches + halves.launches)
+
+
+# What it costs a step more that a site is replayed, by the key `cost` of a fusion choice.
+REPLAYED: dict[str, Cost] = {
+    "unfused": SITE_COSTS["unfused"].forward,
+    "paper": SITE_COSTS["paper"].forward,
+    "site": _replayed("pre", "post", "collapse"),
+    "boundary": _replayed("post_pre", "post_collapse"),
+}
+
+
 @cache
 def chain(fusion: str) -> Passes:
     """Return the cost of a whole chain of `SITES` sites, from the expansion to the mean.
@@ -280,7 +204,7 @@ def chain(fusion: str) -> Passes:
     Raises:
         KeyError: no such fusion choice.
     """
-    ends = OPERATORS["expand"] + OPERATORS["collapse"]
+    ends = OPERATORS["expand"] + OPERATORS["mean"]
     if FUSIONS[fusion].post_pre is not None:
         return ends + SITE_COSTS["site"] + PER_SITE[fusion] * (SITES - 1)
     return ends + PER_SITE[fusion] * SITES
@@ -339,8 +263,8 @@ def saved_bytes_per_token(
         n_streams: n.
         width: C.
         element_size: bytes of a stream's element.
-        interval: sites between stored streams; None stores all. Then see `held_elements`; the float32
-            coefficients post and res, n² + n a site, are kept with the streams or replayed with them.
+        interval: sites between stored streams; None stores all. Then see `held_elements`. The float32 coefficients
+            post and res, n² + n a site, and the projection, n² + 2n + 1, are kept either way.
     """
     values = {
         "sites": sites,
@@ -349,5 +273,5 @@ def saved_bytes_per_token(
         "element_size": element_size,
         "interval": interval or 1,
     }
-    coefficients = FLOAT * _MIXING * (SITES if interval is None else INTERVAL)
+    coefficients = FLOAT * (MIXING + _ROWS + 1) * SITES
     return int(evaluate(ELEMENT * held_elements(interval is not None) + coefficients, **values))

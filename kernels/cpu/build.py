@@ -34,12 +34,14 @@ _SITE = [_LONG, _LONG, _INT, _FLOAT, _FLOAT, _INT, _INT]
 _SIGNATURES = {
     "mhc_sinkhorn": [_POINTER] * 2 + [_LONG, _INT, _FLOAT, _INT],
     "mhc_sinkhorn_backward": [_POINTER] * 3 + [_LONG, _INT, _FLOAT, _INT],
-    "mhc_pre": [_POINTER] * 7 + _SITE,
-    "mhc_pre_backward": [_POINTER] * 11 + _SITE,
+    "mhc_pre": [_POINTER] * 8 + _SITE,
+    "mhc_collapse": [_POINTER] * 5 + _SITE,
+    "mhc_pre_backward": [_POINTER] * 12 + _SITE,
     "mhc_post": [_POINTER] * 5 + [_LONG, _LONG, _INT],
     "mhc_post_backward": [_POINTER] * 9 + [_LONG, _LONG, _INT],
-    "mhc_post_pre": [_POINTER] * 11 + _SITE,
-    "mhc_post_pre_backward": [_POINTER] * 19 + _SITE,
+    "mhc_post_pre": [_POINTER] * 12 + _SITE,
+    "mhc_post_collapse": [_POINTER] * 9 + _SITE,
+    "mhc_post_pre_backward": [_POINTER] * 20 + _SITE,
 }
 
 

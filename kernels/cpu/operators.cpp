@@ -91,42 +91,61 @@ struct Site {
         return read_tile(streams, width, N, chunk.first, chunk.live, channels, memory);
     }
 
-    // Products [padded], sums of squares, and with `grad` the gates.
-    void measure_chunk(
-        Chunk chunk, const Stored* grad, float* memory, float* grad_memory, Lane* products, float* squares, Lane* gates
-    ) const {
+    // A chunk's projection, [live, rows + 1] in memory and as lanes: the products, and the sum of squares behind them.
+    void read_projection(Chunk chunk, const float* projection, Lane* products, float* squares) const {
+        const float* from = projection + chunk.first * (mapping.rows + 1);
         memset(products, 0, sizeof(Lane) * phi.padded);
         memset(squares, 0, sizeof(Lane));
-        if (grad) memset(gates, 0, sizeof(Lane) * N);
+        for (int t = 0; t < chunk.live; t++, from += mapping.rows + 1) {
+            for (int row = 0; row < mapping.rows; row++) products[row][t] = from[row];
+            squares[t] = from[mapping.rows];
+        }
+    }
+
+    // `measure` of a chunk, and what `pre` and `head` do of it.
+    void forward(Chunk chunk, Stored* layer_input, float* post, float* res, float* projection) const {
+        float* memory = scratch.take(STREAM_TILE);
+        alignas(64) Lane products[MOST_PADDED], squares;
+        Coefficients found;
+        memset(products, 0, sizeof(Lane) * phi.padded);
+        memset(squares, 0, sizeof(Lane));
         each_block([&](Channels channels) {
             const Source x = tile(chunk, channels, memory);
             project(x, chunk.live, phi, channels, products);
-            if (!grad) {
-                (mapping.anchored ? measure<true, false> : measure<false, false>)(
-                    x, x, chunk.live, channels, squares, gates);
-            } else {
-                const Source g = read_tile(grad, width, 1, chunk.first, chunk.live, channels, grad_memory);
-                (mapping.anchored ? measure<true, true> : measure<false, true>)(
-                    x, g, chunk.live, channels, squares, gates);
-            }
+            (mapping.anchored ? measure_squares<true> : measure_squares<false>)(x, chunk.live, channels, squares);
         });
-    }
-
-    // `pre` and `head` of a chunk.
-    void forward(Chunk chunk, Stored* layer_input, float* post, float* res) const {
-        float* memory = scratch.take(STREAM_TILE);
-        float* result_memory = scratch.take(VALUE_TILE);
-        alignas(64) Lane products[MOST_PADDED], squares;
-        Coefficients found;
-        measure_chunk(chunk, nullptr, memory, nullptr, products, squares, nullptr);
         coefficients(mapping, products, squares, found);
+        float* to = projection + chunk.first * (mapping.rows + 1);
+        for (int t = 0; t < chunk.live; t++, to += mapping.rows + 1) {
+            for (int row = 0; row < mapping.rows; row++) to[row] = products[row][t];
+            to[mapping.rows] = squares[t];
+        }
         if (!mapping.head) {
             transpose_out<N>(found.post, chunk.live, post + chunk.first * N);
             transpose_out<N * N>(&found.res[0][0], chunk.live, res + chunk.first * N * N);
         }
+        if (layer_input) collapse_chunk(chunk, found, layer_input, memory, true);
+    }
+
+    // `collapse` of a chunk: `forward` without a projection, post and res.
+    void collapse_measured(Chunk chunk, const float* projection, Stored* layer_input) const {
+        float* memory = scratch.take(STREAM_TILE);
+        alignas(64) Lane products[MOST_PADDED], squares;
+        Coefficients found;
+        Mapping gates = mapping;
+        gates.head = true;
+        read_projection(chunk, projection, products, squares);
+        coefficients(gates, products, squares, found);
+        collapse_chunk(chunk, found, layer_input, memory, false);
+    }
+
+    void collapse_chunk(
+        Chunk chunk, const Coefficients& found, Stored* layer_input, float* memory, bool read_before
+    ) const {
+        float* result_memory = scratch.take(VALUE_TILE);
         each_block([&](Channels channels) {
             // One block is still there.
-            const Source x = width > BLOCK || channels.in_place()
+            const Source x = !read_before || width > BLOCK || channels.in_place()
                                  ? tile(chunk, channels, memory)
                                  : Source{memory, int64_t(N) * channels.padded, channels.padded};
             const Target to = open_tile(layer_input, width, 1, chunk.first, channels, result_memory);
@@ -157,7 +176,7 @@ constexpr int64_t BACKWARD_SCRATCH = 2 * STREAM_TILE + VALUE_TILE;
 template <class More, class Open, class Close>
 void backward_chunk(
     const Site& site, Chunk chunk, const Stored* grad_input, const float* grad_post, const float* grad_res,
-    const MappingGradient& result, More more, Open open, Close close
+    const float* projection, const MappingGradient& result, More more, Open open, Close close
 ) {
     const Mapping& mapping = site.mapping;
     const Phi& phi = site.phi;
@@ -167,7 +186,13 @@ void backward_chunk(
     alignas(64) Lane products[MOST_PADDED], squares, gates[N];
     Slopes slopes;
     Coefficients grad;
-    site.measure_chunk(chunk, grad_input, memory, grad_memory, products, squares, gates);
+    site.read_projection(chunk, projection, products, squares);
+    memset(gates, 0, sizeof gates);
+    site.each_block([&](Channels channels) {
+        const Source x = site.tile(chunk, channels, memory);
+        const Source g = read_tile(grad_input, site.width, 1, chunk.first, chunk.live, channels, grad_memory);
+        measure_gates(x, g, chunk.live, channels, gates);
+    });
     if (!mapping.head) {
         transpose_in<N>(grad_post + chunk.first * N, chunk.live, grad.post);
         if (mapping.mixes) transpose_in<N * N>(grad_res + chunk.first * N * N, chunk.live, &grad.res[0][0]);
@@ -354,22 +379,35 @@ int mhc_sinkhorn_backward(
     });
 }
 
+// Without `layer_input` as far as the coefficients.
 int mhc_pre(
     const Stored* streams, const float* phi, const float* scale, const float* bias, Stored* layer_input, float* post,
-    float* res, int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags, int threads
+    float* res, float* projection, int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags,
+    int threads
 ) {
     Site site = site_of(streams, scale, bias, tokens, width, iters, norm_eps, eps, flags);
     const Buffer panels(site.phi.size());
     if (!panels.get() || !pack(site, phi, panels.get(), threads)) return 1;
     return !in_parallel(chunks_of(tokens), threads, STREAM_TILE + VALUE_TILE, [&](int64_t index) {
-        site.forward(chunk_at(index, tokens), layer_input, post, res);
+        site.forward(chunk_at(index, tokens), layer_input, post, res, projection);
+    });
+}
+
+int mhc_collapse(
+    const Stored* streams, const float* scale, const float* bias, const float* projection, Stored* layer_input,
+    int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags, int threads
+) {
+    const Site site = site_of(streams, scale, bias, tokens, width, iters, norm_eps, eps, flags);
+    return !in_parallel(chunks_of(tokens), threads, STREAM_TILE + VALUE_TILE, [&](int64_t index) {
+        site.collapse_measured(chunk_at(index, tokens), projection, layer_input);
     });
 }
 
 int mhc_pre_backward(
     const Stored* grad_layer_input, const float* grad_post, const float* grad_res, const Stored* streams,
-    const float* phi, const float* scale, const float* bias, Stored* grad_streams, float* grad_phi, float* grad_scale,
-    float* grad_bias, int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags, int threads
+    const float* phi, const float* scale, const float* bias, const float* projection, Stored* grad_streams,
+    float* grad_phi, float* grad_scale, float* grad_bias, int64_t tokens, int64_t width, int iters, float norm_eps,
+    float eps, int flags, int threads
 ) {
     Site site = site_of(streams, scale, bias, tokens, width, iters, norm_eps, eps, flags);
     const Buffer panels(site.phi.size()), rows(MappingGradient::rows_size(site)), sums(MappingGradient::sums_size(site));
@@ -380,7 +418,7 @@ int mhc_pre_backward(
         const Chunk chunk = chunk_at(index, tokens);
         float* memory = scratch.take(STREAM_TILE);
         backward_chunk(
-            site, chunk, grad_layer_input, grad_post, grad_res, result,
+            site, chunk, grad_layer_input, grad_post, grad_res, projection, result,
             [](Channels) { return Source{}; },
             [&](Chunk part, Channels channels) {
                 return open_tile(grad_streams, width, N, part.first, channels, memory);
@@ -424,10 +462,11 @@ int mhc_post_backward(
     });
 }
 
+// Without `layer_input` as far as the coefficients.
 int mhc_post_pre(
     const Stored* streams, const Stored* branch, const float* post, const float* res, const float* phi,
     const float* scale, const float* bias, Stored* fresh, Stored* layer_input, float* next_post, float* next_res,
-    int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags, int threads
+    float* projection, int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags, int threads
 ) {
     // The next site reads the new streams as they are stored, rounded.
     Site site = site_of(fresh, scale, bias, tokens, width, iters, norm_eps, eps, flags);
@@ -441,7 +480,24 @@ int mhc_post_pre(
         float* branch_memory = scratch.take(VALUE_TILE);
         mix_chunk(chunk, width, streams, branch, post, res, fresh, memory, branch_memory, result_memory);
         scratch.reset(0);
-        site.forward(chunk, layer_input, next_post, next_res);
+        site.forward(chunk, layer_input, next_post, next_res, projection);
+    });
+}
+
+int mhc_post_collapse(
+    const Stored* streams, const Stored* branch, const float* post, const float* res, const float* scale,
+    const float* bias, const float* projection, Stored* fresh, Stored* layer_input, int64_t tokens, int64_t width,
+    int iters, float norm_eps, float eps, int flags, int threads
+) {
+    const Site site = site_of(fresh, scale, bias, tokens, width, iters, norm_eps, eps, flags);
+    return !in_parallel(chunks_of(tokens), threads, 2 * STREAM_TILE + VALUE_TILE, [&](int64_t index) {
+        const Chunk chunk = chunk_at(index, tokens);
+        float* memory = scratch.take(STREAM_TILE);
+        float* result_memory = scratch.take(STREAM_TILE);
+        float* branch_memory = scratch.take(VALUE_TILE);
+        mix_chunk(chunk, width, streams, branch, post, res, fresh, memory, branch_memory, result_memory);
+        scratch.reset(0);
+        site.collapse_measured(chunk, projection, layer_input);
     });
 }
 
@@ -449,8 +505,8 @@ int mhc_post_pre(
 int mhc_post_pre_backward(
     const Stored* grad_fresh, const Stored* grad_layer_input, const float* grad_next_post, const float* grad_next_res,
     const Stored* streams, const Stored* branch, const float* post, const float* res, const float* phi,
-    const float* scale, const float* bias, Stored* fresh, Stored* grad_streams, Stored* grad_branch, float* grad_post,
-    float* grad_res, float* grad_phi, float* grad_scale, float* grad_bias, int64_t tokens, int64_t width, int iters,
+    const float* scale, const float* bias, const float* projection, Stored* fresh, Stored* grad_streams,
+    Stored* grad_branch, float* grad_post, float* grad_res, float* grad_phi, float* grad_scale, float* grad_bias, int64_t tokens, int64_t width, int iters,
     float norm_eps, float eps, int flags, int threads
 ) {
     Site site = site_of(fresh, scale, bias, tokens, width, iters, norm_eps, eps, flags);
@@ -468,7 +524,7 @@ int mhc_post_pre_backward(
             chunk, width, streams, branch, post, res, fresh, memory, memory + 2 * STREAM_TILE, memory + STREAM_TILE);
         mixing.begin(chunk);
         backward_chunk(
-            site, chunk, grad_layer_input, grad_next_post, grad_next_res, result,
+            site, chunk, grad_layer_input, grad_next_post, grad_next_res, projection, result,
             [&](Channels channels) {
                 return read_tile(grad_fresh, width, N, chunk.first, chunk.live, channels, more_memory);
             },

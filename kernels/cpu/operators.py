@@ -45,13 +45,59 @@ def pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """See `reference.pre`."""
     streams = streams.contiguous()
-    outputs = _pre_outputs(streams)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
+    outputs = (_value_like(streams), *_coefficients(streams, phi))
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
     _call("mhc_pre", streams, (streams, _wide(phi), _wide(scale), _wide(bias), *outputs), *constants)
     return outputs
+
+
+# The paper's split is another lowering of the same function.
+paper_pre = pre
+
+
+def measure(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+) -> tuple[Tensor, ...]:
+    """See `reference.measure`."""
+    streams = streams.contiguous()
+    outputs = _coefficients(streams, phi)
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
+    _call("mhc_pre", streams, (streams, _wide(phi), _wide(scale), _wide(bias), None, *outputs), *constants)
+    return outputs
+
+
+def collapse(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    post: Tensor,
+    res: Tensor,
+    projection: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+) -> tuple[Tensor, ...]:
+    """See `reference.collapse`."""
+    streams = streams.contiguous()
+    layer_input = _value_like(streams)
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
+    tensors = (streams, _wide(scale), _wide(bias), _wide(projection), layer_input)
+    _call("mhc_collapse", streams, tensors, *constants)
+    return layer_input, post.clone(), res.clone()
 
 
 def pre_backward(
@@ -62,6 +108,7 @@ def pre_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    projection: Tensor,
     iters: int,
     norm_eps: float,
     eps: float,
@@ -73,13 +120,10 @@ def pre_backward(
     grads = (_like(grad_layer_input, streams), _wide(grad_post), _wide(grad_res))
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
     grad_mapping = _empty(mapping)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
-    _call("mhc_pre_backward", streams, (*grads, streams, *mapping, grad_streams, *grad_mapping), *constants)
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
+    tensors = (*grads, streams, *mapping, _wide(projection), grad_streams, *grad_mapping)
+    _call("mhc_pre_backward", streams, tensors, *constants)
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
-
-
-# The paper's split is another lowering of the same function.
-paper_pre = pre
 
 
 def head(
@@ -90,13 +134,13 @@ def head(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See `reference.head`."""
     streams = streams.contiguous()
-    output = streams.new_empty(*streams.shape[:-2], streams.shape[-1])
-    tensors = (streams, _wide(phi), _wide(scale), _wide(bias), output, None, None)
+    output, *_, projection = (_value_like(streams), *_coefficients(streams, phi))
+    tensors = (streams, _wide(phi), _wide(scale), _wide(bias), output, None, None, projection)
     _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored)
-    return output
+    return output, projection
 
 
 def head_backward(
@@ -105,6 +149,7 @@ def head_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    projection: Tensor,
     norm_eps: float,
     eps: float,
     anchored: bool = False,
@@ -113,7 +158,8 @@ def head_backward(
     streams = streams.contiguous()
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
     grad_mapping = _empty(mapping)
-    tensors = (_like(grad_output, streams), None, None, streams, *mapping, grad_streams, *grad_mapping)
+    grad = _like(grad_output, streams)
+    tensors = (grad, None, None, streams, *mapping, _wide(projection), grad_streams, *grad_mapping)
     _call(
         "mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored
     )
@@ -152,22 +198,62 @@ def post_pre(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
+    *constants: Any,
 ) -> tuple[Tensor, ...]:
     """See `boundary.post_pre`."""
-    constants = (iters, norm_eps, eps, manifold, anchored)
     if _wider(branch, streams):
         return _plain(boundary.post_pre, streams, branch, post, res, phi, scale, bias, *constants)
     streams = streams.contiguous()
-    fresh, outputs = torch.empty_like(streams), _pre_outputs(streams)
-    coefficients = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
-    tensors = (streams, _like(branch, streams), *coefficients, fresh, *outputs)
-    _call("mhc_post_pre", streams, tensors, *_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
-    return (fresh, *outputs)
+    outputs = (torch.empty_like(streams), _value_like(streams), *_coefficients(streams, phi))
+    wide = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
+    _call("mhc_post_pre", streams, (streams, _like(branch, streams), *wide, *outputs), *_site(streams, *constants))
+    return outputs
+
+
+def post_measure(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *constants: Any,
+) -> tuple[Tensor, ...]:
+    """See `boundary.post_measure`."""
+    if _wider(branch, streams):
+        return _plain(boundary.post_measure, streams, branch, post, res, phi, scale, bias, *constants)
+    streams = streams.contiguous()
+    outputs = _coefficients(streams, phi)
+    wide = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
+    tensors = (streams, _like(branch, streams), *wide, torch.empty_like(streams), None, *outputs)
+    _call("mhc_post_pre", streams, tensors, *_site(streams, *constants))
+    return outputs
+
+
+def post_collapse(
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    next_post: Tensor,
+    next_res: Tensor,
+    projection: Tensor,
+    *constants: Any,
+) -> tuple[Tensor, ...]:
+    """See `boundary.post_collapse`."""
+    if _wider(branch, streams):
+        given = (streams, branch, post, res, phi, scale, bias, next_post, next_res, projection)
+        return _plain(boundary.post_collapse, *given, *constants)
+    streams = streams.contiguous()
+    fresh, layer_input = torch.empty_like(streams), _value_like(streams)
+    wide = (_wide(tensor) for tensor in (post, res, scale, bias, projection))
+    tensors = (streams, _like(branch, streams), *wide, fresh, layer_input)
+    _call("mhc_post_collapse", streams, tensors, *_site(streams, *constants))
+    return fresh, layer_input, next_post.clone(), next_res.clone()
 
 
 def post_pre_backward(
@@ -182,24 +268,27 @@ def post_pre_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
-    iters: int,
-    norm_eps: float,
-    eps: float,
-    manifold: str,
-    anchored: bool = False,
+    projection: Tensor,
+    *constants: Any,
 ) -> tuple[Tensor, ...]:
     """See `boundary.post_pre_backward`."""
     inputs = (streams, branch, post, res, phi, scale, bias)
     grads: tuple[Tensor, ...] = (grad_fresh, grad_layer_input, grad_next_post, grad_next_res)
     if _wider(branch, streams):
-        return _plain(boundary.post_pre_backward, *grads, *inputs, iters, norm_eps, eps, manifold, anchored)
+        return _plain(boundary.post_pre_backward, *grads, *inputs, projection, *constants)
     streams = streams.contiguous()
     grads = (_like(grad_fresh, streams), _like(grad_layer_input, streams), _wide(grad_next_post), _wide(grad_next_res))
     tensors = (streams, _like(branch, streams), *(_wide(tensor) for tensor in inputs[2:]))
     results = _empty(tensors)
-    constants = (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
-    _call("mhc_post_pre_backward", streams, (*grads, *tensors, torch.empty_like(streams), *results), *constants)
+    given = (*grads, *tensors, _wide(projection), torch.empty_like(streams), *results)
+    _call("mhc_post_pre_backward", streams, given, *_site(streams, *constants))
     return (results[0], *_as(results[1:], inputs[1:]))
+
+
+def _site(
+    streams: Tensor, iters: int, norm_eps: float, eps: float, manifold: str, anchored: bool = False
+) -> tuple[Any, ...]:
+    return (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
 
 
 def _flags(manifold: str, eps: float, anchored: bool) -> int:
@@ -234,13 +323,15 @@ def _as(tensors: tuple[Tensor, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(tensor.to(model.dtype) for tensor, model in zip(tensors, like, strict=True))
 
 
-def _pre_outputs(streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    *tokens, n, width = streams.shape
-    return (
-        streams.new_empty(*tokens, width),
-        streams.new_empty(*tokens, n, dtype=torch.float32),
-        streams.new_empty(*tokens, n, n, dtype=torch.float32),
-    )
+def _value_like(streams: Tensor) -> Tensor:
+    return streams.new_empty(*streams.shape[:-2], streams.shape[-1])
+
+
+def _coefficients(streams: Tensor, phi: Tensor) -> tuple[Tensor, ...]:
+    """Return memory for post, res and the projection."""
+    *tokens, n, _ = streams.shape
+    shapes = ((n,), (n, n), (phi.shape[0] + 1,))
+    return tuple(streams.new_empty(*tokens, *shape, dtype=torch.float32) for shape in shapes)
 
 
 def _tokens(tensor: Tensor, per_token: int) -> int:

@@ -100,32 +100,40 @@ static void project(Source streams, int live, const Phi& phi, Channels channels,
     for (; token < live; token++) project_tokens<1>(streams, token, phi, channels, products);
 }
 
-// Add the sums of squares of the streams that a tile stands for, and with GATES the products of those that it stores
-// with `grad` [tokens, channels].
-template <bool ANCHORED, bool GATES>
-static void measure(Source streams, Source grad, int live, Channels channels, float* squares, Lane* gates) {
+// Add the sums of squares of the streams that a tile stands for.
+template <bool ANCHORED>
+static void measure_squares(Source streams, int live, Channels channels, float* squares) {
     for (int token = 0; token < live; token++) {
         const float* x = streams.row(token);
-        const float* g = GATES ? grad.row(token) : nullptr;
-        Vector square[N] = {}, gate[N] = {};
+        Vector square[N] = {};
         for (int c = 0; c < channels.padded; c += LANES) {
             const Vector first = load(x + c);
-            const Vector slope = GATES ? load(g + c) : Vector{};
 #pragma GCC unroll 8
             for (int s = 0; s < N; s++) {
                 const Vector stored = s ? load(x + s * streams.stream + c) : first;
                 const Vector value = ANCHORED && s ? stored + first : stored;
                 square[s] += value * value;
-                if (GATES) gate[s] += stored * slope;
             }
         }
         for (int s = 1; s < N; s++) square[0] += square[s];
         squares[token] += total(square[0]);
-        if (GATES) {
-            float sums[N] = {};
-            add_totals(gate, N, sums);
-            for (int s = 0; s < N; s++) gates[s][token] += sums[s];
+    }
+}
+
+// Add the products of the streams as a tile stores them with `grad` [tokens, channels].
+static void measure_gates(Source streams, Source grad, int live, Channels channels, Lane* gates) {
+    for (int token = 0; token < live; token++) {
+        const float* x = streams.row(token);
+        const float* g = grad.row(token);
+        Vector gate[N] = {};
+        for (int c = 0; c < channels.padded; c += LANES) {
+            const Vector slope = load(g + c);
+#pragma GCC unroll 8
+            for (int s = 0; s < N; s++) gate[s] += load(x + s * streams.stream + c) * slope;
         }
+        float sums[N] = {};
+        add_totals(gate, N, sums);
+        for (int s = 0; s < N; s++) gates[s][token] += sums[s];
     }
 }
 

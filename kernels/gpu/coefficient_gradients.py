@@ -1,72 +1,87 @@
-"""The backward of a site's coefficients, between the partial projections and `stream_gradients`.
+"""The backward of a site's coefficients, between its two walks over the streams; one token a thread.
 
-The coefficients are recomputed from the partial projections, Sinkhorn is replayed in registers, and what the gradients
-of the streams and of phi need is left in device memory.
+The coefficients are recomputed from the projection that the forward kept, Sinkhorn is replayed in registers, and what
+the gradients of the streams and of phi need is left in device memory.
 """
 
+# mypy: disable-error-code="assignment"
 # ruff: noqa: N803
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import logits_tile, matrix_tile_backward, release_grad_pre, release_gradients, sigmoid
-from .launch import Geometry, ceil_div, empty, launch
-from .primitives import total
-from .projection import sum_partials
+from .coefficients import (
+    affine,
+    gate_index,
+    matrix_backward,
+    matrix_index,
+    read_weights,
+    release_matrix_gradient,
+    sigmoid,
+    sum_parts,
+)
+from .configurations import Geometry, ceil_div, coefficients_config
+from .launch import empty, launch
+from .primitives import split, total
 
 
 class CoefficientGradients(NamedTuple):
-    """What the coefficients' backward leaves for the gradients of streams, phi, scale and bias; all float32.
+    """What the coefficients' backward leaves for the gradients of streams, phi, scale and bias.
 
     Attributes:
-        grad_products: [tokens, Q·N] gradient of the raw products with phi, zero in the padding.
-        norm_factor: [tokens] factor of the streams themselves in their gradient, through 1/RMS.
-        read_weights: [tokens, n] pre, or what collapses anchored streams.
-        bias_parts: [programs, Q·N] partial gradients of bias.
-        scale_parts: [programs, Q·N] partial gradients of each slot's scale.
+        slopes: [pieces, tokens, slots] gradient of the raw products with phi, as products take it (see
+            `primitives.split`), zero in the padding.
+        factors: [n + 1, tokens] float32: what collapses the streams as stored, then the factor of the streams
+            themselves in their gradient, through 1/RMS.
+        parts: [programs, 2, rows] float32 partial gradients of bias and of each row's scale.
     """
 
-    grad_products: Tensor
-    norm_factor: Tensor
-    read_weights: Tensor
-    bias_parts: Tensor
-    scale_parts: Tensor
+    slopes: Tensor
+    factors: Tensor
+    parts: Tensor
 
 
-@dataclass(frozen=True)
-class CoefficientGradientsConfig:
-    """Launch configuration of the coefficients' backward: tokens of a tile, warps, most programs."""
-
-    block_tokens: int
-    warps: int
-    programs: int
-
-
-def coefficient_gradients_config(geometry: Geometry) -> CoefficientGradientsConfig:
-    """Choose tiles of about 512 slots; Sinkhorn's replay takes twice the threads, for their registers."""
-    return CoefficientGradientsConfig(max(1, 512 // geometry.slots), 4 if geometry.groups <= 2 else 8, 512)
+@triton.jit
+def _leave(
+    grad: tl.tensor,
+    raw: tl.tensor,
+    row: tl.tensor,
+    used: tl.tensor,
+    inverse_rms: tl.tensor,
+    scale: tl.tensor,
+    slopes: tl.tensor,
+    token: tl.tensor,
+    tokens: tl.tensor,
+    SLOTS: tl.constexpr,
+    PIECES: tl.constexpr,
+) -> tl.tensor:
+    """Write the slopes of a tile of rows, and return its gradient's products with the raw products times scale."""
+    normed = grad * tl.load(scale).to(tl.float32)
+    pieces = split(normed * inverse_rms, PIECES)
+    place = slopes + token * SLOTS + row
+    tl.store(place, pieces[0], mask=used)
+    if PIECES == 2:
+        tl.store(place + tokens.to(tl.int64) * SLOTS, pieces[1], mask=used)
+    return normed * raw
 
 
 @triton.jit(do_not_specialize=["tokens", "iters", "splits"])
 def coefficient_gradients_kernel(
-    sums: tl.tensor,
-    squares: tl.tensor,
-    grad_pre: tl.tensor,
+    projection: tl.tensor,
+    gate_parts: tl.tensor,
     grad_post: tl.tensor,
     grad_res: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
-    grad_products: tl.tensor,
-    norm_factor: tl.tensor,
-    read_weights: tl.tensor,
-    bias_parts: tl.tensor,
-    scale_parts: tl.tensor,
+    slopes: tl.tensor,
+    factors: tl.tensor,
+    parts: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
     iters: tl.tensor,
@@ -75,75 +90,106 @@ def coefficient_gradients_kernel(
     splits: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PIECES: tl.constexpr,
     GATED: tl.constexpr,
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
-    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Recompute the coefficients of tiles of tokens and differentiate them."""
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    used = (q < GROUPS) & (j < n)
-    slot = tl.arange(0, Q * N)
-    bias_sum = tl.full([Q * N], 0.0, tl.float32)
-    scale_sum = tl.full([Q * N], 0.0, tl.float32)
-    for tile in range(tl.program_id(0), (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS, tl.num_programs(0)):
-        token = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-        live = token < tokens
-        summed, square, read_grad = sum_partials(sums, squares, grad_pre, token, live, tokens, splits, n, N, Q, True)
-        logits, raw, inverse_rms, scales = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
+    """Recompute the coefficients of a tile of tokens and differentiate them."""
+    j = gate_index(N)
+    o, i = matrix_index(N)
+    entry = 2 * n + o * n + i
+    inside = (o < n) & (i < n)
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < tokens
+    far = token.to(tl.int64)
+    kept = projection + far * (ROWS + 1)
+    inverse_rms = tl.rsqrt(tl.load(kept + ROWS, mask=live, other=0.0) / (n * width) + norm_eps)
+    used = (j < n) & live[None, :]
+    raw = tl.load(kept[None, :] + j, mask=used, other=0.0)
+    logits = affine(raw, j, j < n, inverse_rms[None, :], scale, bias)
+    weights = read_weights(logits, eps, n, N, GATED, ANCHORED)
+    tl.store(factors + j * tokens.to(tl.int64) + token[None, :], weights, mask=used)
+    grad = sum_parts(gate_parts, j, used, token[None, :], tokens, splits, n)
+    if ANCHORED:
+        grad += tl.where((j > 0) & (j < n), total(tl.where(j == 0, grad, 0.0), 0)[None, :], 0.0)
+    if GATED:
+        opened = sigmoid(logits)
+        grad = grad * opened * (1.0 - opened)
+    grad = tl.where(used, grad, 0.0)
+    bias_pre = total(grad, 1)
+    scale_pre = total(grad * raw * inverse_rms[None, :], 1)
+    through = total(
+        _leave(grad, raw, j, used, inverse_rms[None, :], scale, slopes, far[None, :], tokens, SLOTS, PIECES), 0
+    )
+    if n < ROWS:
+        raw = tl.load(kept[None, :] + n + j, mask=used, other=0.0)
+        grad = tl.load(grad_post + far[None, :] * n + j, mask=used, other=0.0).to(tl.float32)
         if ANCHORED:
-            read_grad = release_grad_pre(read_grad, n, N)
-        grad = tl.where(q == 0, read_grad[:, None, :], 0.0)
-        deep = token.to(tl.int64)[:, None, None]
-        alive = live[:, None, None] & used
-        if GROUPS > 1:
-            grad += tl.load(grad_post + deep * n + j + 0 * q, mask=alive & (q == 1), other=0.0).to(tl.float32)
-        if GROUPS > 2:
-            place = grad_res + deep * (n * n) + (q - 2) * n + j
-            wanted = alive & (q >= 2)
-            if ANCHORED and EXACT_ROWS:
-                # Column 0 of the anchored matrix is a constant.
-                wanted = wanted & (j > 0)
-            grad += tl.load(place, mask=wanted, other=0.0).to(tl.float32)
-        if ANCHORED:
-            grad = release_gradients(grad, n, N, Q, GROUPS, EXACT_ROWS)
-        weights = logits
+            grad -= tl.where(j == 0, total(tl.where(j > 0, grad, 0.0), 0)[None, :], 0.0)
         if GATED:
-            opened = sigmoid(logits)
-            weights = opened + eps
-            gated = grad * (tl.where(q == 0, 1.0, 2.0) * opened * (1.0 - opened))
-        else:
-            gated = grad
-        if GROUPS > 2:
-            matrix = matrix_tile_backward(grad, logits, iters, eps, n, N, Q, MATRIX, HAS_EPS)
-            gated = tl.where(q >= 2, matrix, gated)
-        grad = tl.where(alive, gated, 0.0)
-        normed = grad * scales[None, :, None]
-        grad_inverse = total(total(normed * raw, 2), 1)
-        cube = inverse_rms * inverse_rms * inverse_rms
-        tl.store(norm_factor + token, -grad_inverse * cube / (n * width), mask=live)
-        flat = tl.reshape(normed * inverse_rms[:, None, None], [BLOCK_TOKENS, Q * N])
-        place = grad_products + token.to(tl.int64)[:, None] * (Q * N) + slot[None, :]
-        tl.store(place, flat, mask=live[:, None])
+            opened = sigmoid(affine(raw, n + j, j < n, inverse_rms[None, :], scale + 1, bias))
+            grad = grad * 2.0 * opened * (1.0 - opened)
+        grad = tl.where(used, grad, 0.0)
+        bias_post = total(grad, 1)
+        scale_post = total(grad * raw * inverse_rms[None, :], 1)
+        through += total(
+            _leave(
+                grad, raw, n + j, used, inverse_rms[None, :], scale + 1, slopes, far[None, :], tokens, SLOTS, PIECES
+            ),
+            0,
+        )
+    if 2 * n < ROWS:
+        here = inside & live[None, None, :]
+        raw = tl.load(kept[None, None, :] + entry, mask=here, other=0.0)
+        logits = affine(raw, entry, inside, inverse_rms[None, None, :], scale + 2, bias)
+        wanted = here
+        if ANCHORED and EXACT_ROWS:
+            # Column 0 of the anchored matrix is a constant.
+            wanted = here & (i > 0)
+        place = grad_res + far[None, None, :] * (n * n) + o * n + i
+        grad = tl.load(place, mask=wanted, other=0.0).to(tl.float32)
         if ANCHORED:
-            weights = tl.where(j == 0, total(tl.where(j < n, weights, 0.0), 2)[:, :, None], weights)
-        tl.store(read_weights + deep * n + j + 0 * q, weights, mask=live[:, None, None] & (q == 0) & (j < n))
-        bias_sum += total(tl.reshape(grad, [BLOCK_TOKENS, Q * N]), 0)
-        through = grad * raw * inverse_rms[:, None, None]
-        scale_sum += total(tl.reshape(through, [BLOCK_TOKENS, Q * N]), 0)
-    tl.store(bias_parts + tl.program_id(0) * (Q * N) + slot, bias_sum)
-    tl.store(scale_parts + tl.program_id(0) * (Q * N) + slot, scale_sum)
+            grad = release_matrix_gradient(grad, n, N, EXACT_ROWS)
+        grad = matrix_backward(grad, logits, iters, eps, n, N, MATRIX, HAS_EPS)
+        grad = tl.where(here, grad, 0.0)
+        bias_matrix = total(grad, 2)
+        scale_matrix = total(grad * raw * inverse_rms[None, None, :], 2)
+        product = _leave(
+            grad, raw, entry, here, inverse_rms[None, None, :], scale + 2, slopes, far[None, None, :], tokens,
+            SLOTS, PIECES,
+        )  # fmt: skip
+        through += total(total(product, 0), 0)
+    cube = inverse_rms * inverse_rms * inverse_rms
+    tl.store(factors + tokens.to(tl.int64) * n + token, -through * cube / (n * width), mask=live)
+    if ROWS < SLOTS:
+        padding = tl.arange(0, SLOTS)[:, None]
+        zero = tl.full([SLOTS, BLOCK_TOKENS], 0.0, tl.float32).to(slopes.dtype.element_ty)
+        for piece in tl.static_range(PIECES):
+            place = slopes + (far[None, :] + piece * tokens) * SLOTS + padding
+            tl.store(place, zero, mask=(padding >= ROWS) & live[None, :])
+    part = parts + tl.program_id(0) * (2 * ROWS)
+    j = tl.arange(0, N)
+    tl.store(part + j, bias_pre, mask=j < n)
+    tl.store(part + ROWS + j, scale_pre, mask=j < n)
+    if n < ROWS:
+        tl.store(part + n + j, bias_post, mask=j < n)
+        tl.store(part + ROWS + n + j, scale_post, mask=j < n)
+    if 2 * n < ROWS:
+        o, i = j[:, None], j[None, :]
+        inside = (o < n) & (i < n)
+        tl.store(part + 2 * n + o * n + i, bias_matrix, mask=inside)
+        tl.store(part + ROWS + 2 * n + o * n + i, scale_matrix, mask=inside)
 
 
 def coefficient_gradients(
-    sums: Tensor,
-    squares: Tensor,
-    grad_pre: Tensor,
+    projection: Tensor,
+    gate_parts: Tensor,
     grad_post: Tensor,
     grad_res: Tensor,
     scale: Tensor,
@@ -154,12 +200,11 @@ def coefficient_gradients(
     geometry: Geometry,
     constants: dict[str, Any],
 ) -> CoefficientGradients:
-    """Differentiate a site's coefficients, given the partial projections of its streams.
+    """Differentiate a site's coefficients.
 
     Args:
-        sums: [splits, tokens, Q·N], from `partial_projections`.
-        squares: [splits, tokens], from `partial_projections`.
-        grad_pre: [splits, tokens, n], from `partial_projections`.
+        projection: [tokens, rows + 1] that the forward kept.
+        gate_parts: [splits, n, tokens], from `gates`.
         grad_post: [tokens, n]; not read for a head.
         grad_res: [tokens, n, n]; read only where streams mix.
         scale: [3], [2], or [1] for a head.
@@ -170,20 +215,20 @@ def coefficient_gradients(
         geometry: of the call.
         constants: as from `manifold_constants`.
     """
-    config = coefficient_gradients_config(geometry)
-    tokens, slots = geometry.tokens, geometry.slots
-    programs = min(config.programs, ceil_div(tokens, config.block_tokens))
-    coefficient_grads = CoefficientGradients(
-        grad_products=empty(sums, tokens, slots),
-        norm_factor=empty(sums, tokens),
-        read_weights=empty(sums, tokens, geometry.n),
-        bias_parts=empty(sums, programs, slots),
-        scale_parts=empty(sums, programs, slots),
+    config = coefficients_config(geometry)
+    tokens = geometry.tokens
+    programs = ceil_div(tokens, config.block_tokens)
+    dtype = torch.bfloat16 if geometry.pieces == 2 else torch.float32
+    found = CoefficientGradients(
+        slopes=empty(projection, geometry.pieces, tokens, geometry.slots, dtype=dtype),
+        factors=empty(projection, geometry.n + 1, tokens),
+        parts=empty(projection, programs, 2, geometry.rows),
     )
     launch(
         coefficient_gradients_kernel, (programs,),
-        sums, squares, grad_pre, grad_post, grad_res, scale, bias, *coefficient_grads,
-        tokens, geometry.width, iters, norm_eps, eps, sums.shape[0],
-        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.constants(), **constants,
+        projection, gate_parts, grad_post, grad_res, scale, bias, *found,
+        tokens, geometry.width, iters, norm_eps, eps, gate_parts.shape[0],
+        SLOTS=geometry.slots, PIECES=geometry.pieces,
+        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
     )  # fmt: skip
-    return coefficient_grads
+    return found

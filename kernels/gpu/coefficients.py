@@ -1,9 +1,7 @@
-"""Device functions of a site's coefficients: from the projection's product to pre, post and res.
+"""A site's coefficients: from the projection's partial sums to pre, post and res, one token a thread.
 
-A token's coefficients live in one register tile [tokens, Q, N], N and Q padded to powers of two: group 0
-holds pre, group 1 post, groups 2 … n+1 the rows of the n×n matrix. Entry (q, j) belongs to row q·n + j of
-phi, so the tile is a reshape of the projection's product, nothing is moved between the matmul and Sinkhorn,
-and any n fits by masks.
+Tiles are [streams, tokens] for pre and post and [out, in, tokens] for the matrix, padded to a power of two; see
+`primitives` for why tokens come last.
 """
 
 # ruff: noqa: N803
@@ -14,8 +12,11 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from .configurations import Geometry, ceil_div, coefficients_config
+from .launch import empty, launch
 from .primitives import sinkhorn_tile, sinkhorn_tile_backward, total
 
 
@@ -30,48 +31,9 @@ def manifold_constants(manifold: str, eps: float) -> dict[str, Any]:
     }
 
 
-@triton.jit
-def slot_rows(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr) -> tuple:
-    """For each of the Q·N slots of a coefficient tile: its row of phi, and whether it has one."""
-    slot = tl.arange(0, Q * N)
-    return (slot // N) * n + slot % N, (slot // N < GROUPS) & (slot % N < n)
-
-
-@triton.jit
-def logits_tile(
-    products: tl.tensor,
-    squares: tl.tensor,
-    scale: tl.tensor,
-    bias: tl.tensor,
-    width: tl.tensor,
-    norm_eps: tl.tensor,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-) -> tuple:
-    """Turn products [tokens, Q·N] and sums of squares [tokens] into logits (Eq. 7).
-
-    Returns logits, raw products (both [tokens, Q, N]), 1/RMS [tokens] and the scale of each group [Q].
-    """
-    tile = tl.reshape(products, [products.shape[0], Q, N])
-    q = tl.arange(0, Q)
-    j = tl.arange(0, N)
-    used = (q[:, None] < GROUPS) & (j[None, :] < n)
-    inverse_rms = tl.rsqrt(squares / (n * width) + norm_eps)
-    scales = tl.load(scale + tl.minimum(q, 2), mask=q < GROUPS, other=0.0).to(tl.float32)
-    shift = tl.load(bias + q[:, None] * n + j[None, :], mask=used, other=0.0).to(tl.float32)
-    # 1/RMS after the matmul: it must not scale the bias.
-    logits = tile * inverse_rms[:, None, None] * scales[None, :, None] + shift[None, :, :]
-    return logits, tile, inverse_rms, scales
-
-
-@triton.jit
-def matrix_slots(n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr) -> tl.tensor:
-    """Which slots [1, Q, N] hold the n×n matrix."""
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    return (q >= 2) & (q < n + 2) & (j < n)
+def head_constants(eps: float) -> dict[str, Any]:
+    """Return `manifold_constants` of a head, which has gates alone."""
+    return {"GATED": True, "MATRIX": "logits", "HAS_EPS": eps != 0.0, "EXACT_ROWS": False}
 
 
 @triton.jit
@@ -81,179 +43,237 @@ def sigmoid(values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def matrix_tile(
+def gate_index(N: tl.constexpr) -> tl.tensor:
+    """Streams of a tile [streams, tokens]: [N, 1]."""
+    return tl.arange(0, N)[:, None]
+
+
+@triton.jit
+def matrix_index(N: tl.constexpr) -> tuple:
+    """Output and input streams of a tile [out, in, tokens]: [N, 1, 1] and [1, N, 1]."""
+    return tl.arange(0, N)[:, None, None], tl.arange(0, N)[None, :, None]
+
+
+@triton.jit
+def affine(
+    raw: tl.tensor, row: tl.tensor, used: tl.tensor, inverse_rms: tl.tensor, scale: tl.tensor, bias: tl.tensor
+) -> tl.tensor:
+    """Turn raw products into logits (Eq. 7): 1/RMS after the matmul, it must not scale the bias."""
+    shift = tl.load(bias + row, mask=used, other=0.0).to(tl.float32)
+    return raw * inverse_rms * tl.load(scale).to(tl.float32) + shift
+
+
+@triton.jit
+def read_weights(
+    logits: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    GATED: tl.constexpr,
+    ANCHORED: tl.constexpr,
+) -> tl.tensor:
+    """Turn logits of pre into what collapses the streams as stored: of anchored ones the first is the sum of all."""
+    weights = logits
+    if GATED:
+        weights = sigmoid(logits) + eps
+    if ANCHORED:
+        j = gate_index(N)
+        # In the padding a gate is 1/2.
+        weights = tl.where(j == 0, total(tl.where(j < n, weights, 0.0), 0)[None, :], weights)
+    return weights
+
+
+@triton.jit
+def write_weights(
+    logits: tl.tensor, n: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr, ANCHORED: tl.constexpr
+) -> tl.tensor:
+    """Turn logits of post into what writes the branch into the streams as stored."""
+    weights = logits
+    if GATED:
+        weights = 2.0 * sigmoid(logits)
+    if ANCHORED:
+        j = gate_index(N)
+        weights = tl.where(j > 0, weights - total(tl.where(j == 0, weights, 0.0), 0)[None, :], weights)
+    return weights
+
+
+@triton.jit
+def matrix_of(
     logits: tl.tensor,
     iters: tl.tensor,
     eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
-    Q: tl.constexpr,
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
 ) -> tl.tensor:
-    """Turn the logits of the n×n matrix in a coefficient tile into res, as MATRIX says; other slots are not used."""
+    """Turn logits [out, in, tokens] into res, as MATRIX says."""
     if MATRIX == "sinkhorn":
-        return sinkhorn_tile(logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
+        o, i = matrix_index(N)
+        return sinkhorn_tile(logits, (o < n) & (i < n), iters, eps, HAS_EPS)
     else:
         tl.static_assert(MATRIX == "logits")
         return logits
 
 
 @triton.jit
-def matrix_tile_backward(
+def matrix_backward(
     grad: tl.tensor,
     logits: tl.tensor,
     iters: tl.tensor,
     eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
-    Q: tl.constexpr,
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
 ) -> tl.tensor:
-    """Differentiate `matrix_tile`; slots other than the matrix's are not used."""
+    """Differentiate `matrix_of`; the padding of `grad` must be zero."""
     if MATRIX == "sinkhorn":
-        q = tl.arange(0, Q)[None, :, None]
-        grad = tl.where(q >= 2, grad, 0.0)
-        return sinkhorn_tile_backward(grad, logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
+        o, i = matrix_index(N)
+        return sinkhorn_tile_backward(grad, logits, (o < n) & (i < n), iters, eps, HAS_EPS)
     else:
         tl.static_assert(MATRIX == "logits")
         return grad
 
 
 @triton.jit
-def activate(
-    logits: tl.tensor,
-    iters: tl.tensor,
-    eps: tl.tensor,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GATED: tl.constexpr,
-    MATRIX: tl.constexpr,
-    HAS_EPS: tl.constexpr,
-    EXACT_ROWS: tl.constexpr,
-    ANCHORED: tl.constexpr,
-) -> tl.tensor:
-    """Turn logits into coefficients (Eq. 8): pre and post through sigmoids, res through the manifold.
+def anchor_matrix(matrix: tl.tensor, n: tl.constexpr, N: tl.constexpr, EXACT_ROWS: tl.constexpr) -> tl.tensor:
+    """Turn res [out, in, tokens] into T res T⁻¹ (see `anchored.mixing`)."""
+    o, i = matrix_index(N)
+    sums = 1.0 if EXACT_ROWS else total(tl.where(i < n, matrix, 0.0), 1)[:, None, :]
+    matrix = tl.where(i == 0, sums, matrix)
+    top = total(tl.where(o == 0, matrix, 0.0), 0)[None, :, :]
+    return tl.where(o > 0, matrix - top, matrix)
 
-    With ANCHORED they are those of anchored streams; EXACT_ROWS as in `Manifold.rows_are_exact`.
+
+@triton.jit
+def release_matrix_gradient(grad: tl.tensor, n: tl.constexpr, N: tl.constexpr, EXACT_ROWS: tl.constexpr) -> tl.tensor:
+    """Turn gradients of T res T⁻¹ into those of res, as in `anchored.mixing_backward`.
+
+    With EXACT_ROWS, column 0 must come as zeros. The padding must be zero and stays so. Entries are picked by factors
+    of 0 and 1: masks live in scalar registers on gfx942, over all of Sinkhorn, which has none to spare.
     """
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    weights = logits
-    if GATED:
-        gate = sigmoid(logits)
-        weights = tl.where(q == 0, gate + eps, 2.0 * gate)
-    if GROUPS > 2:
-        weights = tl.where(q >= 2, matrix_tile(logits, iters, eps, n, N, Q, MATRIX, HAS_EPS), weights)
-    elif GROUPS == 2:
-        weights = tl.where(q >= 2, tl.where(q - 2 == j, 1.0, 0.0), weights)
-    if ANCHORED:
-        weights = anchor_coefficients(weights, n, N, Q, GROUPS, EXACT_ROWS)
-    return weights
-
-
-@triton.jit
-def anchor_matrix(
-    matrix: tl.tensor, row: tl.tensor, column: tl.tensor, valid: tl.tensor, EXACT_ROWS: tl.constexpr
-) -> tl.tensor:
-    """Turn res in a tile [tokens, out, in] into T res T⁻¹ (see `anchored.mixing`); other slots stay as they are."""
-    sums = 1.0 if EXACT_ROWS else total(tl.where(valid, matrix, 0.0), 2)[:, :, None]
-    matrix = tl.where(valid & (column == 0), sums, matrix)
-    top = total(tl.where(valid & (row == 0), matrix, 0.0), 1)[:, None, :]
-    return tl.where(valid & (row > 0), matrix - top, matrix)
-
-
-@triton.jit
-def anchor_reading(weights: tl.tensor, n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr) -> tl.tensor:
-    """Turn pre in group 0 of a coefficient tile into the weights of anchored streams: the first one is their sum."""
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    # In the padding a gate is 1/2.
-    sums = total(tl.where((q == 0) & (j < n), weights, 0.0), 2)[:, :, None]
-    return tl.where((q == 0) & (j == 0), sums, weights)
-
-
-@triton.jit
-def anchor_coefficients(
-    weights: tl.tensor,
-    n: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EXACT_ROWS: tl.constexpr,
-) -> tl.tensor:
-    """Turn a tile of pre, post and res into the coefficients of anchored streams (see `anchored`)."""
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    weights = anchor_reading(weights, n, N, Q)
-    if GROUPS > 1:
-        first = one_weight(weights, 1, 0, N, Q)[:, None, None]
-        weights = tl.where((q == 1) & (j > 0), weights - first, weights)
-        weights = anchor_matrix(weights, q - 2, j, matrix_slots(n, N, Q), EXACT_ROWS)
-    return weights
-
-
-@triton.jit
-def release_grad_pre(grad_pre: tl.tensor, n: tl.constexpr, N: tl.constexpr) -> tl.tensor:
-    """Turn gradients [tokens, N] of the stored streams' weights into those of pre: see `anchored.read_weights`."""
-    stream = tl.arange(0, N)[None, :]
-    first = total(tl.where(stream == 0, grad_pre, 0.0), 1)[:, None]
-    return tl.where((stream > 0) & (stream < n), grad_pre + first, grad_pre)
-
-
-@triton.jit
-def release_gradients(
-    grad: tl.tensor, n: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr, EXACT_ROWS: tl.constexpr
-) -> tl.tensor:
-    """Turn gradients of anchored streams' post and res, in groups 1 and on, into those of post and res.
-
-    As in `anchored.write_weights_backward` and `anchored.mixing_backward`; with EXACT_ROWS, column 0 of the matrix must
-    come as zeros. The padding must be zero and stays so. Entries are picked by factors of 0 and 1: masks live in scalar
-    registers on gfx942, over all of Sinkhorn, which has none to spare.
-    """
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    if GROUPS > 1:
-        others = total(grad * tl.where((q == 1) & (j > 0), 1.0, 0.0), 2)[:, :, None]
-        grad -= others * tl.where(j == 0, 1.0, 0.0)
-    if GROUPS > 2:
-        others = total(grad * tl.where(q > 2, 1.0, 0.0), 1)[:, None, :]
-        grad -= others * tl.where(q == 2, 1.0, 0.0)
-        if not EXACT_ROWS:
-            # Column 0 holds a row's sum: its gradient is every entry's.
-            sums = total(tl.where((q >= 2) & (j == 0), grad, 0.0), 2)[:, :, None]
-            grad = tl.where((j > 0) & (j < n), grad + sums, grad)
+    o, i = matrix_index(N)
+    others = total(grad * tl.where(o > 0, 1.0, 0.0), 0)[None, :, :]
+    grad -= others * tl.where(o == 0, 1.0, 0.0)
+    if not EXACT_ROWS:
+        # Column 0 holds a row's sum: its gradient is every entry's.
+        sums = total(grad * tl.where(i == 0, 1.0, 0.0), 1)[:, None, :]
+        grad += sums * tl.where((i > 0) & (i < n) & (o < n), 1.0, 0.0)
     return grad
 
 
 @triton.jit
-def one_weight(
-    weights: tl.tensor, group: tl.constexpr, index: tl.constexpr, N: tl.constexpr, Q: tl.constexpr
+def sum_parts(
+    parts: tl.tensor,
+    row: tl.tensor,
+    used: tl.tensor,
+    token: tl.tensor,
+    tokens: tl.tensor,
+    splits: tl.tensor,
+    COUNT: tl.constexpr,
 ) -> tl.tensor:
-    """Take slot (group, index) of a coefficient tile: [tokens]."""
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    return total(total(tl.where((q == group) & (j == index), weights, 0.0), 2), 1)
+    """Add up rows of parts [splits, COUNT, tokens] in the order of the splits; `used` says which rows and tokens."""
+    place = parts + row * tokens.to(tl.int64) + token
+    summed = tl.load(place, mask=used, other=0.0)
+    for _ in range(1, splits):
+        place += tokens.to(tl.int64) * COUNT
+        summed += tl.load(place, mask=used, other=0.0)
+    return summed
 
 
-@triton.jit
-def store_coefficients(
-    weights: tl.tensor,
+@triton.jit(do_not_specialize=["tokens", "iters", "splits"])
+def coefficients_kernel(
+    sums: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
     post: tl.tensor,
     res: tl.tensor,
-    token: tl.tensor,
-    live: tl.tensor,
+    projection: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    iters: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
+    splits: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
-    Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    GATED: tl.constexpr,
+    MATRIX: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Write groups 1 and 2 … n+1 of a coefficient tile to post [*, n] and res [*, n, n]."""
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    token = token.to(tl.int64)[:, None, None]
-    alive = live[:, None, None] & (j < n)
-    tl.store(post + token * n + j + 0 * q, weights, mask=alive & (q == 1))
-    tl.store(res + token * (n * n) + (q - 2) * n + j, weights, mask=alive & (q >= 2) & (q < n + 2))
+    """Add up a tile's partial sums, write them as its projection, and post and res of it."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    live = token < tokens
+    far = token.to(tl.int64)
+    squares = sum_parts(sums, ROWS, live, token, tokens, splits, ROWS + 1)
+    tl.store(projection + far * (ROWS + 1) + ROWS, squares, mask=live)
+    inverse_rms = tl.rsqrt(squares / (n * width) + norm_eps)
+    j = gate_index(N)
+    used = (j < n) & live[None, :]
+    gates = sum_parts(sums, j, used, token[None, :], tokens, splits, ROWS + 1)
+    tl.store(projection + far[None, :] * (ROWS + 1) + j, gates, mask=used)
+    if n < ROWS:
+        raw = sum_parts(sums, j + n, used, token[None, :], tokens, splits, ROWS + 1)
+        tl.store(projection + far[None, :] * (ROWS + 1) + j + n, raw, mask=used)
+        logits = affine(raw, j + n, j < n, inverse_rms[None, :], scale + 1, bias)
+        tl.store(post + far[None, :] * n + j, write_weights(logits, n, N, GATED, ANCHORED), mask=used)
+        o, i = matrix_index(N)
+        inside = (o < n) & (i < n)
+        here = inside & live[None, None, :]
+        if 2 * n < ROWS:
+            row = 2 * n + o * n + i
+            raw = sum_parts(sums, row, here, token[None, None, :], tokens, splits, ROWS + 1)
+            tl.store(projection + far[None, None, :] * (ROWS + 1) + row, raw, mask=here)
+            logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
+            matrix = matrix_of(logits, iters, eps, n, N, MATRIX, HAS_EPS)
+        else:
+            matrix = tl.where(o == i, 1.0, 0.0) + tl.full([N, N, BLOCK_TOKENS], 0.0, tl.float32)
+        if ANCHORED:
+            matrix = anchor_matrix(matrix, n, N, EXACT_ROWS)
+        tl.store(res + far[None, None, :] * (n * n) + o * n + i, matrix, mask=here)
+
+
+def coefficients(
+    sums: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    geometry: Geometry,
+    constants: dict[str, Any],
+    coefficient_outputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Launch what turns partial sums into coefficients.
+
+    Args:
+        sums: [splits, rows + 1, tokens], from `project`.
+        scale: [3], [2], or [1] for a head.
+        bias: [rows].
+        iters: Sinkhorn iterations.
+        norm_eps: as in `reference.pre`.
+        eps: as in `reference.pre`.
+        geometry: of the call.
+        constants: as from `manifold_constants`.
+        coefficient_outputs: from `coefficient_memory`, to write.
+    """
+    config = coefficients_config(geometry)
+    launch(
+        coefficients_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
+        sums, scale, bias, *coefficient_outputs, geometry.tokens, geometry.width, iters, norm_eps, eps, sums.shape[0],
+        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
+    )  # fmt: skip
+
+
+def coefficient_memory(streams: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 memory for post [*, n], res [*, n, n] and the projection [*, rows + 1]; a head has neither."""
+    leading, n = streams.shape[:-2], geometry.n
+    projection = empty(streams, *leading, geometry.rows + 1)
+    if geometry.rows == n:
+        return projection, projection, projection
+    return empty(streams, *leading, n), empty(streams, *leading, n, n), projection

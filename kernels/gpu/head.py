@@ -5,16 +5,13 @@ A `pre` whose phi has one group of rows, with no post and no matrix: the same ke
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from .launch import empty
-from .pre import backward, forward, geometry_of
-
-
-def _constants(eps: float) -> dict[str, Any]:
-    return {"GATED": True, "MATRIX": "logits", "HAS_EPS": eps != 0.0, "EXACT_ROWS": False}
+from .coefficients import head_constants
+from .collapse import collapse_by
+from .launch import geometry_of
+from .measure import measure_by
+from .pre import backward
 
 
 def head(
@@ -25,14 +22,13 @@ def head(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Read [*, n, C] streams out as [*, C], with phi [n, n·C], scale [1] and bias [n]; see `reference.head`."""
-    *leading, _, width = streams.shape
-    collapsed, _, _ = forward(
-        streams.contiguous(), phi.contiguous(), scale.contiguous(), bias.contiguous(),
-        1, norm_eps, eps, geometry_of(streams, phi, anchored), _constants(eps),
-    )  # fmt: skip
-    return collapsed.view(*leading, width)
+    geometry = geometry_of(streams, phi, anchored)
+    streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
+    *_, projection = measure_by(streams, phi, scale, bias, 1, norm_eps, eps, head_constants(eps), geometry)
+    (collapsed,) = collapse_by(streams, scale, bias, projection, norm_eps, eps, True, geometry)
+    return collapsed, projection
 
 
 def head_backward(
@@ -41,6 +37,7 @@ def head_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    projection: Tensor,
     norm_eps: float,
     eps: float,
     anchored: bool = False,
@@ -53,6 +50,7 @@ def head_backward(
         phi: [n, n·C].
         scale: [1].
         bias: [n].
+        projection: [*, n + 1] that `head` returned.
         norm_eps: as in `reference.head`.
         eps: as in `reference.head`.
         anchored: as in `reference.head`.
@@ -60,7 +58,6 @@ def head_backward(
     Returns:
         gradients of streams [*, n, C], phi [n, n·C], scale [1] and bias [n], each in the dtype of its tensor.
     """
-    nothing = empty(streams, 1)
-    return backward(
-        grad_output, nothing, nothing, streams, phi, scale, bias, 1, norm_eps, eps, _constants(eps), anchored
-    )
+    grads = (grad_output, projection, projection)
+    tensors = (streams, phi, scale, bias)
+    return backward(grads, tensors, projection, 1, norm_eps, eps, head_constants(eps), anchored)

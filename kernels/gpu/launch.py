@@ -1,8 +1,4 @@
-"""What every launch shares: a call's padded geometry, the target's options, one function that launches.
-
-The configurations that the heuristics beside the kernels choose were fitted to the registers, ahead of time,
-for sm_80, sm_90, sm_100 and gfx942 (`python -m benchmarks.compile_ahead`). They have not been timed on a
-device yet.
+"""What every launch shares: a call's geometry, the target's options, one function that launches.
 
 All launches pass through `launch`, so that a tool without a GPU can see each kernel with the arguments and
 the configuration it would really get (`recording`).
@@ -12,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from .configurations import Geometry
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
@@ -25,59 +22,12 @@ _recorder: Recorder | None = None
 _recorded_backend = "cuda"
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of a call and of its register tiles.
-
-    Attributes:
-        tokens: product of the leading dimensions.
-        n: streams.
-        width: channels of a stream, C.
-        groups: groups of n rows in phi: 1 (a head), 2 (pre and post) or n + 2 (and the matrix).
-        anchored: the streams are stored as stream 0 and differences from it (see `anchored`).
-    """
-
-    tokens: int
-    n: int
-    width: int
-    groups: int
-    anchored: bool = False
-
-    @property
-    def padded_n(self) -> int:
-        """`n` padded to a power of two."""
-        return triton.next_power_of_2(self.n)
-
-    @property
-    def padded_groups(self) -> int:
-        """Groups padded to a power of two, and to 16 slots, the narrowest product of tensor cores."""
-        needed = 1 if self.groups == 1 else self.n + 2
-        return max(triton.next_power_of_2(needed), 16 // self.padded_n)
-
-    @property
-    def slots(self) -> int:
-        """Width of a token's padded coefficient tile."""
-        return self.padded_n * self.padded_groups
-
-    @property
-    def rows(self) -> int:
-        """Rows of phi."""
-        return self.groups * self.n
-
-    def constants(self) -> dict[str, int]:
-        """Return the compile-time constants that describe the tile."""
-        return {
-            "n": self.n,
-            "N": self.padded_n,
-            "Q": self.padded_groups,
-            "GROUPS": self.groups,
-            "ANCHORED": self.anchored,
-        }
-
-
-def operand_size(streams: Tensor) -> int:
-    """Return the bytes of a stream's element as matmuls take it: float16 goes through float32."""
-    return 2 if streams.dtype == torch.bfloat16 else 4
+def geometry_of(streams: Tensor, phi: Tensor, anchored: bool) -> Geometry:
+    """Return the geometry of [*, n, C] streams and their phi."""
+    n, width = streams.shape[-2:]
+    pieces = 2 if streams.dtype == torch.bfloat16 else 1
+    tokens = streams.shape[:-2].numel()
+    return Geometry(tokens, n, width, phi.shape[0], anchored, streams.element_size(), pieces)
 
 
 def interpreted() -> bool:
@@ -124,11 +74,6 @@ def recording(recorder: Recorder, backend: str = "cuda") -> Iterator[None]:
         yield
     finally:
         _recorder, _recorded_backend = previous
-
-
-def ceil_div(count: int, size: int) -> int:
-    """Number of blocks of `size` that cover `count`."""
-    return -(-count // size)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

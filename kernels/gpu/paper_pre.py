@@ -13,85 +13,78 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import activate, logits_tile, manifold_constants, store_coefficients
-from .launch import Geometry, ceil_div, empty, launch
-from .post import forward_config
-from .pre import geometry_of, pre_backward
-from .primitives import rounded
-from .projection import partial_projections, sum_partials
+from ..manifolds import MANIFOLDS
+from .coefficients import (
+    affine,
+    anchor_matrix,
+    coefficient_memory,
+    gate_index,
+    manifold_constants,
+    matrix_index,
+    sum_parts,
+    write_weights,
+)
+from .collapse import collapse_by
+from .configurations import ceil_div, coefficients_config
+from .launch import geometry_of, launch
+from .pre import pre_backward
+from .projection import project
 from .sinkhorn import sinkhorn
-from .stream_tiles import load_streams
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def paper_affine_kernel(
     sums: tl.tensor,
-    squares: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
-    pre: tl.tensor,
     post: tl.tensor,
     matrix: tl.tensor,
+    projection: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
     norm_eps: tl.tensor,
-    eps: tl.tensor,
     splits: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ANCHORED: tl.constexpr,
     GATED: tl.constexpr,
     MATRIX: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
-    ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Scale, shift and squash the projections: pre and post [tokens, n], and the matrix [tokens, n, n].
+    """Scale, shift and squash the projections: post [tokens, n] and the matrix [tokens, n, n].
 
     Of MATRIX "sinkhorn" it writes the logits, for the kernel that follows.
     """
-    q = tl.arange(0, Q)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
-    summed, square, _ = sum_partials(sums, squares, sums, token, live, tokens, splits, n, N, Q, False)
-    logits, _, _, _ = logits_tile(summed, square, scale, bias, width, norm_eps, n, N, Q, GROUPS)
-    split: tl.constexpr = MATRIX == "sinkhorn"
-    weights = activate(
-        logits, 0, eps, n, N, Q, GROUPS, GATED, "logits" if split else MATRIX, False, EXACT_ROWS, ANCHORED
-    )
-    if split:
-        weights = tl.where(q >= 2, logits, weights)
-    place = pre + token.to(tl.int64)[:, None, None] * n + j + 0 * q
-    tl.store(place, weights, mask=live[:, None, None] & (j < n) & (q == 0))
-    store_coefficients(weights, post, matrix, token, live, n, N, Q)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def paper_collapse_kernel(
-    streams: tl.tensor,
-    pre: tl.tensor,
-    layer_input: tl.tensor,
-    tokens: tl.tensor,
-    width: tl.tensor,
-    n: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-) -> None:
-    """Add up a tile of streams by weights in device memory (Eq. 5)."""
-    blocks = (width + BLOCK_WIDTH - 1) // BLOCK_WIDTH
-    token = (tl.program_id(0) // blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    column = (tl.program_id(0) % blocks) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    live = token < tokens
-    mask = live[:, None] & (column < width)[None, :]
-    token = token.to(tl.int64)
-    tiles = load_streams(streams, token * width, column, mask, n, width)
-    collapsed = tl.full([BLOCK_TOKENS, BLOCK_WIDTH], 0.0, tl.float32)
-    for i in tl.static_range(n):
-        collapsed += tl.load(pre + token * n + i, mask=live, other=0.0)[:, None] * tiles[i].to(tl.float32)
-    place = layer_input + (token * width)[:, None] + column[None, :]
-    tl.store(place, rounded(collapsed, layer_input.dtype.element_ty), mask=mask)
+    far = token.to(tl.int64)
+    kept = projection + far * (ROWS + 1)
+    squares = sum_parts(sums, ROWS, live, token, tokens, splits, ROWS + 1)
+    tl.store(kept + ROWS, squares, mask=live)
+    inverse_rms = tl.rsqrt(squares / (n * width) + norm_eps)
+    j = gate_index(N)
+    used = (j < n) & live[None, :]
+    raw = sum_parts(sums, j, used, token[None, :], tokens, splits, ROWS + 1)
+    tl.store(kept[None, :] + j, raw, mask=used)
+    raw = sum_parts(sums, n + j, used, token[None, :], tokens, splits, ROWS + 1)
+    tl.store(kept[None, :] + n + j, raw, mask=used)
+    logits = affine(raw, n + j, j < n, inverse_rms[None, :], scale + 1, bias)
+    tl.store(post + far[None, :] * n + j, write_weights(logits, n, N, GATED, ANCHORED), mask=used)
+    o, i = matrix_index(N)
+    inside = (o < n) & (i < n)
+    here = inside & live[None, None, :]
+    if 2 * n < ROWS:
+        row = 2 * n + o * n + i
+        raw = sum_parts(sums, row, here, token[None, None, :], tokens, splits, ROWS + 1)
+        tl.store(kept[None, None, :] + row, raw, mask=here)
+        values = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
+    else:
+        values = tl.where(o == i, 1.0, 0.0) + tl.full([N, N, BLOCK_TOKENS], 0.0, tl.float32)
+    if ANCHORED and MATRIX != "sinkhorn":
+        values = anchor_matrix(values, n, N, EXACT_ROWS)
+    tl.store(matrix + far[None, None, :] * (n * n) + o * n + i, values, mask=here)
 
 
 def paper_pre(
@@ -104,7 +97,7 @@ def paper_pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `reference.pre` in separate kernels.
 
     Args:
@@ -119,34 +112,27 @@ def paper_pre(
         anchored: the streams are anchored, and so are the post and res that are returned.
 
     Returns:
-        layer_input [*, C] in the streams' dtype, post [*, n] and res [*, n, n] in float32.
+        layer_input [*, C] in the streams' dtype; post [*, n], res [*, n, n] and the projection [*, rows + 1] in
+        float32.
     """
-    geometry: Geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored)
     constants = manifold_constants(manifold, eps)
-    *leading, n, width = streams.shape
     streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
-    layer_input = empty(streams, *leading, width, dtype=streams.dtype)
-    pre, post = empty(streams, *leading, n), empty(streams, *leading, n)
-    matrix = empty(streams, *leading, n, n)
+    post, matrix, projection = coefficient_memory(streams, geometry)
     if geometry.tokens:
-        sums, squares, _ = partial_projections(streams, phi, geometry)
-        block = max(1, 512 // geometry.slots)
+        sums = project(streams, phi, geometry)
+        config = coefficients_config(geometry)
         launch(
-            paper_affine_kernel, (ceil_div(geometry.tokens, block),),
-            sums, squares, scale, bias, pre, post, matrix,
-            geometry.tokens, width, norm_eps, eps, sums.shape[0],
+            paper_affine_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
+            sums, scale, bias, post, matrix, projection, geometry.tokens, geometry.width, norm_eps, sums.shape[0],
             GATED=constants["GATED"], MATRIX=constants["MATRIX"], EXACT_ROWS=constants["EXACT_ROWS"],
-            BLOCK_TOKENS=block, num_warps=4, **geometry.constants(),
+            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(),
         )  # fmt: skip
-        config = forward_config(width, streams.element_size())
-        grid = ceil_div(geometry.tokens, config.block_tokens) * ceil_div(width, config.block_width)
-        launch(
-            paper_collapse_kernel, (grid,), streams, pre, layer_input, geometry.tokens, width,
-            n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
-        )  # fmt: skip
+    gated = MANIFOLDS[manifold].gated
+    (layer_input,) = collapse_by(streams, scale, bias, projection, norm_eps, eps, gated, geometry)
     if constants["MATRIX"] == "sinkhorn":
         matrix = sinkhorn(matrix, iters, eps, anchored)
-    return layer_input, post, matrix
+    return layer_input, post, matrix, projection
 
 
 paper_pre_backward = pre_backward

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, launch
+from .configurations import ceil_div
+from .launch import launch
 from .primitives import rounded, total
 from .stream_tiles import load_mixing, load_streams, mix, store_mix_backward
 
@@ -180,14 +181,31 @@ def post_backward(
     if streams.numel() == 0:
         zeros = [torch.zeros_like(tensor) for tensor in inputs]
         return zeros[0], zeros[1], zeros[2], zeros[3]
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
+    streams, branch, post, res = (tensor.contiguous() for tensor in inputs)
+    return _backward(grad_streams.contiguous(), torch.empty_like(streams), streams, branch, post, res)
+
+
+def post_backward_in_place(
+    grad_mixed: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `post`, that of the streams over `grad_mixed`, the gradient of its result.
+
+    A program loads a tile of all n streams' gradients before it writes it. All tensors are contiguous and have tokens.
+    """
+    return _backward(grad_mixed, grad_mixed, streams, branch, post, res)
+
+
+def _backward(
+    grad_mixed: Tensor, grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [torch.empty_like(tensor) for tensor in (branch, post, res)]
     *leading, n, width = streams.shape
     tokens = torch.Size(leading).numel()
     config = backward_config(width, n, streams.element_size())
     launch(
         post_backward_kernel, (ceil_div(tokens, config.block_tokens),),
-        grad_streams.contiguous(), *(tensor.contiguous() for tensor in inputs), *grads, tokens, width,
+        grad_mixed, streams, branch, post, res, grad_streams, *grads, tokens, width,
         n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, VECTOR=config.vector,
         num_warps=config.warps, num_stages=1,
     )  # fmt: skip
-    return grads[0], grads[1], grads[2], grads[3]
+    return grad_streams, grads[0], grads[1], grads[2]

@@ -1,5 +1,8 @@
 """Device functions that kernels share: sums, rounding, split-precision products, Sinkhorn.
 
+Tokens come last in Sinkhorn's tiles: then a thread holds a token's whole matrix where there are as many tokens as
+threads, and sums over rows and columns need neither shuffles nor shared memory.
+
 They use builtins of the language alone (`tl.reduce`, not `tl.sum`): the wrappers are jitted themselves, and where
 Triton was imported before its interpreter was switched on, they stay compiled and cannot be called.
 """
@@ -66,54 +69,38 @@ def product(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.con
 
 
 @triton.jit
-def product_exact_left(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """`acc + left @ right` where `right` is float32 and `left` a stream; keeps float32 accuracy.
+def split(values: tl.tensor, PIECES: tl.constexpr) -> tuple:
+    """Split float32 into what products take: itself, or with 2 PIECES its bfloat16 rounding and that of the rest.
 
-    A bfloat16 stream is exact as it is, so three bfloat16 pieces of the float32 factor (8 bits each) give
-    every bit of the product, at the price of 1.5 TF32 products.
+    Two pieces keep 16 bits. A third would not help: chained through tensor cores, whose sums truncate, errors of the
+    accumulator are larger.
     """
-    if left.dtype == tl.bfloat16:
-        high = right.to(tl.bfloat16)
-        rest = right - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = product(left, low, acc, PRECISION)
-        acc = product(left, middle, acc, PRECISION)
-        return product(left, high, acc, PRECISION)
-    return product(left.to(tl.float32), right, acc, PRECISION)
+    if PIECES == 1:
+        return (values,)
+    else:
+        high = rounded(values, tl.bfloat16)
+        return high, rounded(values - high.to(tl.float32), tl.bfloat16)
 
 
 @triton.jit
-def product_exact_right(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """`acc + left @ right` where `left` is float32 and `right` a stream; see `product_exact_left`."""
-    if right.dtype == tl.bfloat16:
-        high = left.to(tl.bfloat16)
-        rest = left - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = product(low, right, acc, PRECISION)
-        acc = product(middle, right, acc, PRECISION)
-        return product(high, right, acc, PRECISION)
-    return product(left, right.to(tl.float32), acc, PRECISION)
+def stream_product(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` of a stream as stored and the pieces of float32 factors."""
+    if len(right) == 1:
+        return product(left.to(tl.float32), right[0], acc, PRECISION)
+    else:
+        acc = product(left, right[1], acc, PRECISION)
+        return product(left, right[0], acc, PRECISION)
 
 
 @triton.jit
-def product_pair(
-    left: tl.tensor, right: tl.tensor, acc: tl.tensor, like: tl.constexpr, PRECISION: tl.constexpr
-) -> tl.tensor:
-    """`acc + left @ right`, both float32, for a result that will be rounded to `like`.
-
-    For bfloat16, two pieces of each factor: 16 bits, twice what the result keeps, in half the registers of TF32.
-    """
-    if like == tl.bfloat16:
-        left_high = left.to(tl.bfloat16)
-        left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
-        right_high = right.to(tl.bfloat16)
-        right_low = (right - right_high.to(tl.float32)).to(tl.bfloat16)
-        acc = product(left_low, right_high, acc, PRECISION)
-        acc = product(left_high, right_low, acc, PRECISION)
-        return product(left_high, right_high, acc, PRECISION)
-    return product(left, right, acc, PRECISION)
+def piece_product(left: tl.tensor, right: tl.tensor, acc: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """`acc + left @ right` of the pieces of two float32 factors, for a result of a stream's dtype."""
+    if len(right) == 1:
+        return product(left[0], right[0], acc, PRECISION)
+    else:
+        acc = product(left[1], right[0], acc, PRECISION)
+        acc = product(left[0], right[1], acc, PRECISION)
+        return product(left[0], right[0], acc, PRECISION)
 
 
 @triton.jit
@@ -129,26 +116,26 @@ def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS
     Returns the column softmax, the matrix and its row sums, all zero in the padding.
     """
     shown = tl.where(valid, logits, LOWEST)
-    shown = shown - largest(shown, 1)[:, None, :]
-    columns = shown - tl.log(total(tl.exp(shown), 1))[:, None, :]
+    shown = shown - largest(shown, 0)[None, :, :]
+    columns = shown - tl.log(total(tl.exp(shown), 0))[None, :, :]
     probabilities = tl.where(valid, tl.exp(columns), 0.0)
     if HAS_EPS:
         matrix = tl.where(valid, probabilities + eps, 0.0)
-        sums = _nonzero(total(matrix, 2) + eps)
+        sums = _nonzero(total(matrix, 1) + eps)
     else:
         columns = tl.where(valid, columns, LOWEST)
-        matrix = tl.where(valid, tl.exp(columns - largest(columns, 2)[:, :, None]), 0.0)
-        sums = _nonzero(total(matrix, 2))
-    return probabilities, matrix / sums[:, :, None], sums
+        matrix = tl.where(valid, tl.exp(columns - largest(columns, 1)[:, None, :]), 0.0)
+        sums = _nonzero(total(matrix, 1))
+    return probabilities, matrix / sums[:, None, :], sums
 
 
 @triton.jit
 def _sinkhorn_step(matrix: tl.tensor, eps: tl.tensor, active: tl.tensor) -> tuple:
     """One column, then one row normalization, and their sums; changes nothing unless `active`."""
-    column_sums = tl.where(active, _nonzero(total(matrix, 1) + eps), 1.0)
-    matrix = matrix / column_sums[:, None, :]
-    row_sums = tl.where(active, _nonzero(total(matrix, 2) + eps), 1.0)
-    return matrix / row_sums[:, :, None], column_sums, row_sums
+    column_sums = tl.where(active, _nonzero(total(matrix, 0) + eps), 1.0)
+    matrix = matrix / column_sums[None, :, :]
+    row_sums = tl.where(active, _nonzero(total(matrix, 1) + eps), 1.0)
+    return matrix / row_sums[:, None, :], column_sums, row_sums
 
 
 @triton.jit
@@ -162,17 +149,17 @@ def _sinkhorn_step_backward(
 ) -> tuple:
     """Take `_sinkhorn_step` back: the gradient and the matrix before it."""
     keep = tl.where(active, 1.0, 0.0)
-    grad = (grad - keep * total(grad * matrix, 2)[:, :, None]) / row_sums[:, :, None]
-    matrix = matrix * row_sums[:, :, None]
-    grad = (grad - keep * total(grad * matrix, 1)[:, None, :]) / column_sums[:, None, :]
-    return tl.where(valid, grad, 0.0), matrix * column_sums[:, None, :]
+    grad = (grad - keep * total(grad * matrix, 1)[:, None, :]) / row_sums[:, None, :]
+    matrix = matrix * row_sums[:, None, :]
+    grad = (grad - keep * total(grad * matrix, 0)[None, :, :]) / column_sums[None, :, :]
+    return tl.where(valid, grad, 0.0), matrix * column_sums[None, :, :]
 
 
 @triton.jit
 def sinkhorn_tile(
     logits: tl.tensor, valid: tl.tensor, iters: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr
 ) -> tl.tensor:
-    """Project a tile of logits [tokens, out, in] onto the doubly stochastic matrices, rows last (Eq. 9)."""
+    """Project a tile of logits [out, in, tokens] onto the doubly stochastic matrices, rows last (Eq. 9)."""
     _, matrix, _ = _sinkhorn_start(logits, valid, eps, HAS_EPS)
     for _ in range(iters - 1):
         matrix, _, _ = _sinkhorn_step(matrix, eps, True)
@@ -190,29 +177,27 @@ def sinkhorn_tile_backward(
 ) -> tl.tensor:
     """Differentiate `sinkhorn_tile` exactly, replaying the iterates in registers.
 
-    Four iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are kept,
+    Three iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are kept,
     and walking back multiplies by them. The padding of `grad` must be zero.
     """
     probabilities, first, first_sums = _sinkhorn_start(logits, valid, eps, HAS_EPS)
     rounds = iters - 1
-    for segment in range((rounds + 3) // 4):
-        end = rounds - 4 * segment
-        begin = tl.maximum(end - 4, 0)
+    for segment in range((rounds + 2) // 3):
+        end = rounds - 3 * segment
+        begin = tl.maximum(end - 3, 0)
         matrix = first
         for _ in range(begin):
             matrix, _, _ = _sinkhorn_step(matrix, eps, True)
-        second, third, fourth = begin + 1 < end, begin + 2 < end, begin + 3 < end
+        second, third = begin + 1 < end, begin + 2 < end
         matrix, columns_1, rows_1 = _sinkhorn_step(matrix, eps, True)
         matrix, columns_2, rows_2 = _sinkhorn_step(matrix, eps, second)
         matrix, columns_3, rows_3 = _sinkhorn_step(matrix, eps, third)
-        matrix, columns_4, rows_4 = _sinkhorn_step(matrix, eps, fourth)
-        grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_4, rows_4, valid, fourth)
         grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_3, rows_3, valid, third)
         grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_2, rows_2, valid, second)
         grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_1, rows_1, valid, True)
     if HAS_EPS:
-        grad = (grad - total(grad * first, 2)[:, :, None]) / first_sums[:, :, None]
+        grad = (grad - total(grad * first, 1)[:, None, :]) / first_sums[:, None, :]
         grad = grad * probabilities
     else:
-        grad = first * (grad - total(grad * first, 2)[:, :, None])
-    return grad - probabilities * total(grad, 1)[:, None, :]
+        grad = first * (grad - total(grad * first, 1)[:, None, :])
+    return grad - probabilities * total(grad, 0)[None, :, :]

@@ -12,41 +12,35 @@ import triton.language as tl
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
-from .coefficients import anchor_matrix
-from .launch import ceil_div, launch, register_limit
+from .coefficients import anchor_matrix, matrix_index
+from .configurations import ceil_div
+from .launch import launch
 from .primitives import rounded, sinkhorn_tile, sinkhorn_tile_backward
 
 
 @dataclass(frozen=True)
 class SinkhornConfig:
-    """Launch configuration: tokens of a program's tile, its warps, and most registers of a thread (None: any)."""
+    """Launch configuration: tokens of a program's tile, and its warps."""
 
     block_tokens: int
     warps: int
-    registers: int | None = None
 
 
-def forward_config(tokens: int, padded_n: int) -> SinkhornConfig:
-    """Choose tiles of about 1024 matrix entries; few tokens are spread over more programs."""
-    entries = 1024 if tokens > 64 else 256
-    return SinkhornConfig(max(1, entries // padded_n**2), 4 if entries == 1024 else 1)
+def forward_config(n: int) -> SinkhornConfig:
+    """Choose a token a thread; from 5 streams on several threads share a token's matrix, which is larger."""
+    return SinkhornConfig(128, 4) if n <= 4 else SinkhornConfig(32, 4)
 
 
-def backward_config(tokens: int, padded_n: int) -> SinkhornConfig:
-    """Choose half the forward's tile: the replay keeps the sums of four iterations in registers as well."""
-    entries = 512 if tokens > 64 else 256
-    many = entries == 512
-    return SinkhornConfig(max(1, entries // padded_n**2), 4 if many else 1, 128 if many else 255)
+backward_config = forward_config
 
 
 @triton.jit
 def _matrix_offsets(tokens: tl.tensor, n: tl.constexpr, N: tl.constexpr, BLOCK_TOKENS: tl.constexpr) -> tuple:
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    rows = tl.arange(0, N)[None, :, None]
-    columns = tl.arange(0, N)[None, None, :]
+    rows, columns = matrix_index(N)
     valid = (rows < n) & (columns < n)
-    offsets = token[:, None, None] * (n * n) + rows * n + columns
-    return offsets, valid, (token < tokens)[:, None, None] & valid
+    offsets = token[None, None, :] * (n * n) + rows * n + columns
+    return offsets, valid, (token < tokens)[None, None, :] & valid
 
 
 @triton.jit(do_not_specialize=["tokens", "iters"])
@@ -68,8 +62,7 @@ def sinkhorn_forward_kernel(
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
     projected = sinkhorn_tile(tile, valid, iters, eps, HAS_EPS)
     if ANCHORED:
-        row, column = tl.arange(0, N)[None, :, None], tl.arange(0, N)[None, None, :]
-        projected = anchor_matrix(projected, row, column, valid, EXACT_ROWS)
+        projected = anchor_matrix(projected, n, N, EXACT_ROWS)
     tl.store(res + offsets, rounded(projected, res.dtype.element_ty), mask=mask)
 
 
@@ -109,7 +102,7 @@ def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> 
     tokens = logits.numel() // (n * n)
     if tokens:
         padded = triton.next_power_of_2(n)
-        config = forward_config(tokens, padded)
+        config = forward_config(n)
         launch(
             sinkhorn_forward_kernel, (ceil_div(tokens, config.block_tokens),),
             logits, res, tokens, iters, eps,
@@ -127,11 +120,10 @@ def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) 
     tokens = logits.numel() // (n * n)
     if tokens:
         padded = triton.next_power_of_2(n)
-        config = backward_config(tokens, padded)
+        config = backward_config(n)
         launch(
             sinkhorn_backward_kernel, (ceil_div(tokens, config.block_tokens),),
             grad_res, logits, grad_logits, tokens, iters, eps,
             n=n, N=padded, HAS_EPS=eps != 0.0, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
-            **register_limit(config.registers),
         )  # fmt: skip
     return grad_logits

@@ -17,6 +17,7 @@ from ..errors import MHCOptionError
 from ..kernels.costs import traffic
 from ..kernels.costs.fusion_choice import FusionChoice, choose_on
 from ..kernels.costs.gpus import find_gpu
+from ..kernels.fusions import FUSIONS
 from ..passes.count_branch_work import BranchWork
 from ..planning.chain_sizes import ChainSize
 
@@ -215,7 +216,7 @@ def _added_bytes(
         moved: traffic.Traffic = getattr(one, amount)
         return traffic.evaluate(moved.bytes, **sizes)
 
-    passes, site = traffic.chain(fusion), traffic.PER_SITE[fusion]
+    passes, again = traffic.chain(fusion), traffic.REPLAYED[FUSIONS[fusion].cost]
     plain = chain.sites * (of(traffic.PLAIN.forward) + of(traffic.PLAIN.backward))
     replayed = chain.sites - -(-chain.sites // interval) if interval is not None else 0
-    return of(passes.forward) + of(passes.backward) + replayed * of(site.forward) - plain
+    return of(passes.forward) + of(passes.backward) + replayed * of(again) - plain

@@ -179,7 +179,7 @@ def fit_head(piece: Piece, output: Node) -> tuple[Mapping, float, float] | Misma
     for seed, (weight, size) in enumerate(_SCALES):
         sample = _sample(piece, seed + 1, weight, size)
         parameters = parameters_of(mapping, [sample.given[leaf] for leaf in piece.leaves], piece.cut.flat)
-        got = reference.head(sample.streams, *parameters, *found)
+        got, _ = reference.head(sample.streams, *parameters, *found)
         if (gap := _gap(sample.values[output], got)) > TOLERANCE:
             return Mismatch("the readout", gap)
     return mapping, *found

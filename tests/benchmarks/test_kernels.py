@@ -63,10 +63,11 @@ def test_an_implementation_with_a_wrong_gradient_is_reported():
 
 def test_least_traffic():
     # Ten tokens of 100 channels in bfloat16, and in float32 20 coefficients a token and phi [24, 400]: (2n + 2) rows
-    # forward and (3n + 3) backward for a boundary, coefficients in and out (and their gradients), phi and its gradient.
+    # forward and (3n + 3) backward for a boundary, coefficients in and out (and their gradients), 25 floats of the
+    # projection, phi and its gradient.
     boundary = Shape("post_pre", 10, 4, 100, torch.bfloat16)
     phi = 24 * 400 * 4
-    assert boundary.traffic(False) == 10 * (10 * 100 * 2 + 2 * 20 * 4) + phi
-    assert boundary.traffic(True) == 10 * (15 * 100 * 2 + 3 * 20 * 4) + 2 * phi
+    assert boundary.traffic(False) == 10 * (10 * 100 * 2 + (2 * 20 + 25) * 4) + phi
+    assert boundary.traffic(True) == 10 * (15 * 100 * 2 + (3 * 20 + 25) * 4) + 2 * phi
     alone = Shape("sinkhorn", 10, 4, 1, torch.float32)
     assert alone.traffic(False) == 10 * 2 * 16 * 4

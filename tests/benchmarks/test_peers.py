@@ -82,7 +82,7 @@ def tile(monkeypatch):
 
 
 def error(adapter, operator):
-    return peers.largest_error(adapter, Shape(operator, 6, 4, 24, torch.float32), "cpu")
+    return peers.largest_error(adapter, Shape(operator, 6, 4, 24, torch.float32, anchored=False), "cpu")
 
 
 @pytest.mark.usefixtures("liger")

@@ -5,7 +5,7 @@ import torch
 from mhc_compile.kernels import anchored, boundary, reference
 from mhc_compile.kernels.dispatch import reference_of
 
-from tests.kernels.problems import Problem, double, inputs, many, output_grads
+from tests.kernels.problems import Problem, differentiable, double, inputs, many, output_grads, run_backward
 
 MANIFOLD_EPS = [("sinkhorn", 0.0), ("sinkhorn", 1e-3), ("identity", 0.0), ("none", 0.0)]
 
@@ -41,12 +41,12 @@ def test_a_site_is_the_same_site(n, manifold, eps):
     branch = torch.randn(6, 5, dtype=torch.float64)
 
     def plain(streams, branch, *mapping):
-        layer_input, post, res = reference.pre(streams, *mapping, *constants)
+        layer_input, post, res, _ = reference.pre(streams, *mapping, *constants)
         return layer_input, reference.post(streams, branch * layer_input, post, res)
 
     def held_anchored(streams, branch, *mapping):
         held = anchored.anchor(streams)
-        layer_input, write, mix = reference.pre(held, *mapping, *constants, True)
+        layer_input, write, mix, _ = reference.pre(held, *mapping, *constants, True)
         return layer_input, anchored.release(reference.post(held, branch * layer_input, write, mix))
 
     tensors = (streams, branch, *mapping)
@@ -59,9 +59,11 @@ def test_a_site_is_the_same_site(n, manifold, eps):
 def test_a_head_is_the_same_head():
     tensors, constants = inputs("head", Problem(6, 4, 5))
     tensors = double(tensors)
-    outputs, grads, wanted = _differentiate(lambda *t: reference.head(*t, *constants), tensors)
+    outputs, grads, wanted = _differentiate(lambda *t: reference.head(*t, *constants)[0], tensors)
     again, _, found = _differentiate(
-        lambda streams, *mapping: reference.head(anchored.anchor(streams), *mapping, *constants, True), tensors, grads
+        lambda streams, *mapping: reference.head(anchored.anchor(streams), *mapping, *constants, True)[0],
+        tensors,
+        grads,
     )
     torch.testing.assert_close(again, outputs)
     torch.testing.assert_close(found, wanted)
@@ -73,9 +75,11 @@ def test_the_written_backward_is_the_derivative(operator, manifold, eps):
     problem = Problem(4, 3, 5, manifold=manifold, eps=eps)
     tensors, constants = inputs(operator, problem)
     tensors, constants = double(tensors), (*constants, True)
-    grads = output_grads(many(reference_of(operator)(*tensors, *constants)), problem)
-    _, _, wanted = _differentiate(lambda *t: reference_of(operator)(*t, *constants), tensors, grads)
-    found = reference_of(f"{operator}_backward")(*grads, *tensors, *constants)
+    grads = output_grads(differentiable(operator, many(reference_of(operator)(*tensors, *constants))), problem)
+    _, _, wanted = _differentiate(
+        lambda *t: differentiable(operator, many(reference_of(operator)(*t, *constants))), tensors, grads
+    )
+    found = run_backward(operator, (*grads, *tensors), constants, reference_of)
     torch.testing.assert_close(found, wanted)
 
 
@@ -98,7 +102,7 @@ def test_equal_streams_do_not_round(dtype):
     bias = torch.cat([weights.logit(), torch.zeros(n), torch.randn(n * n)])
     assert torch.sigmoid(bias[:n]).sum() == 1.0
     mapping = (torch.zeros(n * n + 2 * n, n * width), torch.ones(3), bias)
-    layer_input, write, mix = reference.pre(held, *mapping, anchored=True)
+    layer_input, write, mix, projection = reference.pre(held, *mapping, anchored=True)
     assert torch.equal(layer_input, hidden)
     mixed = reference.post(held, branch, write, mix)
     assert torch.equal(mixed[:, 0], hidden + branch)
@@ -109,6 +113,16 @@ def test_equal_streams_do_not_round(dtype):
     assert torch.equal(grad_held[:, 0], grad)
     assert torch.equal(grad_branch, grad)
     through, *_ = reference.pre_backward(
-        grad, torch.zeros_like(write), torch.zeros_like(mix), held, *mapping, 20, 1e-6, 0.0, "sinkhorn", True
+        grad,
+        torch.zeros_like(write),
+        torch.zeros_like(mix),
+        held,
+        *mapping,
+        projection,
+        20,
+        1e-6,
+        0.0,
+        "sinkhorn",
+        True,
     )
     assert torch.equal(through[:, 0], grad)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mhc_compile.kernels.fusions import HALVES
 from mhc_compile.kernels.ops import OPERATORS
 
 from mhc_compile import functional
@@ -16,6 +17,7 @@ def _samples():
     streams = draw(*TOKENS, N, WIDTH)
     site = (draw(N * N + 2 * N, N * WIDTH), draw(3), draw(N * N + 2 * N))
     coefficients = (draw(*TOKENS, N), draw(*TOKENS, N, N))
+    measured = (torch.rand(*TOKENS, N), torch.rand(*TOKENS, N, N), torch.rand(*TOKENS, N * N + 2 * N + 1))
     constants = (20, 1e-6, 0.0, "sinkhorn")
     return {
         "sinkhorn": (draw(*TOKENS, N, N), 20, 0.0),
@@ -24,35 +26,50 @@ def _samples():
         "post": (streams, draw(*TOKENS, WIDTH), *coefficients),
         "post_pre": (streams, draw(*TOKENS, WIDTH), *coefficients, *site, *constants),
         "head": (streams, draw(N, N * WIDTH), draw(1), draw(N), 1e-6, 0.0),
+        "measure": (streams, *site, *constants),
+        "collapse": (streams, *site, *measured, *constants),
+        "post_measure": (streams, draw(*TOKENS, WIDTH), *coefficients, *site, *constants),
+        "post_collapse": (streams, draw(*TOKENS, WIDTH), *coefficients, *site, *measured, *constants),
     }
 
 
 # Graphs, caches and exported programs know the operators by these.
-_SITE = "Tensor phi, Tensor scale, Tensor bias, SymInt iters, float norm_eps, float eps, str manifold, "
-_SITE += "bool anchored=False"
-_HEAD = "Tensor streams, Tensor phi, Tensor scale, Tensor bias, float norm_eps, float eps, bool anchored=False"
+_PARAMETERS = "Tensor phi, Tensor scale, Tensor bias"
+_SITE = "SymInt iters, float norm_eps, float eps, str manifold, bool anchored=False, bool transposed=False"
+_HEAD = f"Tensor streams, {_PARAMETERS}"
+_LAYOUT = "float norm_eps, float eps, bool anchored=False"
 _MIXING = "Tensor streams, Tensor branch, Tensor post, Tensor res"
-_NEXT = "Tensor grad_layer_input, Tensor grad_next_post, Tensor grad_next_res"
+_MEASURED, _NEXT = "Tensor post, Tensor res, Tensor projection", "Tensor next_post, Tensor next_res, Tensor projection"
+_GRADS = "Tensor grad_layer_input, Tensor grad_post, Tensor grad_res"
+_NEXT_GRADS = "Tensor grad_fresh, Tensor grad_layer_input, Tensor grad_next_post, Tensor grad_next_res"
+THREE, FOUR, FIVE = (f"({', '.join(['Tensor'] * count)})" for count in (3, 4, 5))
 SCHEMAS = {
     "sinkhorn": "(Tensor logits, SymInt iters, float eps) -> Tensor",
     "sinkhorn_backward": "(Tensor grad_res, Tensor logits, SymInt iters, float eps) -> Tensor",
-    "pre": f"(Tensor streams, {_SITE}) -> (Tensor, Tensor, Tensor)",
-    "paper_pre": f"(Tensor streams, {_SITE}) -> (Tensor, Tensor, Tensor)",
-    "pre_backward": f"(Tensor grad_layer_input, Tensor grad_post, Tensor grad_res, Tensor streams, {_SITE}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "pre": f"(Tensor streams, {_PARAMETERS}, {_SITE}) -> {FOUR}",
+    "paper_pre": f"(Tensor streams, {_PARAMETERS}, {_SITE}) -> {FOUR}",
+    "pre_backward": f"({_GRADS}, Tensor streams, {_PARAMETERS}, Tensor projection, {_SITE}) -> {FOUR}",
+    "measure": f"(Tensor streams, {_PARAMETERS}, {_SITE}) -> {THREE}",
+    "collapse": f"(Tensor streams, {_PARAMETERS}, {_MEASURED}, {_SITE}) -> {THREE}",
     "post": f"({_MIXING}) -> Tensor",
-    "post_backward": f"(Tensor grad_streams, {_MIXING}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "post_pre": f"({_MIXING}, {_SITE}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "post_pre_backward": f"(Tensor grad_fresh, {_NEXT}, {_MIXING}, {_SITE}) -> "
+    "post_backward": f"(Tensor grad_streams, {_MIXING}) -> {FOUR}",
+    "post_pre": f"({_MIXING}, {_PARAMETERS}, {_SITE}) -> {FIVE}",
+    "post_pre_backward": f"({_NEXT_GRADS}, {_MIXING}, {_PARAMETERS}, Tensor projection, {_SITE}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "head": f"({_HEAD}) -> Tensor",
-    "head_backward": f"(Tensor grad_output, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "post_measure": f"({_MIXING}, {_PARAMETERS}, {_SITE}) -> {THREE}",
+    "post_collapse": f"({_MIXING}, {_PARAMETERS}, {_NEXT}, {_SITE}) -> {FOUR}",
+    "head": f"({_HEAD}, {_LAYOUT}) -> (Tensor, Tensor)",
+    "head_backward": f"(Tensor grad_output, {_HEAD}, Tensor projection, {_LAYOUT}) -> {FOUR}",
 }
+# Operators that share another's backward, and those that have none.
+BACKWARDS = {
+    "paper_pre": "pre", "collapse": "pre", "post_collapse": "post_pre", "measure": None, "post_measure": None,
+}  # fmt: skip
 
 
 def test_schemas():
-    registered = {operator: f"{operator}_backward" for operator in OPERATORS if operator != "paper_pre"}
-    assert set(SCHEMAS) == {*OPERATORS, *registered.values()}
+    registered = {f"{name}_backward" for name in OPERATORS if name not in BACKWARDS}
+    assert set(SCHEMAS) == {*OPERATORS, *registered}
     for name, schema in SCHEMAS.items():
         assert str(getattr(torch.ops.mhc, name).default._schema) == f"mhc::{name}{schema}"
 
@@ -79,11 +96,28 @@ def test_opaque_to_the_compiler(name):
     )
     result = compiled(*arguments)
     parts = result if isinstance(result, tuple | list) else (result,)
-    sum(part.sum() for part in parts).backward()
+    backward = BACKWARDS.get(name, name)
+    if backward is None:
+        assert not any(part.requires_grad for part in parts)
+    else:
+        sum(part.sum() for part in parts).backward()
     ours = [target for target in targets if target.startswith("mhc.")]
-    # The paper's split differs in its forward alone.
-    backward = name.removeprefix("paper_") + "_backward"
-    assert sorted(ours) == sorted([f"mhc.{name}.default", f"mhc.{backward}.default"])
+    assert sorted(ours) == sorted([f"mhc.{name}.default", *([f"mhc.{backward}_backward.default"] if backward else [])])
+
+
+@pytest.mark.parametrize("name", sorted(HALVES))
+def test_halves_are_the_whole(name):
+    """Outputs and gradients: all of the whole's gradient is that of its second half."""
+    arguments, (measure, collapse) = _samples()[name], HALVES[name]
+    tensors, constants = arguments[:-4], arguments[-4:]
+    whole = OPERATORS[name].forward(*arguments)
+    measured = OPERATORS[measure].forward(*arguments)
+    halves = OPERATORS[collapse].forward(*tensors, *measured, *constants)
+    torch.testing.assert_close((*halves, measured[-1]), tuple(whole))
+    grads = [torch.randn_like(part) for part in halves]
+    torch.testing.assert_close(
+        torch.autograd.grad(halves, tensors, grads), torch.autograd.grad(whole[:-1], tensors, grads)
+    )
 
 
 def test_non_contiguous_inputs():

@@ -61,20 +61,23 @@ def test_table(shown):
     expecttest.assert_expected_inline(
         text,
         """\
-saved for the backward: 23 tensors, 10.2 KiB
+saved for the backward: 38 tensors, 14.6 KiB
    5 x float32 [5, 32]     3.1 KiB  aten.native_layer_norm  this.py:N  hidden = hidden + mix(norm(hidden))
    5 x float32 [5, 32]     3.1 KiB  aten.addmm              this.py:N  hidden = hidden + mix(norm(hidden))
    1 x float32 [5, 4, 32]  2.5 KiB  mhc.post                this.py:N  hidden = hidden + mix(norm(hidden))
+   5 x float32 [5, 25]     2.4 KiB  mhc.measure             this.py:N  hidden = hidden + mix(norm(hidden))
+   5 x float32 [5, 4, 4]   1.6 KiB  mhc.measure             this.py:N  hidden = hidden + mix(norm(hidden))
    1 x float32 [5, 32]       640 B  aten.addmm              this.py:N  hidden = self.stem(features)
    1 x float32 [5, 32]       640 B  aten.add.Tensor         this.py:N  hidden = hidden + mix(norm(hidden))
+   5 x float32 [5, 4]        400 B  mhc.measure             this.py:N  hidden = hidden + mix(norm(hidden))
   10 x float32 [5, 1]        200 B  aten.native_layer_norm  this.py:N  hidden = hidden + mix(norm(hidden))
 computed again in the backward: 20 tensors, 15.7 KiB
   3 x float32 [5, 4, 32]  7.5 KiB  mhc.post         this.py:N  hidden = hidden + mix(norm(hidden))
-  5 x float32 [5, 32]     3.1 KiB  mhc.pre          this.py:N  hidden = hidden + mix(norm(hidden))
+  5 x float32 [5, 32]     3.1 KiB  mhc.collapse     this.py:N  hidden = hidden + mix(norm(hidden))
   1 x float32 [5, 4, 32]  2.5 KiB  aten.cat         this.py:N  hidden = self.stem(features)
-  5 x float32 [5, 4, 4]   1.6 KiB  mhc.pre          this.py:N  hidden = hidden + mix(norm(hidden))
+  5 x float32 [5, 4, 4]   1.6 KiB  mhc.collapse     this.py:N  hidden = hidden + mix(norm(hidden))
   1 x float32 [5, 1, 32]    640 B  aten.zeros_like  this.py:N  hidden = self.stem(features)
-  5 x float32 [5, 4]        400 B  mhc.pre          this.py:N  hidden = hidden + mix(norm(hidden))""",
+  5 x float32 [5, 4]        400 B  mhc.collapse     this.py:N  hidden = hidden + mix(norm(hidden))""",
     )
 
 

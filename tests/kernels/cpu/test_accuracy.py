@@ -9,7 +9,17 @@ import torch
 from mhc_compile.kernels import anchored, reference
 from mhc_compile.kernels.dispatch import compiled_of
 
-from tests.kernels.problems import OPERATORS, Problem, check, inputs, many, output_grads, rounded_truth
+from tests.kernels.problems import (
+    OPERATORS,
+    Problem,
+    check,
+    check_halves,
+    inputs,
+    many,
+    output_grads,
+    rounded_truth,
+    run_backward,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -73,12 +83,12 @@ def test_large_gradients_and_logits_stay_finite(operator):
 def test_finite_differences():
     # Central differences of the compiled forward; float32 leaves three digits.
     tensors, constants = inputs("post_pre", Problem(5, 4, 8, iters=5, anchored=True))
-    outputs = compiled_of("post_pre")(*tensors, *constants)
+    outputs = compiled_of("post_pre")(*tensors, *constants)[:4]
     grads = output_grads(outputs, Problem(5, 4, 8))
-    found = compiled_of("post_pre_backward")(*grads, *tensors, *constants)
+    found = run_backward("post_pre", (*grads, *tensors), constants, compiled_of)
 
     def loss(changed):
-        results = compiled_of("post_pre")(*changed, *constants)
+        results = compiled_of("post_pre")(*changed, *constants)[:4]
         return sum(float((result.double() * grad.double()).sum()) for result, grad in zip(results, grads, strict=True))
 
     generator = torch.Generator().manual_seed(3)
@@ -125,7 +135,9 @@ def test_extreme_logits():
     tensors, constants = inputs("pre", Problem(3, 4, 24))
     bias = torch.linspace(-1e4, 1e4, 24)
     outputs = compiled_of("pre")(*tensors[:3], bias, *constants)
-    grads = compiled_of("pre_backward")(*(torch.ones_like(out) for out in outputs), *tensors[:3], bias, *constants)
+    grads = run_backward(
+        "pre", (*(torch.ones_like(out) for out in outputs), *tensors[:3], bias), constants, compiled_of
+    )
     assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *grads))
 
 
@@ -151,7 +163,7 @@ def test_all_zero_tokens(operator):
     zero = tuple(torch.zeros_like(tensor) for tensor in tensors[:-3])
     outputs = many(compiled_of(operator)(*zero, *tensors[-3:], *constants))
     ones = (torch.ones_like(out) for out in outputs)
-    grads = compiled_of(f"{operator}_backward")(*ones, *zero, *tensors[-3:], *constants)
+    grads = run_backward(operator, (*ones, *zero, *tensors[-3:]), constants, compiled_of)
     assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *grads))
 
 
@@ -164,7 +176,7 @@ def test_post_pre_reads_the_streams_as_they_are_stored(dtype):
     alone = compiled_of("pre")(outputs[0], *tensors[4:], *constants)
     assert all(torch.equal(fused, separate) for fused, separate in zip(outputs[1:], alone, strict=True))
     _, true_grads = rounded_truth(problem)
-    grads = compiled_of("post_pre_backward")(*output_grads(outputs, problem), *tensors, *constants)
+    grads = run_backward("post_pre", (*output_grads(outputs, problem), *tensors), constants, compiled_of)
     for ours, true in zip(grads[4:], true_grads[4:], strict=True):
         assert (ours - true).abs().max() <= 5e-3 * true.abs().max()
 
@@ -215,7 +227,7 @@ def test_equal_streams_pass_unchanged_bit_for_bit(operator, n, dtype):
     assert torch.equal(collapsed, identity)
     grad = output_grads((collapsed,), problem)[0]
     grads = [grad if out is collapsed else torch.zeros_like(out) for out in outputs]
-    ours = compiled_of(f"{operator}_backward")(*grads, *tensors, *constants)
+    ours = run_backward(operator, (*grads, *tensors), constants, compiled_of)
     assert torch.equal(ours[0][:, 0], grad)
 
 
@@ -237,9 +249,17 @@ def test_the_start_reads_weights_that_sum_to_one(n):
 def test_the_anchor_is_carried_on_exactly():
     for manifold in ("sinkhorn", "identity"):
         tensors, constants = inputs("pre", Problem(37, 4, 24, manifold=manifold, anchored=True))
-        mixing = compiled_of("pre")(*tensors, *constants)[-1]
+        mixing = compiled_of("pre")(*tensors, *constants)[2]
         assert torch.equal(mixing[:, :, 0], torch.eye(4)[0].expand(37, 4))
 
 
 def test_sums_over_many_tokens_keep_their_precision():
     check_compiled("pre", Problem(8200, 2, 8, iters=3))
+
+
+@pytest.mark.parametrize("layout", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", ["pre", "post_pre"])
+def test_halves_are_the_whole(operator, dtype, layout):
+    for manifold in ("sinkhorn", "identity", "none"):
+        check_halves(operator, Problem(37, 4, 48, dtype, manifold, anchored=layout), function_of=compiled_of)

@@ -19,6 +19,7 @@ from tests.kernels.problems import (
     inputs,
     many,
     output_grads,
+    run_backward,
 )
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -30,7 +31,7 @@ def run(operator, problem, change=lambda tensor: tensor):
     tensors = tuple(change(tensor) for tensor in tensors)
     outputs = many(compiled_of(operator)(*tensors, *constants))
     grads = tuple(change(grad) for grad in output_grads(outputs, problem))
-    return (*outputs, *many(compiled_of(f"{operator}_backward")(*grads, *tensors, *constants)))
+    return (*outputs, *run_backward(operator, (*grads, *tensors), constants, compiled_of))
 
 
 def assert_equal(ours, theirs):
@@ -60,7 +61,7 @@ def test_no_tokens(operator):
     outputs = many(compiled_of(operator)(*tensors, *constants))
     expected = many(reference_of(operator)(*tensors, *constants))
     assert [out.shape for out in outputs] == [out.shape for out in expected]
-    grads = many(compiled_of(f"{operator}_backward")(*outputs, *tensors, *constants))
+    grads = run_backward(operator, (*outputs, *tensors), constants, compiled_of)
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors]
     assert not any(grad.any() for grad in grads)
 
@@ -96,8 +97,8 @@ def test_expanded_inputs(operator):
     assert_equal(outputs, many(compiled_of(operator)(streams.contiguous(), *tensors[1:], *constants)))
     grads = tuple(torch.ones((), dtype=out.dtype).expand(out.shape) for out in outputs)
     dense = tuple(grad.contiguous() for grad in grads)
-    ours = compiled_of(f"{operator}_backward")(*grads, streams, *tensors[1:], *constants)
-    theirs = compiled_of(f"{operator}_backward")(*dense, streams.contiguous(), *tensors[1:], *constants)
+    ours = run_backward(operator, (*grads, streams, *tensors[1:]), constants, compiled_of)
+    theirs = run_backward(operator, (*dense, streams.contiguous(), *tensors[1:]), constants, compiled_of)
     assert_equal(ours, theirs)
 
 
@@ -120,7 +121,7 @@ def test_half_precision_parameters():
     halves = (tensors[0], *(tensor.half() for tensor in tensors[1:]))
     outputs = compiled_of("pre")(*halves, *constants)
     assert torch.allclose(outputs[2], reference_of("pre")(*halves, *constants)[2], atol=1e-6)
-    grads = compiled_of("pre_backward")(*output_grads(outputs, Problem(5, 4, 24)), *halves, *constants)
+    grads = run_backward("pre", (*output_grads(outputs, Problem(5, 4, 24)), *halves), constants, compiled_of)
     assert [grad.dtype for grad in grads] == [torch.float16] * 4
 
 
@@ -133,8 +134,11 @@ def test_a_branch_of_another_dtype(operator, streams, branch):
     problem = Problem(21, 4, 40, streams)
     tensors, constants = inputs(operator, problem)
     tensors = (tensors[0], tensors[1].to(branch), *tensors[2:])
-    grads = output_grads(many(reference_of(operator)(*tensors, *constants)), problem)
-    for name, arguments in ((operator, tensors), (f"{operator}_backward", (*grads, *tensors))):
+    outputs = many(reference_of(operator)(*tensors, *constants))
+    grads = output_grads(outputs, problem)
+    count = len(ops.OPERATORS[operator].signature.outputs)
+    backward = (*grads[:count], *tensors, *outputs[count:])
+    for name, arguments in ((operator, tensors), (f"{operator}_backward", backward)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours = many(compiled_of(name)(*arguments, *constants))
         plain = many(reference_of(name)(*arguments, *constants))

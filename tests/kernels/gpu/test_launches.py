@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,76 +11,65 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhc_compile.kernels.dispatch import kernel_of, reference_of
-from mhc_compile.kernels.gpu.launch import recording
 
-from tests.kernels.problems import OPERATORS, Problem, inputs, many
+from tests.kernels.problems import OPERATORS, Problem, launches
 
 ROOT = Path(__file__).parents[3]
-
-
-def _launches(operator, problem):
-    """(kernel name, grid, tensors, options) of an operator's forward and backward."""
-    found = []
-
-    def record(kernel, grid, args, options):
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        found.append((kernel.__name__, grid, tensors, options))
-
-    tensors, constants = inputs(operator, problem)
-    grads = many(reference_of(operator)(*tensors, *constants))
-    meta = [tensor.to("meta") for tensor in tensors]
-    with recording(record):
-        kernel_of(operator)(*meta, *constants)
-        forward = len(found)
-        kernel_of(f"{operator}_backward")(*(grad.to("meta") for grad in grads), *meta, *constants)
-    return found[:forward], found[forward:]
+# Kernels that walk over streams.
+WALKS = ("projection_kernel", "collapse_kernel", "gates_kernel", "stream_gradients_kernel", "post_backward_kernel")
 
 
 @pytest.mark.parametrize("operator", ["pre", "post_pre", "head"])
-@pytest.mark.parametrize("tokens", [1, 16, 64])
-def test_few_tokens_are_split_over_channels(operator, tokens):
-    forward, _ = _launches(operator, Problem(tokens, 4, 4096, torch.bfloat16))
-    assert [name for name, *_ in forward] == ["partial_projections_kernel", "pre_finish_kernel"]
-    for _, grid, _, _ in forward:
-        assert grid[0] * grid[1] >= 16
-
-
-@pytest.mark.parametrize("operator", ["pre", "post_pre", "head"])
-def test_many_tokens_take_one_launch(operator):
-    forward, _ = _launches(operator, Problem(65, 4, 64, torch.bfloat16))
-    assert len(forward) == 1
+def test_every_token_count_fills_the_device(operator):
+    # At 65 tokens as at 64: C is split until about a thousand programs run, as far as it has steps.
+    before = {}
+    for tokens in (1, 16, 64, 65, 100, 1024, 8192):
+        forward, backward = launches(operator, Problem(tokens, 4, 4096, torch.bfloat16, anchored=True))
+        programs = {launch.kernel: math.prod(launch.grid) for launch in forward + backward if launch.kernel in WALKS}
+        assert all(count >= min(512, tokens) for count in programs.values()), programs
+        assert all(count >= before.get(kernel, 0) for kernel, count in programs.items() if tokens <= 1024)
+        assert programs["projection_kernel"] >= 64
+        before = programs
 
 
 @pytest.mark.parametrize("operator", ["sinkhorn", "pre", "post_pre"])
 def test_scratch_memory_does_not_grow_with_iterations(operator):
     sizes = []
     for iters in (2, 40):
-        forward, backward = _launches(operator, Problem(70, 4, 64, iters=iters))
-        sizes.append([[tensor.shape for tensor in tensors] for _, _, tensors, _ in forward + backward])
+        forward, backward = launches(operator, Problem(70, 4, 64, iters=iters))
+        sizes.append([[tensor.shape for tensor in launch.tensors] for launch in forward + backward])
     assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("n", [4, 5])
-def test_backward_of_post_pre_never_reads_the_new_streams(n, anchored):
-    # They are no input of the backward, and nothing of their size is written before its last product of n
-    # streams.
-    tensors, constants = inputs("post_pre", Problem(70, n, 64, anchored=anchored))
-    found = []
-    grads = [grad.to("meta") for grad in many(reference_of("post_pre")(*tensors, *constants))]
-    meta = [tensor.to("meta") for tensor in tensors]
-    with recording(lambda kernel, grid, args, options: found.append((kernel.__name__, args, options))):
-        kernel_of("post_pre_backward")(*grads, *meta, *constants)
-    assert found[0][0] == "partial_projections_kernel"
-    assert found[0][2]["MIX"]
-    assert not found[0][2]["STORE"]
-    assert all(options["MIX"] for name, _, options in found if name == "stream_gradients_kernel")
+def test_backward_of_post_pre_never_reads_the_new_streams_nor_projects(n, anchored):
+    _, backward = launches("post_pre", Problem(70, n, 64, anchored=anchored))
+    assert [launch.kernel for launch in backward] == [
+        "gates_kernel", "coefficient_gradients_kernel", *["stream_gradients_kernel"] * math.ceil(n / 4),
+        "post_backward_kernel", "parameter_gradients_kernel",
+    ]  # fmt: skip
+    assert all(launch.options["MIX"] for launch in backward if "MIX" in launch.options)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_scratch_does_not_grow_with_tokens_and_channels(n):
+    # Beside the streams, branches and gradients that come in and go out.
+    tokens, width = 2048, 1024
+    forward, backward = launches("post_pre", Problem(tokens, n, width, torch.bfloat16, anchored=True))
+    scratch = {
+        tensor.data_ptr() or id(tensor): tensor.numel() * tensor.element_size()
+        for launch in forward + backward
+        for tensor in launch.tensors
+        if tensor.shape[-1] != width
+    }
+    phi = (n * n + 2 * n) * n * width * 4
+    assert sum(scratch.values()) <= 1.5 * tokens * width * 2 + 70 * phi
 
 
 def test_phi_gradient_is_split_over_tokens_at_small_width():
-    _, backward = _launches("pre", Problem(8192, 2, 16))
-    grids = {name: grid for name, grid, _, _ in backward}
+    _, backward = launches("pre", Problem(8192, 2, 16))
+    grids = {launch.kernel: launch.grid for launch in backward}
     assert grids["stream_gradients_kernel"][1] >= 32
 
 
@@ -116,28 +106,22 @@ def test_twenty_token_counts_compile_once():
         65, 80, 96, 100, 127, 128, 129, 160, 192, 255, 256, 257, 300, 512,
         513, 1000, 1024, 2048, 4000, 8192,
     ]  # fmt: skip
-    names = [
-        "post_forward_kernel",
-        "post_backward_kernel",
-        "pre_forward_kernel",
-        "post_pre_backward_kernel",
-        "mixing_gradients_kernel",
-        "coefficient_gradients_kernel",
-        "stream_gradients_kernel",
-        "parameter_gradients_kernel",
-        "partial_projections_kernel",
-    ]
-    compiled, atomic = _compile(PROGRAM, counts, names)
-    # `head` and `pre` share kernels, and so do a backward that mixes and one that does not: once for each
-    # use.
+    # `head` and `pre` share kernels, and so do those that mix and those that do not: once for each use. The
+    # projection meets phi as it is and prepared.
     uses = {
-        "pre_forward_kernel": 2,
+        "post_forward_kernel": 1,
+        "post_backward_kernel": 1,
+        "prepare_phi_kernel": 2,
+        "projection_kernel": 2 * 4,
+        "coefficients_kernel": 2,
+        "collapse_kernel": 4,
+        "gates_kernel": 2,
         "coefficient_gradients_kernel": 2,
         "stream_gradients_kernel": 3,
         "parameter_gradients_kernel": 2,
-        "partial_projections_kernel": 4,
     }
-    assert compiled == {name: uses.get(name, 1) for name in names}
+    compiled, atomic = _compile(PROGRAM, counts, list(uses))
+    assert compiled == uses
     assert atomic == []
 
 
@@ -160,7 +144,7 @@ def test_grids_cover_every_token_count(operator):
     # A launch without programs is an error on a device, and one beyond 65535 in its second dimension.
     for tokens in (1, 64, 65, 100000):
         if operator == "sinkhorn" or tokens < 1000:
-            forward, backward = _launches(operator, Problem(tokens, 4, 16))
-            for _, grid, _, _ in forward + backward:
-                assert all(count >= 1 for count in grid)
-                assert all(count <= 65535 for count in grid[1:])
+            forward, backward = launches(operator, Problem(tokens, 4, 16))
+            for launch in forward + backward:
+                assert all(count >= 1 for count in launch.grid)
+                assert all(count <= 65535 for count in launch.grid[1:])

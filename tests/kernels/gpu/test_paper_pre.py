@@ -22,6 +22,7 @@ def test_same_results_as_the_fused_operator(tokens, n, dtype, device):
     leaves = tuple(tensor.requires_grad_() for tensor in tensors)
     split, fused = OPERATORS["paper_pre"].forward(*leaves, *constants), functional.pre(*leaves)
     grads = output_grads(fused, Problem(tokens, n, 24))
+    split = split[:3]
     for ours, theirs in zip(split, fused, strict=True):
         assert torch.allclose(ours, theirs, rtol=torch.finfo(dtype).eps, atol=2e-6)
     ours, theirs = (torch.autograd.grad(outputs, leaves, grads) for outputs in (split, fused))
@@ -41,5 +42,5 @@ def test_table_names_its_kernels(manifold):
     with recording(lambda kernel, grid, args, options: found.append(kernel.__name__)):
         kernel_of("paper_pre")(*tensors, *constants)
     projection = ["sinkhorn_forward_kernel"] if manifold == "sinkhorn" else []
-    assert found == ["partial_projections_kernel", "paper_affine_kernel", "paper_collapse_kernel", *projection]
+    assert found == ["projection_kernel", "paper_affine_kernel", "collapse_kernel", *projection]
     assert set(found) <= set(KERNELS["paper_pre"])

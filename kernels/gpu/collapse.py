@@ -1,0 +1,159 @@
+"""`collapse`: the layer input from coefficients that `measure` computed, also for `post_collapse`.
+
+One pass over the streams: (n + 1)C elements a token, (2n + 2)C behind a `post`, which a replay in the backward costs.
+Of the projection only the gates of pre are read.
+"""
+
+# mypy: disable-error-code="assignment,misc,index"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..manifolds import MANIFOLDS
+from .coefficients import affine, gate_index, read_weights
+from .configurations import Geometry, ceil_div, collapse_config
+from .launch import empty, geometry_of, launch, product_options
+from .primitives import rounded, total
+from .stream_tiles import load_streams, mix_stream
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def collapse_kernel(
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    projection: tl.tensor,
+    measured_post: tl.tensor,
+    measured_res: tl.tensor,
+    fresh_streams: tl.tensor,
+    layer_input: tl.tensor,
+    post_copy: tl.tensor,
+    res_copy: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    GATED: tl.constexpr,
+    MIX: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Write Σ_i pre_i X_i (Eq. 5) of a tile; with MIX the streams are made by a `post` first, and written.
+
+    With COPY the first program of a tile's tokens copies the coefficients that were measured.
+    """
+    blocks = (width + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    token = (tl.program_id(0) // blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = (tl.program_id(0) % blocks) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    live = token < tokens
+    token = token.to(tl.int64)
+    mask = live[:, None] & (column < width)[None, :]
+    base = token * width
+    tiles = load_streams(streams, base, column, mask, n, width)
+    if MIX:
+        written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
+    j = gate_index(N)
+    squares = tl.load(projection + token * (ROWS + 1) + ROWS, mask=live, other=0.0)
+    used = (j < n) & live[None, :]
+    raw = tl.load(projection + token[None, :] * (ROWS + 1) + j, mask=used, other=0.0)
+    inverse_rms = tl.rsqrt(squares / (n * width) + norm_eps)
+    weights = read_weights(affine(raw, j, j < n, inverse_rms[None, :], scale, bias), eps, n, N, GATED, ANCHORED)
+    collapsed = tl.full([BLOCK_TOKENS, BLOCK_WIDTH], 0.0, tl.float32)
+    for i in tl.static_range(n):
+        if MIX:
+            stream = mix_stream(tiles, written, post, res, token, live, i, n, PRECISION)
+            tl.store(fresh_streams + base[:, None] * n + i * width + column[None, :], stream, mask=mask)
+        else:
+            stream = tiles[i]
+        weight = total(tl.where(j == i, weights, 0.0), 0)
+        collapsed += weight[:, None] * stream.to(tl.float32)
+    place = layer_input + base[:, None] + column[None, :]
+    tl.store(place, rounded(collapsed, layer_input.dtype.element_ty), mask=mask)
+    if COPY:
+        first = (token < tl.where(tl.program_id(0) % blocks == 0, tokens, 0))[:, None]
+        entry = tl.arange(0, N * N)[None, :]
+        place, here = token[:, None] * (n * n) + entry, first & (entry < n * n)
+        tl.store(res_copy + place, tl.load(measured_res + place, mask=here), mask=here)
+        place, here = token[:, None] * n + entry, first & (entry < n)
+        tl.store(post_copy + place, tl.load(measured_post + place, mask=here), mask=here)
+
+
+def collapse_by(
+    streams: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    projection: Tensor,
+    norm_eps: float,
+    eps: float,
+    gated: bool,
+    geometry: Geometry,
+    *,
+    mixing: tuple[Tensor, Tensor, Tensor] | None = None,
+    fresh_streams: Tensor | None = None,
+    measured: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the layer input [*, C] of contiguous streams [*, n, C], given their projection [*, rows + 1].
+
+    Args:
+        streams: [*, n, C].
+        scale: the first is that of pre.
+        bias: the first n are those of pre.
+        projection: [*, rows + 1].
+        norm_eps: as in `reference.pre`.
+        eps: as in `reference.pre`.
+        gated: as in `Manifold`.
+        geometry: of the call.
+        mixing: branch [*, C], post [*, n] and res [*, n, n] of a `post` that comes first.
+        fresh_streams: [*, n, C], where to write the streams after it.
+        measured: post and res, to be returned as copies behind the layer input.
+    """
+    layer_input = empty(streams, *streams.shape[:-2], geometry.width, dtype=streams.dtype)
+    copies = tuple(torch.empty_like(tensor) for tensor in measured or ())
+    config = collapse_config(geometry)
+    blocks = ceil_div(geometry.tokens, config.block_tokens) * ceil_div(geometry.width, config.block_width)
+    if geometry.tokens:
+        nothing = (projection, projection)
+        launch(
+            collapse_kernel, (blocks,), streams, *(mixing or (streams, *nothing)), scale, bias, projection,
+            *(measured or nothing), streams if fresh_streams is None else fresh_streams, layer_input,
+            *(copies or nothing), geometry.tokens, geometry.width, norm_eps, eps,
+            GATED=gated, MIX=mixing is not None, COPY=measured is not None,
+            BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
+            **geometry.coefficients(), **product_options(),
+        )  # fmt: skip
+    return (layer_input, *copies)
+
+
+def collapse(
+    streams: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    post: Tensor,
+    res: Tensor,
+    projection: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return `pre`'s layer input, and copies of post and res; see `reference.collapse`, which has the arguments."""
+    return collapse_by(
+        streams.contiguous(), scale.contiguous(), bias.contiguous(), projection.contiguous(), norm_eps, eps,
+        MANIFOLDS[manifold].gated, geometry_of(streams, phi, anchored), measured=(post.contiguous(), res.contiguous()),
+    )  # fmt: skip

@@ -1,0 +1,180 @@
+"""Launch configurations: how each kernel is cut into programs, by the shape of a call alone.
+
+They were fitted to the registers, ahead of time, for sm_80, sm_90, sm_100 and gfx942 (`python -m
+benchmarks.compile_ahead`), and have not been timed on a device yet. No Triton here: the cost model counts by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def next_power_of_2(count: int) -> int:
+    """Return the smallest power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def programs_wanted(others: int, most: int) -> int:
+    """Return how many programs to split work over, at most `most`, so that with `others` beside it about 1000 run.
+
+    It depends on the shape alone, so that results do not depend on the device.
+    """
+    return max(1, min(ceil_div(1024, others), most))
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Number of blocks of `size` that cover `count`."""
+    return -(-count // size)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a call and of its register tiles.
+
+    Attributes:
+        tokens: product of the leading dimensions.
+        n: streams.
+        width: channels of a stream, C.
+        rows: rows of phi: n (a head), 2n (pre and post) or n² + 2n (and the matrix).
+        anchored: the streams are stored as stream 0 and differences from it (see `anchored`).
+        element_size: bytes of a stream's element.
+        pieces: parts that products split a float32 factor into: two of bfloat16 beside bfloat16 streams, else one.
+    """
+
+    tokens: int
+    n: int
+    width: int
+    rows: int
+    anchored: bool
+    element_size: int
+    pieces: int
+
+    @property
+    def slots(self) -> int:
+        """Rows of phi, padded to a power of two that tensor cores multiply."""
+        return max(16, next_power_of_2(self.rows))
+
+    def constants(self) -> dict[str, int]:
+        """Return the compile-time constants that describe tiles."""
+        return {"n": self.n, "ROWS": self.rows, "ANCHORED": self.anchored}
+
+    def coefficients(self) -> dict[str, int]:
+        """Return the compile-time constants that describe a token's coefficients."""
+        return {"n": self.n, "N": next_power_of_2(self.n), "ROWS": self.rows, "ANCHORED": self.anchored}
+
+
+def chunk_width(width: int, splits: int, block_width: int) -> int:
+    """Channels of a program when C is split: a whole number of steps."""
+    return ceil_div(ceil_div(width, splits), block_width) * block_width
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """Launch configuration.
+
+    Attributes:
+        block_tokens: tokens of a tile, at least 16 to feed a matmul.
+        block_width: channels of a step.
+        warps: warps of a program.
+        stages: loads in flight; 1 leaves them unpipelined.
+        splits: programs over C.
+        prepared: phi is prepared by a launch of its own: many tiles of tokens read it.
+    """
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    stages: int
+    splits: int
+    prepared: bool
+
+
+def projection_config(geometry: Geometry, mixes: bool) -> ProjectionConfig:
+    """Choose tiles whose streams and factors fit the registers, at least two steps a program."""
+    wide = geometry.pieces == 1
+    block_tokens = 16 if geometry.tokens <= 16 else 32
+    tiles = ceil_div(geometry.tokens, block_tokens)
+    prepared = tiles > 4
+    crowded = geometry.slots > 64 or (wide and geometry.slots > 16)
+    block_width = 16 if crowded else 32 if wide or mixes or geometry.n > 4 or not prepared else 64
+    splits = programs_wanted(tiles, ceil_div(geometry.width, 2 * block_width))
+    return ProjectionConfig(block_tokens, block_width, 8 if crowded else 4, 1, splits, prepared)
+
+
+@dataclass(frozen=True)
+class CoefficientsConfig:
+    """Launch configuration: tokens of a tile, and warps."""
+
+    block_tokens: int
+    warps: int
+
+
+def coefficients_config(geometry: Geometry) -> CoefficientsConfig:
+    """Choose a token a thread; from 5 streams on several threads share a token's matrix, which is larger."""
+    return CoefficientsConfig(128, 4) if geometry.n <= 4 else CoefficientsConfig(32, 4)
+
+
+@dataclass(frozen=True)
+class CollapseConfig:
+    """Launch configuration: tokens and channels of a tile, warps."""
+
+    block_tokens: int
+    block_width: int
+    warps: int
+
+
+def collapse_config(geometry: Geometry) -> CollapseConfig:
+    """Choose a tile of one 16-byte load a thread for each stream; narrow streams share a tile."""
+    vector = 16 // geometry.element_size
+    block_width = min(next_power_of_2(geometry.width), 128 * vector)
+    return CollapseConfig(128 * vector // block_width, block_width, 4)
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """Launch configuration: tokens and channels of a step, warps, programs over C, channels a thread adds up."""
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    splits: int
+    vector: int
+
+
+def gates_config(geometry: Geometry) -> GatesConfig:
+    """Choose a tile of one 16-byte load a thread for each stream, and a step or more a program."""
+    vector = 16 // geometry.element_size if geometry.n <= 4 else 8 // geometry.element_size
+    block_width = min(max(vector, next_power_of_2(geometry.width)), 16 * vector)
+    tiles = ceil_div(geometry.tokens, 8)
+    splits = programs_wanted(tiles, ceil_div(geometry.width, block_width))
+    return GatesConfig(8, block_width, 4, splits, vector)
+
+
+@dataclass(frozen=True)
+class StreamGradientsConfig:
+    """Launch configuration.
+
+    Attributes:
+        block_tokens: tokens of a step, at least 16: they are the inner dimension of phi's gradient.
+        block_width: channels that a program owns.
+        warps: warps of a program.
+        splits: shares of the tokens, each with partial sums of phi's gradient of its own.
+        streams: streams that a launch differentiates; with more, there are several launches.
+    """
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    splits: int
+    streams: int
+
+
+def stream_gradients_config(geometry: Geometry) -> StreamGradientsConfig:
+    """Choose blocks of C that keep phi's gradient in registers, and splits that fill the device.
+
+    Up to 4 streams are one launch; beyond, phi's factors and gradient of all do not fit.
+    """
+    roomy = geometry.slots <= 32 and geometry.pieces == 2
+    width = 64 if roomy else 16
+    splits = programs_wanted(ceil_div(geometry.width, width), min(64, ceil_div(geometry.tokens, 64)))
+    return StreamGradientsConfig(16, width, 8, splits, 4)
