@@ -20,9 +20,10 @@ _PAUSE = 0.002
 def reset_codes(codes: Iterable[CodeType]) -> None:
     """Let Dynamo forget these code objects, now or with the next ones.
 
-    `reset_code` frees what Dynamo keeps for a code object. A thread that has asked Dynamo to compile a frame of it holds
-    a pointer to that until it is done, also while it waits for its turn, and crashes afterwards (torch 2.13). What other
-    threads keep busy for longer than a second is left for the next call; it only counts towards the recompile limit.
+    `reset_code` frees what Dynamo keeps for a code object. A thread that has asked Dynamo to compile a frame of it
+    holds a pointer to that until it is done, also while it waits for its turn, and crashes afterwards (torch 2.13).
+    What others keep busy for longer than a second is left for the next call; it only counts towards the recompile
+    limit.
     """
     MEMORY.stale_codes.update(codes)
     deadline = time.monotonic() + _PATIENCE
