@@ -106,7 +106,7 @@ class _Lowerer:
                 self._open(piece)
             if node in self.replaced:
                 self.values[node] = self._in_dtype(self.replaced[node](), node)
-            elif node not in self.dead:
+            elif node not in self.dead and node not in self.values:
                 self.values[node] = copy_node(self.graph, node, self.values.__getitem__)
                 if node in heads:
                     mark(self.values[node], Role.HEAD)
@@ -174,7 +174,7 @@ class _Lowerer:
         """Return phi [rows, n·C], scale and bias: the model's own tensors, or joined from them."""
         mapping = piece.form.mapping if isinstance(piece, NativeSite) else piece.mapping
         origin = piece.layer_input if isinstance(piece, NativeSite) else piece.output
-        held = [self.values[leaf] for leaf in piece.leaves]
+        held = [self._early(leaf) for leaf in piece.leaves]
         flat = piece.n_streams * piece.width
 
         def emit(target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -200,7 +200,8 @@ class _Lowerer:
                 assert like is not None
                 return emit(torch.full, (part.stop - part.start,), part.fill, dtype=torch.float32, device=like.device)
             leaf = held[part.leaf]
-            return narrowed(emit("reshape", leaf, -1) if len(_shape(leaf)) != 1 else leaf, part)
+            result = narrowed(emit("reshape", leaf, -1) if len(_shape(leaf)) != 1 else leaf, part)
+            return emit(operator.mul, result, part.factor) if part.factor != 1.0 else result
 
         def joined(parts: list[Node]) -> Node:
             return parts[0] if len(parts) == 1 else emit(torch.cat, parts)
@@ -209,8 +210,17 @@ class _Lowerer:
         if mapping.gain is not None:
             assert mapping.gain.leaf is not None
             phi = emit(operator.mul, phi, emit("reshape", held[mapping.gain.leaf], -1))
+        if mapping.features_first:
+            phi = emit("reshape", phi, -1, piece.width, piece.n_streams)
+            phi = emit("reshape", emit(torch.transpose, phi, 1, 2), -1, flat)
         scale = joined([numbers(part) for part in mapping.scale])
         return phi, scale, joined([numbers(part) for part in mapping.bias])
+
+    def _early(self, leaf: Node) -> Node:
+        """Return one of the model's tensors, computed before its place in the graph if need be."""
+        if leaf not in self.values:
+            self.values[leaf] = copy_node(self.graph, leaf, self._early)
+        return self.values[leaf]
 
     def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
