@@ -23,7 +23,16 @@ from .finding.native_fit import fit_head, fit_site
 from .finding.native_pieces import Cut, Piece, PieceError
 from .finding.native_proof import Mismatch
 from .finding.native_writes import Write, cut_of, writes_of
-from .fx.dataflow import CAST_NAMES, is_activation_input, is_add, is_float, op_name, output_values, shape_of
+from .fx.dataflow import (
+    CAST_NAMES,
+    VIEW_NAMES,
+    is_activation_input,
+    is_add,
+    is_float,
+    op_name,
+    output_values,
+    shape_of,
+)
 from .fx.grad_modes import grad_modes
 from .fx.node_info import location_of, module_path_of
 from .fx.regions import regions_of
@@ -143,7 +152,7 @@ class _Recognizer:
                 with _apart():
                     differences = {by_rows: write.difference(piece, by_rows) for by_rows in (True, False)}
                 fitting = [by_rows for by_rows, difference in differences.items() if difference is None]
-                nearest = min((entry for entry in differences.values() if entry), key=_gap_of, default=None)
+                nearest = min((entry for entry in differences.values() if entry), key=_distance, default=None)
                 self.known[key] = fitting[0] if fitting else nearest
         except PieceError as error:
             return Mismatch(f"the write: {error}")
@@ -156,7 +165,7 @@ class _Recognizer:
     def _write_alone(self, write: Write) -> NativeWrite | None:
         """Return a write whose coefficients and streams come into the graph."""
         by_rows = self._by_rows(write)
-        if isinstance(by_rows, Mismatch):
+        if isinstance(by_rows, Mismatch) or shape_of(write.node) != shape_of(write.cut.node):
             return None
         return NativeWrite(
             location=location_of(write.node),
@@ -255,7 +264,7 @@ class _Recognizer:
         taken = {site.layer_input for site in sites}
         for site in sites:
             assert site.write is not None
-            ends = [site.write, *_casts(site.write, shape_of(site.streams))]
+            ends = [site.write, *_copies(site.write, shape_of(site.streams))]
             for end in ends:
                 if not read & set(ends):
                     head = self._head(Cut(end, tuple(shape_of(end)[:-2]), site.n_streams, site.width))
@@ -295,12 +304,13 @@ class _Recognizer:
         return None
 
 
-def _gap_of(difference: Mismatch) -> float:
-    return float("inf") if difference.gap is None else difference.gap
+def _distance(difference: Mismatch) -> tuple[bool, float]:
+    """Return a key that is smaller for the nearer: where only gradients differ, values agree."""
+    return not difference.of_gradient, float("inf") if difference.gap is None else difference.gap
 
 
-def _casts(node: Node, shape: tuple[Any, ...]) -> list[Node]:
-    return [user for user in node.users if op_name(user) in CAST_NAMES and shape_of(user) == shape]
+def _copies(node: Node, shape: tuple[Any, ...]) -> list[Node]:
+    return [user for user in node.users if op_name(user) in CAST_NAMES | VIEW_NAMES and shape_of(user) == shape]
 
 
 def _name_of(node: Node) -> str:

@@ -123,7 +123,7 @@ class Piece:
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
             if node in self.inputs:
                 value = value * size
-                rows = value.flatten(0, len(self.cut.tokens) - 1)
+                rows = value.view(TOKENS, -1)
                 rows[0], rows[1] = 0.0, rows[1] * 1e-3
             elif len(shape) > 1 and self.cut.flat in shape:
                 value = value * (2 * weight / self.cut.flat**0.5)

@@ -32,11 +32,13 @@ class Mismatch:
         what: such as "res".
         gap: the difference to the nearest that was tried, relative to the largest entry; None where none was.
         nearest: what that is, or on which numbers it differs; "" where there is nothing to say.
+        of_gradient: the values agree, and what differs is their gradient.
     """
 
     what: str
     gap: float | None = None
     nearest: str = ""
+    of_gradient: bool = False
 
     def __str__(self) -> str:
         """Return it as a phrase."""
@@ -111,8 +113,8 @@ def _prove(
         drawn = {node: value.requires_grad_() for node, value in piece.drawn(seed + 1, weight, size).items()}
         given = [drawn[cut.node], *(drawn[leaf] for leaf in piece.leaves)]
         values = piece.run(dict(drawn))
-        wanted = [values[node] for _, node in results]
         got = ours(given[0], parameters_of(mapping, given[1:], cut.n_streams, cut.width))
+        wanted = [values[node].reshape(value.shape) for (_, node), value in zip(results, got, strict=True)]
         # Saturated coefficients have gradients of rounding alone.
         found = first_difference([name for name, _ in results], wanted, got, given if weight <= 1.0 else ())
         if found is not None:
@@ -144,25 +146,27 @@ def first_difference(
     for name, left, right in zip(names, wanted, got, strict=True):
         weights = torch.randn(left.shape, generator=torch.Generator().manual_seed(7), dtype=left.dtype)
         pairs = list(zip(_gradients(left, weights, given), _gradients(right, weights, given), strict=True))
-        top = max((float(theirs.abs().max()) for theirs, _ in pairs[1:]), default=0.0)
-        streams = [gradient.flatten(0, -3).abs().amax((-2, -1)) for gradient in (*pairs[0], pairs[0][0] - pairs[0][1])]
-        gaps = [float((streams[2] / streams[0].maximum(streams[0].median()).clamp(min=1e-12)).max())]
+        sizes = [max(float(theirs.abs().max()), float(ours.abs().max()), 1e-12) for theirs, ours in pairs]
+        theirs, ours, difference = (
+            gradient.flatten(0, -3).abs().amax((-2, -1)) for gradient in (*pairs[0], pairs[0][0] - pairs[0][1])
+        )
+        tokens = theirs.maximum(ours)
+        gaps = [float((difference / tokens.maximum(tokens.median()).clamp(min=1e-12)).max())]
         gaps += [
-            float((theirs - ours).abs().max()) / max(float(theirs.abs().max()), 1e-6 * top, 1e-12)
-            for theirs, ours in pairs[1:]
-            if theirs.numel()
+            float((theirs - ours).abs().max()) / max(size, 1e-6 * max(sizes[1:]))
+            for (theirs, ours), size in zip(pairs[1:], sizes[1:], strict=True)
         ]
         gap = max(gaps) if all(gap == gap for gap in gaps) else float("inf")
         if gap > GRADIENT_TOLERANCE:
-            return Mismatch(f"the gradient of {name}", gap)
+            return Mismatch(f"the gradient of {name}", gap, of_gradient=True)
     return None
 
 
 def gap_between(theirs: Tensor, ours: Tensor) -> float:
-    """Return the largest difference, relative to the largest entry where that is above 1."""
-    if theirs.shape != ours.shape:
+    """Return the largest difference, relative to the largest entry where that is above 1; tokens may be flattened."""
+    if theirs.numel() != ours.numel():
         return float("inf")
-    gap = float((theirs - ours).abs().max()) / max(1.0, float(theirs.abs().max()))
+    gap = float((theirs.reshape(ours.shape) - ours).abs().max()) / max(1.0, float(theirs.abs().max()))
     return gap if gap == gap else float("inf")
 
 

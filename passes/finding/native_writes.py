@@ -59,8 +59,12 @@ class Write:
         theirs = piece.run(dict(drawn))[self.node]
         streams, branch, post = given[:3]
         res = given[3] if self.res is not None else torch.eye(self.cut.n_streams, dtype=torch.float64)
-        ours = reference.post(streams, branch, post, res if by_rows else res.mT)
-        return first_difference(["the write"], [theirs], [ours], given)
+        tokens = streams.shape[:-2]
+        res = res if by_rows else res.mT
+        if self.res is not None:
+            res = res.reshape(*tokens, *res.shape[-2:])
+        ours = reference.post(streams, branch.reshape(*tokens, -1), post.reshape(*tokens, -1), res)
+        return first_difference(["the write"], [theirs.reshape(ours.shape)], [ours], given)
 
 
 def cut_of(node: Node) -> Cut | None:
@@ -87,15 +91,33 @@ def writes_of(node: Node, surroundings: Surroundings) -> Iterator[Write]:
         if outer is None:
             continue
         post, branch = _source(outer[0], cut.per_token(n)), _source(outer[1], cut.per_token(width), narrow=False)
-        if post is None or branch is None:
+        if post is None:
             continue
         mixed = _factors(rest, cut, n * n, cut.flat)
         res = _source(mixed[0], cut.per_token(n, n)) if mixed is not None else None
         streams = _uncast(mixed[1] if mixed is not None else rest, cut)
         if streams is not None and (mixed is None or res is not None):
-            yield Write(node, Cut(streams, cut.tokens, n, width), branch, post, res)
-        for source, matrix in surroundings.mixings(rest, cut):
-            yield Write(node, source, branch, post, matrix)
+            whole = _with_all_tokens(Cut(streams, cut.tokens, n, width))
+            value = _source(outer[1], whole.per_token(width), narrow=False) or branch
+            if value is not None:
+                yield Write(node, whole, value, post, res)
+        if branch is not None:
+            for source, matrix in surroundings.mixings(rest, cut):
+                yield Write(node, source, branch, post, matrix)
+
+
+def _with_all_tokens(cut: Cut) -> Cut:
+    """Return streams [tokens, n, C] as the value that they are a view of, where batch and tokens lie apart."""
+    node = cut.node
+    while len(cut.tokens) == 1 and op_name(node) in (VIEW_NAMES | CAST_NAMES) - _REORDERING:
+        source = node.args[0]
+        shape = shape_of(source)
+        if not isinstance(source, Node) or math.prod(shape[:-2]) != cut.tokens[0]:
+            break
+        if len(shape) > 3 and shape[-2:] == (cut.n_streams, cut.width):
+            return Cut(source, tuple(shape[:-2]), cut.n_streams, cut.width)
+        node = source
+    return cut
 
 
 def _factors(node: Node, cut: Cut, small: int, large: int) -> tuple[Node, Node] | None:
