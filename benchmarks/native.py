@@ -133,8 +133,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         frozenset(),
         "Cold. Search: finding, proving and lowering the sites. Graph: nodes that the inner compiler is given. ATen: "
         "nodes of its forward and backward. Launches: kernels of the generated code and calls of operators in forward "
-        f"and backward, of the whole model over its sites; eagerly {eager:.0f} in the forward alone. Not finite: numbers "
-        "in the gradients of a loss 1, 1e8 and 1e16 times as large.",
+        f"and backward, of the whole model over its sites; eagerly {eager:.0f} in the forward alone. Not finite: "
+        "numbers in the gradients of a loss 1, 1e8 and 1e16 times as large.",
     )
     return [table] if cells else []
 

@@ -254,7 +254,7 @@ class _Recognizer:
         raise PieceError("nothing depends on the streams")
 
     def _in_one_mode(self, nodes: Iterable[Node], piece: Piece, first: Node) -> bool:
-        """Return whether nodes run with gradients on, or all without; and so do leaves that are made after the first."""
+        """Return whether all nodes, and leaves that are made after the first, run with gradients on, or all without."""
         late = [leaf for leaf in piece.leaves if self.order[leaf] > self.order[first]]
         return len({self.modes[node] for node in (first, *nodes, *late)}) == 1
 

@@ -27,7 +27,7 @@ def source_name(node: Node) -> str | None:
 
 
 def path_of(node: Node) -> str:
-    """Return a parameter's path as the model names it, from the graph's root: "lm_head.weight"; else the node's name."""
+    """Return a parameter's path from the graph's root: "lm_head.weight"; else the node's name."""
     names = re.findall(r"\['?([^'\]]+)'?\]", source_name(node) or "")
     return ".".join(names[1:]) or node.name
 
