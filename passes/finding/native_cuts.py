@@ -23,6 +23,31 @@ _PARTS = VIEW_NAMES | CAST_NAMES | {
 # What makes one value of the model's one for each token.
 _SPREADING = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
+# What returns its first operand, or a view of it.
+_ALIASES = _PARTS | {"expand", "expand_as", "broadcast_to", "diagonal", "unfold", "real", "view_as_complex"}
+_IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "register_hook"}
+
+
+def _changed_in_place(graph: Graph, order: dict[Node, int]) -> dict[Node, int]:
+    """Return the values whose memory an operation writes to, or whose gradient a hook changes, and its last place."""
+    found: dict[Node, int] = {}
+    for node in graph.nodes:
+        name = op_name(node)
+        if name not in _IN_PLACE and (not name.endswith("_") or name.endswith("__")) and "out" not in node.kwargs:
+            continue
+        stack = [source for source in (*node.args[:1], node.kwargs.get("out")) if isinstance(source, Node)]
+        seen: set[Node] = set()
+        while stack:
+            value = stack.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            found[value] = order[node]
+            if op_name(value) in _ALIASES and isinstance(value.args[0], Node):
+                stack.append(value.args[0])
+            stack += [user for user in value.users if op_name(user) in _ALIASES and user.args[0] is value]
+    return found
+
 
 class Surroundings:
     """What pieces are cut from.
@@ -31,6 +56,8 @@ class Surroundings:
         order: places of the graph's nodes.
         fixed: nodes computed from parameters, buffers and constants alone; True where one of the model's tensors is
             read.
+        changed: values that are changed in place, under any name, and the place of the last change: what is read of
+            them depends on when.
         leaves: the values that pieces begin with beside the streams: the model's tensors, and what it computes from
             them alone, such as a weight that is the sum of two.
     """
@@ -38,6 +65,7 @@ class Surroundings:
     def __init__(self, graph: Graph) -> None:
         """Look at every node once."""
         self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.changed = _changed_in_place(graph, self.order)
         self.fixed: dict[Node, bool] = {}
         self.leaves: set[Node] = set()
         spread: set[Node] = set()
@@ -75,6 +103,11 @@ class Surroundings:
             if node.op not in ("call_function", "call_method"):
                 raise PieceError(f"{node.name} is read, which is neither the streams nor a parameter")
             stack += [source for source in data_inputs(node) if not is_size(source) and source not in ends]
+        given = {*inputs, *(node for node in seen if node in self.leaves)}
+        for node in sorted(self.changed.keys() & (seen | given), key=self.order.__getitem__):
+            readers = [self.order[user] for user in node.users if user in seen]
+            if node not in given or self.changed[node] > min(readers, default=len(self.order)):
+                raise PieceError(f"{node.name} is changed in place")
         nodes = tuple(sorted(seen, key=self.order.__getitem__))
         return Piece(nodes, tuple(node for node in nodes if node in self.leaves), cut, inputs)
 

@@ -20,7 +20,7 @@ from ..fx.dataflow import op_name, tensor_of
 from ..fx.sources import path_of
 from ..native import Mapping, NativeForm, Part
 from .native_pieces import Piece
-from .native_proof import TOLERANCE, Mismatch, gap_between, parameters_of, prove_head, prove_site
+from .native_proof import TOLERANCE, Mismatch, gap_between, gradients, parameters_of, prove_head, prove_site
 
 _LARGEST_EPS = 1e-2
 # What logits may be multiplied by, beside what the piece's own numbers say.
@@ -180,10 +180,10 @@ def _reads(sample: _Sample, result: Node, rows: int) -> _Reads | Mismatch:
         return Mismatch("reads no weights, or has no gradient")
     generator = torch.Generator().manual_seed(7)
     weights = torch.randn(values[result].shape, generator=generator, dtype=torch.float64)
-    grads = torch.autograd.grad((values[result] * weights).sum(), leaves, allow_unused=True)
+    grads = gradients(values[result], weights, leaves)
     found: dict[str, Part] = {}
     for index, grad in enumerate(grads):
-        if grad is None or not (touched := grad != 0).any():
+        if not (touched := grad != 0).any():
             continue
         kind, part = _kind_of(index, touched, rows, flat)
         if kind is None:

@@ -24,7 +24,9 @@ _EXPANDING = {"expand", "broadcast_to", "expand_as"}
 _SIZED = {"view", "reshape", "view_as", "reshape_as", *_EXPANDING}
 # Of what is read only the shape, where there is anything to read.
 CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
+# What is one function on some numbers and another one on others, beside norms and maxima.
 _CLAMPS = {"clamp", "clip", "clamp_min", "clamp_max", "hardtanh"}
+_CHOICES = {"where", "minimum", "maximum", "fmin", "fmax"}
 
 
 class PieceError(Exception):
@@ -71,18 +73,18 @@ class Piece:
         leaves: the model's tensors that it reads, in graph order.
         cut: the streams that the piece speaks of.
         inputs: what it is given beside the model's tensors.
-        clamps: clamps that changed no number so far, in any run.
+        untried: clamps that changed no number so far, in any run, and choices that always fell on one side.
     """
 
     nodes: tuple[Node, ...]
     leaves: tuple[Node, ...]
     cut: Cut
     inputs: tuple[Node, ...]
-    clamps: set[Node] = field(init=False)
+    untried: set[Node] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Note the clamps."""
-        self.clamps = {node for node in self.nodes if op_name(node) in _CLAMPS}
+        """Note the clamps and choices."""
+        self.untried = {node for node in self.moving if op_name(node) in _CLAMPS | _CHOICES}
 
     @property
     def moving(self) -> tuple[Node, ...]:
@@ -147,14 +149,23 @@ class Piece:
                 moving.add(node)
             try:
                 values[node] = self._evaluate(node, values, node in moving)
-                if node in self.clamps and not torch.equal(values[node], values[node.all_input_nodes[0]]):
-                    self.clamps.discard(node)
+                if node in self.untried and self._falls_on_both_sides(node, values):
+                    self.untried.discard(node)
             except PieceError:
                 raise
             except Exception as error:
                 line = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise PieceError(f"{op_name(node)} could not be run in float64: {line}") from error
         return values
+
+    def _falls_on_both_sides(self, node: Node, values: dict[Node, Any]) -> bool:
+        """Return whether a clamp changed a number, or a choice took some of either of its operands."""
+        first = values[node.all_input_nodes[0]]
+        if op_name(node) in _CLAMPS:
+            return not torch.equal(values[node], first)
+        if op_name(node) == "where":
+            return bool(first.any()) and not bool(first.all())
+        return all(not torch.equal(values[node], values[source]) for source in node.all_input_nodes)
 
     def _evaluate(self, node: Node, values: dict[Node, Any], moving: bool) -> Any:
         name = op_name(node)

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ...kernels import reference
 from ..native import Mapping, NativeForm, Part
-from .native_pieces import Piece
+from .native_pieces import Piece, PieceError
 
 TOLERANCE = 1e-9
 # Gradients are differences of nearly equal numbers.
@@ -120,8 +120,8 @@ def _prove(
         if found is not None:
             told = f"with weights {weight:g} and streams {size:g} times the usual size, not at that" if seed else ""
             return replace(found, nearest=told)
-    if piece.clamps:
-        return Mismatch(f"{next(iter(piece.clamps)).name} clamps numbers that are larger than any that were tried")
+    if piece.untried:
+        return Mismatch(f"{next(iter(piece.untried)).name} chooses or clamps, and no number that was tried is beyond")
     return None
 
 
@@ -145,7 +145,7 @@ def first_difference(
         return None
     for name, left, right in zip(names, wanted, got, strict=True):
         weights = torch.randn(left.shape, generator=torch.Generator().manual_seed(7), dtype=left.dtype)
-        pairs = list(zip(_gradients(left, weights, given), _gradients(right, weights, given), strict=True))
+        pairs = list(zip(gradients(left, weights, given), gradients(right, weights, given), strict=True))
         sizes = [max(float(theirs.abs().max()), float(ours.abs().max()), 1e-12) for theirs, ours in pairs]
         theirs, ours, difference = (
             gradient.flatten(0, -3).abs().amax((-2, -1)) for gradient in (*pairs[0], pairs[0][0] - pairs[0][1])
@@ -170,10 +170,18 @@ def gap_between(theirs: Tensor, ours: Tensor) -> float:
     return gap if gap == gap else float("inf")
 
 
-def _gradients(value: Tensor, weights: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+def gradients(value: Tensor, weights: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of the sum of a value times weights; zeros where it depends on nothing.
+
+    Raises:
+        PieceError: a hook, or a derivative of the model's own, cannot be run here.
+    """
     if not value.requires_grad:
         return [torch.zeros_like(tensor) for tensor in given]
-    found = torch.autograd.grad((value * weights).sum(), given, retain_graph=True, allow_unused=True)
+    try:
+        found = torch.autograd.grad((value * weights).sum(), given, retain_graph=True, allow_unused=True)
+    except Exception as error:
+        raise PieceError(f"its gradient cannot be run: {error}") from error
     return [
         torch.zeros_like(tensor) if gradient is None else gradient
         for tensor, gradient in zip(given, found, strict=True)
