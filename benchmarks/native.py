@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .llama import missing
-from .record import Benchmark, Options, Record, in_time, run_as_script
+from .record import OUT_OF_TIME, Benchmark, Options, Record, in_time, run_as_script
 from .terminal import Table, track
 
 _ROOT = Path(__file__).parents[1]
@@ -83,7 +83,8 @@ def run(options: Options, record: Record) -> None:
             try:
                 found = compile_in_process(case, inner, options, cache)
             except subprocess.TimeoutExpired as error:
-                record.skip(case.name, f"not done in {error.timeout / 60:.0f} minutes")
+                late = error.timeout < _LONGEST
+                record.skip(case.name, OUT_OF_TIME if late else f"not done in {_LONGEST / 60:.0f} minutes")
                 continue
             except RuntimeError as error:
                 record.fail(case.name, str(error))
