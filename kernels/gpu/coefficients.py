@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..manifolds import MANIFOLDS
-from .primitives import sinkhorn_tile, sinkhorn_tile_backward, total
+from .primitives import row_softmax, sinkhorn_tile, sinkhorn_tile_backward, total
 
 
 def manifold_constants(manifold: str, eps: float) -> dict[str, Any]:
@@ -94,6 +94,8 @@ def matrix_tile(
     """Turn the logits of the n×n matrix in a coefficient tile into res, as MATRIX says; other slots are not used."""
     if MATRIX == "sinkhorn":
         return sinkhorn_tile(logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
+    elif MATRIX == "row":
+        return row_softmax(logits, matrix_slots(n, N, Q))
     else:
         tl.static_assert(MATRIX == "logits")
         return logits
@@ -116,6 +118,10 @@ def matrix_tile_backward(
         q = tl.arange(0, Q)[None, :, None]
         grad = tl.where(q >= 2, grad, 0.0)
         return sinkhorn_tile_backward(grad, logits, matrix_slots(n, N, Q), iters, eps, HAS_EPS)
+    elif MATRIX == "row":
+        # Of the other slots the matrix is zero.
+        matrix = row_softmax(logits, matrix_slots(n, N, Q))
+        return matrix * (grad - total(matrix * grad, 2)[:, :, None])
     else:
         tl.static_assert(MATRIX == "logits")
         return grad
