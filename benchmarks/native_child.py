@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mhc_compile import backend
 
 WIDTH, TOKENS = 64, 64
+# What the loss is multiplied by to see whether gradients stay finite.
+_GRADIENT_SIZES = (1.0, 1e8, 1e16)
 # What launches nothing: views, and what only makes memory.
 _FREE = {
     "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "split", "split_with_sizes", "unbind",
@@ -132,6 +134,11 @@ def measure(compiler: str, layers: int, inner: str, device: str) -> dict[str, An
             if device == "cuda":
                 torch.cuda.synchronize()
             steps.append(time.perf_counter() - begin)
+    infinite = 0
+    for size in _GRADIENT_SIZES:
+        model.zero_grad()
+        (size * compiled(x).square().sum()).backward()
+        infinite += sum(int((~p.grad.isfinite()).sum()) for p in model.parameters() if p.grad is not None)
     sites = 2 * layers
     step = statistics.median(steps[1:])
     launched = metrics.generated_kernel_count + seen.operators if inner == "inductor" else None
@@ -143,6 +150,7 @@ def measure(compiler: str, layers: int, inner: str, device: str) -> dict[str, An
         "launches_per_site": None if launched is None else launched / sites,
         "eager_launches_per_site": (eager.count - branches.count) / sites,
         "step_seconds": step,
+        "infinite_gradients": infinite,
     }
 
 

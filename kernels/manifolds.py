@@ -351,6 +351,7 @@ MANIFOLDS: dict[str, Manifold] = {
             rest_bias=lambda n: _REST_LOGIT * _identity(n),
             exact_rows=True,
             uses_eps=False,
+            kernel_matrix="row",
             flops=lambda n, iters: 3 * n**2,
             help="rows sum to 1, columns are free",
         ),

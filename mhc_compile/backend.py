@@ -78,14 +78,14 @@ def _compiled(
     passes = PassRunner(frame.function, logs.artifact("mhc_passes"), config.disable_passes)
     passes.show("captured", graph_module)
 
-    analysis = passes.read("analyze", analyze, graph_module, "lower_native" not in config.disable_passes)
+    analysis = passes.read("analyze", analyze, graph_module, passes.includes("lower_native"))
     native = analysis.native
     if native.sites or native.writes:
         passes.show("after lower_native", analysis.plain)
     plan = passes.read("plan", plan_sites, analysis.findings, frame, config)
     plan = passes.read("check_graph_breaks", check_graph_breaks, graph_module, analysis, plan, frame, config)
     refuse_plain_sites(analysis.sentinels, plan, frame, is_split_by_ddp(graph_module))
-    require_sites(plan, frame, config, native.found)
+    require_sites(plan, frame, config, native.found, analysis.sentinels)
 
     graph, fusion, leaving = analysis.plain, None, 0
     if not plan.chains and analysis.findings.chains:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.fx.node import map_arg
 
 from ..kernels import ops
 from .fx.added_nodes import Role, mark
-from .fx.dataflow import CAST_NAMES, op_name, tensor_of
+from .fx.dataflow import CAST_NAMES, VIEW_NAMES, op_name, shape_of, tensor_of
 from .fx.grad_modes import grad_modes
 from .fx.graph_copy import copy_node, module_like
 from .fx.regions import Region, put_into, regions_of
@@ -75,12 +76,22 @@ class _Lowerer:
         self.early = len(switches) == 1
 
     def _replace(self, node: Node, streams: Node, value: Callable[[], Node]) -> None:
+        """Note what replaces a node: or the casts and views behind it that give it the streams' dtype and tokens."""
+        value = cache(value)
         made, wanted = tensor_of(node), tensor_of(streams)
         assert made is not None
         assert wanted is not None
-        casts = [user for user in node.users if op_name(user) in CAST_NAMES and _dtype_of(user) == wanted.dtype]
-        if made.dtype != wanted.dtype and casts and len(casts) == len(node.users):
-            self.replaced |= dict.fromkeys(casts, value)
+        tokens = wanted.dim() - 2 - (made.dim() - (2 if made.shape[-2:] == wanted.shape[-2:] else 1))
+        copies = [
+            user
+            for user in node.users
+            if (op_name(user) in CAST_NAMES and _dtype_of(user) == wanted.dtype)
+            or (tokens and op_name(user) in VIEW_NAMES and shape_of(user) == shape_of(streams))
+        ]
+        if (made.dtype != wanted.dtype or tokens) and copies and len(copies) == len(node.users):
+            self.replaced |= dict.fromkeys(copies, value)
+        elif tokens:
+            self.replaced[node] = lambda: self._emit(node, torch.flatten, value(), 0, tokens)
         else:
             self.replaced[node] = value
 
@@ -106,7 +117,7 @@ class _Lowerer:
                 self._open(piece)
             if node in self.replaced:
                 self.values[node] = self._in_dtype(self.replaced[node](), node)
-            elif node not in self.dead:
+            elif node not in self.dead and node not in self.values:
                 self.values[node] = copy_node(self.graph, node, self.values.__getitem__)
                 if node in heads:
                     mark(self.values[node], Role.HEAD)
@@ -162,8 +173,10 @@ class _Lowerer:
         assert site.write is not None
         assert site.branch is not None
         _, post, res = self.coefficients[site]
-        branch = self.values[site.branch]
-        return self._emit(site.write, torch.ops.mhc.post.default, self.values[site.streams], branch, post, res)
+        streams, branch = self.values[site.streams], self.values[site.branch]
+        if len(_shape(branch)) != len(_shape(streams)) - 1:
+            branch = self._emit(site.write, "reshape_as", branch, self._emit(site.write, "select", streams, -2, 0))
+        return self._emit(site.write, torch.ops.mhc.post.default, streams, branch, post, res)
 
     def _in_dtype(self, value: Node, origin: Node) -> Node:
         """Return a value in the dtype that the model's readers expect."""
@@ -175,7 +188,7 @@ class _Lowerer:
         """Return phi [rows, n·C], scale and bias: the model's own tensors, or joined from them."""
         mapping = piece.form.mapping if isinstance(piece, NativeSite) else piece.mapping
         origin = piece.layer_input if isinstance(piece, NativeSite) else piece.output
-        held = [self.values[leaf] for leaf in piece.leaves]
+        held = [self._early(leaf) for leaf in piece.leaves]
         flat = piece.n_streams * piece.width
 
         def emit(target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -201,7 +214,8 @@ class _Lowerer:
                 assert like is not None
                 return emit(torch.full, (part.stop - part.start,), part.fill, dtype=torch.float32, device=like.device)
             leaf = held[part.leaf]
-            return narrowed(emit("reshape", leaf, -1) if len(_shape(leaf)) != 1 else leaf, part)
+            result = narrowed(emit("reshape", leaf, -1) if len(_shape(leaf)) != 1 else leaf, part)
+            return emit(operator.mul, result, part.factor) if part.factor != 1.0 else result
 
         def joined(parts: list[Node]) -> Node:
             return parts[0] if len(parts) == 1 else emit(torch.cat, parts)
@@ -210,8 +224,17 @@ class _Lowerer:
         if mapping.gain is not None:
             assert mapping.gain.leaf is not None
             phi = emit(operator.mul, phi, emit("reshape", held[mapping.gain.leaf], -1))
+        if mapping.features_first:
+            phi = emit("reshape", phi, -1, piece.width, piece.n_streams)
+            phi = emit("reshape", emit(torch.transpose, phi, 1, 2), -1, flat)
         scale = joined([numbers(part) for part in mapping.scale])
         return phi, scale, joined([numbers(part) for part in mapping.bias])
+
+    def _early(self, leaf: Node) -> Node:
+        """Return one of the model's tensors, computed before its place in the graph if need be."""
+        if leaf not in self.values:
+            self.values[leaf] = copy_node(self.graph, leaf, self._early)
+        return self.values[leaf]
 
     def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""

@@ -20,6 +20,7 @@ class Part:
         stop: behind the last.
         columns: the rows are the tensor's columns.
         fill: the constant.
+        factor: what numbers are multiplied by; 1 for rows of weights.
     """
 
     leaf: int | None
@@ -27,6 +28,7 @@ class Part:
     stop: int
     columns: bool = False
     fill: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Mapping:
         scale: one number each.
         bias: one number a row.
         gain: weights [n·C] of a norm before the projection, which multiply phi's columns.
+        features_first: phi's columns, and the gain, are ordered [C, n].
     """
 
     phi: tuple[Part, ...]
     scale: tuple[Part, ...]
     bias: tuple[Part, ...]
     gain: Part | None = None
+    features_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,17 @@ class NativeForm:
     magnitude: float = 2.0
     post_eps: float = 0.0
 
+    @property
+    def mixing(self) -> str:
+        """How the matrix is made, in a few words."""
+        if self.manifold != "sinkhorn":
+            return self.manifold
+        stored = "[in, out]" if self.transposed != self.columns_last else "[out, in]"
+        return f"sinkhorn, {self.iters} iterations, {'columns' if self.columns_last else 'rows'} last, stored {stored}"
+
     def __str__(self) -> str:
         """Return it in a few words for the report."""
-        words = [self.manifold]
-        if self.manifold == "sinkhorn":
-            words.append(f"{self.iters} iterations, {'columns' if self.columns_last else 'rows'} last")
-            words.append("stored [in, out]" if self.transposed != self.columns_last else "stored [out, in]")
-        words.append(f"eps {self.eps:g}, norm eps {self.norm_eps:g}")
+        words = [self.mixing, f"eps {self.eps:g}, norm eps {self.norm_eps:g}"]
         if self.magnitude != 2.0 or self.post_eps:
             words.append(f"post {self.magnitude:g}·sigmoid + {self.post_eps:g}")
         return ", ".join(words)

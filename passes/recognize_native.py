@@ -8,18 +8,32 @@ proved (`finding.native_fit`); a piece that is not ours stays, and the first dif
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from .finding.native_fit import TOLERANCE, Mismatch, fit_head, fit_site
-from .finding.native_pieces import Cut, Piece, PieceError, computed_from, is_leaf, nodes_between
-from .finding.native_writes import Write, cut_of, write_of
-from .fx.dataflow import CAST_NAMES, is_activation_input, is_add, is_float, op_name, output_values, shape_of
+from .finding.native_cuts import Surroundings
+from .finding.native_fit import fit_head, fit_site
+from .finding.native_pieces import Cut, Piece, PieceError
+from .finding.native_proof import Mismatch
+from .finding.native_writes import Write, cut_of, writes_of
+from .fx.dataflow import (
+    CAST_NAMES,
+    VIEW_NAMES,
+    is_activation_input,
+    is_add,
+    is_float,
+    op_name,
+    output_values,
+    shape_of,
+)
+from .fx.grad_modes import grad_modes
 from .fx.node_info import location_of, module_path_of
 from .fx.regions import regions_of
 from .native import Mapping, NativeFindings, NativeForm, NativeHead, NativeSite, NativeWrite
@@ -27,7 +41,7 @@ from .residual import Reason, Rejection
 
 _CALLED = {"mhc::post", "mhc::post_pre"}
 # Values of a layer input's shape that are tried for one.
-_MOST_COLLAPSES = 8
+_MOST_COLLAPSES = 16
 
 
 def recognize_native(graph_module: GraphModule, known: dict[str, Any] | None = None) -> NativeFindings:
@@ -53,15 +67,15 @@ class _Recognizer:
     known: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> NativeFindings:
-        self.order = {node: index for index, node in enumerate(self.graph_module.graph.nodes)}
+        graph = self.graph_module.graph
+        self.surroundings = Surroundings(graph)
+        self.order = self.surroundings.order
+        self.modes = grad_modes(self.graph_module)
         sites: list[NativeSite] = []
         writes: list[NativeWrite] = []
         rejections: list[Rejection] = []
         for node in self.order:
-            write = write_of(node) if is_add(node) and is_float(node) else None
-            if write is None:
-                continue
-            found = self._site(write)
+            found = self._written(node) if is_add(node) and is_float(node) else None
             if isinstance(found, NativeSite):
                 sites.append(found)
             elif isinstance(found, NativeWrite):
@@ -75,6 +89,18 @@ class _Recognizer:
         sites += self._halves({site.streams for site in sites})
         return NativeFindings(tuple(sites), heads, tuple(writes), called, tuple(rejections))
 
+    def _written(self, node: Node) -> NativeSite | NativeWrite | Mismatch | Rejection | None:
+        """Return what a sum writes, or what is in the way: of several readings, the nearest."""
+        differences: list[tuple[int, Mismatch | Rejection]] = []
+        for write in writes_of(node, self.surroundings):
+            found = self._site(write)
+            if isinstance(found, NativeSite | NativeWrite):
+                return found
+            if found is not None:
+                unlike = 0 if self._by_rows(write) in (True, False) else 1
+                differences.append((unlike if isinstance(found, Mismatch) else 2, found))
+        return min(differences, key=operator.itemgetter(0), default=(0, None))[1]
+
     def _site(self, write: Write) -> NativeSite | NativeWrite | Mismatch | Rejection | None:
         """Return the site of a write, what is in the way, or None where nothing behind it speaks of streams."""
         cut = write.cut
@@ -82,15 +108,15 @@ class _Recognizer:
             return self._write_alone(write)
         try:
             sources = [node for node in (write.post, write.res) if node is not None]
-            between = nodes_between(sources, (cut.node,), self.order)
+            between = self.surroundings.piece(sources, cut, (cut.node,))
         except PieceError as error:
             # A state that is written to, such as a linear attention's, looks the same: the finder is to say what it is.
             return Rejection(write.node.name, location_of(write.node), Reason.NATIVE_STREAMS, f"post or res: {error}")
-        if not any(is_leaf(node) for node in between):
+        if not between.leaves:
             return None
         by_rows = self._by_rows(write)
-        if by_rows is None:
-            return Mismatch("the write is not the streams, mixed, and the branch times post")
+        if isinstance(by_rows, Mismatch):
+            return by_rows
         return self._collapsed(cut, write.post, write.res, by_rows, write)
 
     def _collapsed(
@@ -101,8 +127,7 @@ class _Recognizer:
         sources = [node for node in (post, res) if node is not None]
         for collapse in self._collapses(cut):
             try:
-                nodes = nodes_between([collapse, *sources], (cut.node,), self.order)
-                piece = Piece(nodes, cut, (cut.node,))
+                piece = self.surroundings.piece([collapse, *sources], cut, (cut.node,))
                 form = self._fitted(piece, (collapse, *sources), by_rows)
             except PieceError as error:
                 form = Mismatch(str(error))
@@ -115,26 +140,32 @@ class _Recognizer:
     def _collapses(self, cut: Cut) -> list[Node]:
         """Return what may be the layer input, [*, C] from the streams and parameters alone, nearest first."""
         shape = cut.per_token(cut.width)
-        found = [node for node in computed_from(cut, self.order) if shape_of(node) == shape and is_float(node)]
+        found = [node for node in self.surroundings.computed_from(cut) if shape_of(node) == shape and is_float(node)]
         return found[:_MOST_COLLAPSES]
 
-    def _by_rows(self, write: Write) -> bool | None:
-        """Return whether a write is `post` with its res as res[out, in], or with the transpose; None if it is not."""
+    def _by_rows(self, write: Write) -> bool | Mismatch:
+        """Return whether a write is `post` with its res as res[out, in], or with the transpose; else how it differs."""
         try:
-            piece = Piece(nodes_between([write.node], write.inputs, self.order), write.cut, write.inputs)
+            piece = self._piece_of(write)
             key = f"write\n{piece.fingerprint()}"
             if key not in self.known:
-                fitting = (by_rows for by_rows in (True, False) if write.gap(piece, by_rows) <= TOLERANCE)
-                self.known[key] = next(fitting, None)
-        except PieceError:
-            return None
-        found: bool | None = self.known[key]
+                with _apart():
+                    differences = {by_rows: write.difference(piece, by_rows) for by_rows in (True, False)}
+                fitting = [by_rows for by_rows, difference in differences.items() if difference is None]
+                nearest = min((entry for entry in differences.values() if entry), key=_distance, default=None)
+                self.known[key] = fitting[0] if fitting else nearest
+        except PieceError as error:
+            return Mismatch(f"the write: {error}")
+        found: bool | Mismatch = self.known[key]
         return found
+
+    def _piece_of(self, write: Write) -> Piece:
+        return self.surroundings.piece([write.node], write.cut, write.inputs)
 
     def _write_alone(self, write: Write) -> NativeWrite | None:
         """Return a write whose coefficients and streams come into the graph."""
         by_rows = self._by_rows(write)
-        if by_rows is None:
+        if isinstance(by_rows, Mismatch) or shape_of(write.node) != shape_of(write.cut.node):
             return None
         return NativeWrite(
             location=location_of(write.node),
@@ -146,7 +177,7 @@ class _Recognizer:
             res=write.res,
             by_rows=by_rows,
             write=write.node,
-            pieces=nodes_between([write.node], write.inputs, self.order),
+            pieces=self._piece_of(write).nodes,
         )
 
     def _halves(self, read: set[Node]) -> list[NativeSite]:
@@ -187,11 +218,15 @@ class _Recognizer:
         piece: Piece,
         form: NativeForm,
     ) -> NativeSite | Mismatch:
-        first = next(node for node in piece.nodes if not is_leaf(node) and _reads(node, cut.node, piece))
+        written = self._piece_of(write).nodes if write is not None else ()
+        leaves = set(piece.leaves)
+        pieces = tuple(sorted({*piece.nodes, *written} - leaves, key=self.order.__getitem__))
+        first = self._first(piece)
         regions = {regions_of(node) for node in (first, collapse, post, res) if node is not None}
         if len(regions) > 1:
             return Mismatch("its coefficients are computed in several regions, such as checkpointed bodies")
-        written = nodes_between([write.node], write.inputs, self.order) if write is not None else ()
+        if not self._in_one_mode(pieces, piece, first):
+            return Mismatch("a part of it is computed without gradients")
         return NativeSite(
             name=_name_of(collapse),
             module=next(reversed(module_path_of(collapse)), None),
@@ -207,28 +242,40 @@ class _Recognizer:
             branch=write.branch if write is not None else None,
             write=write.node if write is not None else None,
             first=first,
-            pieces=tuple(sorted({*piece.nodes, *written} - set(piece.leaves), key=self.order.__getitem__)),
+            pieces=pieces,
         )
+
+    def _first(self, piece: Piece) -> Node:
+        """Return the first node of a piece that depends on the streams."""
+        moving: set[Node] = {piece.cut.node}
+        for node in piece.moving:
+            if any(source in moving for source in node.all_input_nodes):
+                return node
+        raise PieceError("nothing depends on the streams")
+
+    def _in_one_mode(self, nodes: Iterable[Node], piece: Piece, first: Node) -> bool:
+        """Return whether all nodes, and leaves that are made after the first, run with gradients on, or all without."""
+        late = [leaf for leaf in piece.leaves if self.order[leaf] > self.order[first]]
+        return len({self.modes[node] for node in (first, *nodes, *late)}) == 1
 
     def _heads(self, sites: Iterable[NativeSite]) -> Iterable[NativeHead]:
         sites = list(sites)
         read = {site.streams for site in sites}
+        taken = {site.layer_input for site in sites}
         for site in sites:
             assert site.write is not None
-            ends = [site.write, *_casts(site.write, shape_of(site.streams))]
+            ends = [site.write, *_copies(site.write, shape_of(site.streams))]
             for end in ends:
                 if not read & set(ends):
                     head = self._head(Cut(end, tuple(shape_of(end)[:-2]), site.n_streams, site.width))
-                    if head is not None:
+                    if head is not None and head.output not in taken:
                         yield head
                         break
 
     def _head(self, cut: Cut) -> NativeHead | None:
         for collapse in self._collapses(cut):
             try:
-                piece = Piece(nodes_between([collapse], (cut.node,), self.order), cut, (cut.node,))
-                if not piece.leaves:
-                    return None
+                piece = self.surroundings.piece([collapse], cut, (cut.node,))
                 key = f"head {piece.nodes.index(collapse)}\n{piece.fingerprint()}"
                 if key not in self.known:
                     with _apart():
@@ -236,9 +283,9 @@ class _Recognizer:
             except PieceError:
                 continue
             found: tuple[Mapping, float, float] | Mismatch = self.known[key]
-            if not isinstance(found, Mismatch):
+            first = self._first(piece)
+            if not isinstance(found, Mismatch) and self._in_one_mode(piece.moving, piece, first):
                 mapping, norm_eps, eps = found
-                moving = [node for node in piece.nodes if not is_leaf(node)]
                 return NativeHead(
                     name=_name_of(collapse),
                     module=next(reversed(module_path_of(collapse)), None),
@@ -251,26 +298,19 @@ class _Recognizer:
                     eps=eps,
                     streams=cut.node,
                     output=collapse,
-                    first=next(node for node in moving if _reads(node, cut.node, piece)),
-                    pieces=tuple(moving),
+                    first=first,
+                    pieces=piece.moving,
                 )
         return None
 
 
-def _reads(node: Node, streams: Node, piece: Piece) -> bool:
-    """Return whether a node of a piece depends on the streams."""
-    stack, inside = [node], set(piece.nodes)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source is streams:
-                return True
-            if source in inside:
-                stack.append(source)
-    return False
+def _distance(difference: Mismatch) -> tuple[bool, float]:
+    """Return a key that is smaller for the nearer: where only gradients differ, values agree."""
+    return not difference.of_gradient, float("inf") if difference.gap is None else difference.gap
 
 
-def _casts(node: Node, shape: tuple[Any, ...]) -> list[Node]:
-    return [user for user in node.users if op_name(user) in CAST_NAMES and shape_of(user) == shape]
+def _copies(node: Node, shape: tuple[Any, ...]) -> list[Node]:
+    return [user for user in node.users if op_name(user) in CAST_NAMES | VIEW_NAMES and shape_of(user) == shape]
 
 
 def _name_of(node: Node) -> str:
@@ -284,6 +324,8 @@ def _schema_name(node: Node) -> str:
     return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
-def _apart() -> Any:
-    """Inside, tensors are real ones, whatever mode the compiler runs in."""
-    return torch._subclasses.fake_tensor.unset_fake_temporarily()
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Inside, tensors are real ones that have gradients, whatever mode the compiler runs in."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
+        yield

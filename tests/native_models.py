@@ -24,6 +24,7 @@ def deepseek_v4(layers: int = 2, **more: Any) -> nn.Module:
         n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, o_lora_rank=8, o_groups=2, num_hash_layers=0,
         sliding_window=8, layer_types=["sliding_attention"] * layers, mlp_layer_types=["moe"] * layers, **more,
     )  # fmt: skip
+    torch.manual_seed(0)
     return DeepseekV4ForCausalLM(config)
 
 
@@ -38,6 +39,7 @@ def glm5_next(layers: int = 2, kind: str = "linear_attention") -> nn.Module:
         n_shared_experts=1, linear_head_dim=16, linear_num_heads=2, index_topk=32, index_kpool=4, index_head_dim=8,
         index_n_heads=2, mlp_layer_types=["dense"] * layers, layer_types=[kind] * layers,
     )  # fmt: skip
+    torch.manual_seed(0)
     return Glm5NextTextModel(config)
 
 
@@ -51,6 +53,7 @@ def hy_v4(layers: int = 2) -> nn.Module:
         index_head_dim=16, index_n_heads=2, n_routed_experts=4, num_experts_per_tok=2,
         mlp_layer_types=["dense"] * layers,
     )  # fmt: skip
+    torch.manual_seed(0)
     return HYV4ForCausalLM(config)
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from mhc_compile import MHCError
 from mhc_compile.demo.results import DemoResult, RunResult, smoothed
 from mhc_compile.demo.runner import run_demo
-from mhc_compile.demo.text import even_batches, random_batch, standard_library
-from mhc_compile.demo.training import DemoOptions, learning_rate, mhc_run, plain_run
+from mhc_compile.demo.text import VOCABULARY, even_batches, random_batch, standard_library
+from mhc_compile.demo.training import DemoOptions, arithmetic_ratio, learning_rate, mhc_run, plain_run
 from mhc_compile.gain import ChainGain
 
 # One run of the demo serves most of these tests.
@@ -40,10 +40,10 @@ def ran(tmp_path_factory):
 def test_demo_saves_figure_page_and_results(ran):
     files, printed, _ = ran
     assert files.figure.read_bytes().startswith(b"\x89PNG")
-    assert "model.layers.1.mhc.mlp" in files.report_html.read_text()
+    assert "model.layers.0–1.mhc.mlp" in files.report_html.read_text()
     record = json.loads(files.results_json.read_text())
     assert record["options"]["steps"] == 6
-    assert [run["name"] for run in record["runs"]] == ["plain", "mHC"]
+    assert [run["name"] for run in record["runs"]] == ["plain", "mHC", "hyper-connections"]
     assert record["gain"]["sites"] == [site.name for site in files.report.sites]
     assert record["verdict"] == files.result.verdict()
     assert "4 sites in 1 chain," in printed
@@ -71,7 +71,17 @@ def test_gain_starts_at_one(ran):
     result = ran[0].result
     assert result.gain_before.forward == pytest.approx([1.0] * 4, abs=1e-5)
     assert result.gain_before.backward == pytest.approx([1.0] * 4, abs=1e-5)
-    assert len(result.gain.forward) == 4
+    assert len(result.gain.forward) == len(result.gain_unconstrained.forward) == 4
+    # Doubly stochastic matrices amplify by rounding alone; nothing holds the others back.
+    assert max(result.gain.forward) < 1.001 < max(result.gain_unconstrained.forward)
+
+
+def test_arithmetic_is_counted():
+    width, tokens = TINY.width, TINY.batch * TINY.length
+    block = 4 * width * width + 3 * width * 3 * width + 2 * TINY.length * width
+    plain = 2 * tokens * (TINY.layers * block + width * VOCABULARY)
+    ours = 2 * tokens * 2 * TINY.layers * (8 * 2 * width + 8 * width)
+    assert arithmetic_ratio(plain_run(TINY), TINY, 2 * TINY.layers) == pytest.approx(1 + ours / plain)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,7 @@ def test_verdict_says_which_is_better_only_beyond_twice_the_error(held_out, said
     plain = RunResult("plain", [3.0], 3.0, [2.0, 3.0, 4.01], 1.0, 1.0, 10)
     mhc = RunResult("mHC", [3.0], 3.0, held_out, 2.0, 1.0, 12)
     gain = ChainGain(("a",), (1.0,), (1.0,))
-    verdict = DemoResult(plain, mhc, 2.0, gain, gain).verdict()
+    verdict = DemoResult(plain, mhc, mhc, 2.0, 1.2, gain, gain, gain).verdict()
     assert said in verdict
 
 

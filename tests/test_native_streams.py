@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -21,14 +22,14 @@ CALL = {"input_ids": IDS, "use_cache": False}
 TOKENS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
 
 
-def _compared(model, args=(), kwargs=None, plain=None, **options):
+def _compared(model, args=(), kwargs=None, plain=None, floor=1e-4, **options):
     """Return how far the compiled model is from the plain one: outputs, gradients and the worst gradient's name."""
     torch._dynamo.reset()
     plain = plain or model
     wanted = outputs_and_gradients(plain, dict(plain.named_parameters()), args, kwargs or {})
     compiled = torch.compile(model, backend="mhc", options={**EAGER, **options})
     got = outputs_and_gradients(compiled, dict(model.named_parameters()), args, kwargs or {})
-    return gaps(wanted, got, 1e-4)
+    return gaps(wanted, got, floor)
 
 
 def _native(model, kind="site"):
@@ -46,7 +47,8 @@ def _native(model, kind="site"):
 def test_a_model_of_transformers_is_exact_and_keeps_its_parameters(build, mathematics, heads):
     model = perturb(build(layers=1))
     names = list(model.state_dict())
-    out, gradient, where = _compared(model, kwargs=CALL, fusion="boundary")
+    # Compared by a floor: the gradient of one number is a sum that cancels, and float32 leaves 7 digits of its terms.
+    out, gradient, where = _compared(model, kwargs=CALL, floor=1e-3, fusion="boundary")
     assert out <= 1e-5
     assert gradient <= 1e-4, where
     assert list(model.state_dict()) == names
@@ -58,7 +60,17 @@ def test_a_model_of_transformers_is_exact_and_keeps_its_parameters(build, mathem
     assert not mhc_compile.report(model).sites
 
 
-@pytest.mark.parametrize("build", [deepseek_v4, hy_v4])
+def test_in_float64_nothing_but_rounding_is_left():
+    """Hy-V4 casts to float32 by hand: here these casts go to float64."""
+    model = perturb(hy_v4(layers=1)).double()
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        out, gradient, where = _compared(model, kwargs=CALL, fusion="boundary", strict=False)
+    assert len(_native(model)) == 2
+    assert out <= 1e-12
+    assert gradient <= 1e-10, where
+
+
+@pytest.mark.parametrize("build", [deepseek_v4, glm5_next, hy_v4])
 def test_bfloat16_is_as_near_to_float32_as_the_plain_model(build):
     model = perturb(build(layers=1)).bfloat16()
     exact = copy.deepcopy(model).float()

@@ -25,6 +25,7 @@ struct Mapping {
     bool gated;
     bool mixes;
     bool sinkhorn;
+    bool row;
     // Rows of res sum to 1 by construction: column 0 of the anchored matrix is then constant.
     bool exact;
     bool head;
@@ -100,6 +101,15 @@ static inline void soft_rows(Vector (&matrix)[N][N]) {
     }
 }
 
+// `grad` is that of the softmax and becomes that of the logits.
+static inline void soft_rows_backward(Vector (&grad)[N][N], const Vector (&matrix)[N][N]) {
+    for (int out = 0; out < N; out++) {
+        Vector dot{};
+        for (int in = 0; in < N; in++) dot += grad[out][in] * matrix[out][in];
+        for (int in = 0; in < N; in++) grad[out][in] = matrix[out][in] * (grad[out][in] - dot);
+    }
+}
+
 // The first column normalisation, and without eps the first row one too, are in the log domain: see manifolds.py.
 static inline void sinkhorn(Vector (&matrix)[N][N], int iters, float eps, float* history) {
     log_columns(matrix);
@@ -136,11 +146,7 @@ static inline void sinkhorn_backward(
         for (int in = 0; in < N; in++) columns[out][in] = exponential(matrix[out][in]);
     if (eps == 0.0f) {
         soft_rows(matrix);
-        for (int out = 0; out < N; out++) {
-            Vector dot{};
-            for (int in = 0; in < N; in++) dot += grad[out][in] * matrix[out][in];
-            for (int in = 0; in < N; in++) grad[out][in] = matrix[out][in] * (grad[out][in] - dot);
-        }
+        soft_rows_backward(grad, matrix);
     } else {
         for (int out = 0; out < N; out++)
             for (int in = 0; in < N; in++) grad[out][in] *= columns[out][in];
@@ -185,6 +191,7 @@ static void coefficients(const Mapping& mapping, const Lane* products, const flo
             for (int in = 0; in < N; in++)
                 res[out][in] = mapping.mixes ? logit(2 * N + out * N + in) : all(out == in ? 1.0f : 0.0f);
         if (mapping.sinkhorn) sinkhorn(res, mapping.iters, mapping.eps, nullptr);
+        if (mapping.row) soft_rows(res);
         if (mapping.anchored) {
             for (int out = 0; out < N; out++) {
                 if (mapping.exact) res[out][0] = all(1.0f);
@@ -270,6 +277,10 @@ static void coefficient_gradients(
                 }
             }
             if (mapping.sinkhorn) sinkhorn_backward(res, logits, mapping.iters, mapping.eps, history);
+            if (mapping.row) {
+                soft_rows(logits);
+                soft_rows_backward(res, logits);
+            }
             for (int out = 0; out < N; out++)
                 for (int in = 0; in < N; in++) leave(2 * N + out * N + in, res[out][in]);
         }

@@ -259,7 +259,7 @@ bool finish_backward(const Site& site, const MappingGradient& result, int thread
     return done;
 }
 
-constexpr int ANCHORED = 1, GATED = 2, MIXES = 4, SINKHORN = 8, HEAD = 16, EXACT = 32;
+constexpr int ANCHORED = 1, GATED = 2, MIXES = 4, SINKHORN = 8, HEAD = 16, EXACT = 32, ROW = 64;
 
 Site site_of(
     const Stored* streams, const float* scale, const float* bias, int64_t tokens, int64_t width, int iters,
@@ -273,7 +273,7 @@ Site site_of(
     const int rows = head ? N : mixes ? MOST_ROWS : 2 * N;
     const bool anchored = flags & ANCHORED;
     site.mapping = {scale,    bias,     width, rows, iters, norm_eps, eps, anchored, bool(flags & GATED),
-                    mixes,    (flags & SINKHORN) && mixes, bool(flags & EXACT), head};
+                    mixes,    (flags & SINKHORN) && mixes, (flags & ROW) && mixes, bool(flags & EXACT), head};
     site.phi = {nullptr, width, rows, int(ceil_div(rows, ROWS)) * ROWS, anchored};
     return site;
 }

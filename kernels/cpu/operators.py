@@ -16,7 +16,7 @@ from ..manifolds import MANIFOLDS
 from .build import BuildError, library
 
 # As in operators.cpp.
-_ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT = 1, 2, 4, 8, 16, 32
+_ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT, _ROW = 1, 2, 4, 8, 16, 32, 64
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -293,7 +293,8 @@ def _site(
 
 def _flags(manifold: str, eps: float, anchored: bool) -> int:
     family = MANIFOLDS[manifold]
-    mixing = _MIXES * family.mixes | _SINKHORN * (family.kernel_matrix == "sinkhorn")
+    matrix = _SINKHORN * (family.kernel_matrix == "sinkhorn") | _ROW * (family.kernel_matrix == "row")
+    mixing = _MIXES * family.mixes | matrix
     return _ANCHORED * anchored | _GATED * family.gated | mixing | _EXACT * family.rows_are_exact(eps)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..manifolds import MANIFOLDS
 from .configurations import Geometry, ceil_div, coefficients_config
 from .launch import empty, launch
-from .primitives import sinkhorn_tile, sinkhorn_tile_backward, total
+from .primitives import row_softmax, sinkhorn_tile, sinkhorn_tile_backward, total
 
 
 def manifold_constants(manifold: str, eps: float) -> dict[str, Any]:
@@ -111,6 +111,9 @@ def matrix_of(
     if MATRIX == "sinkhorn":
         o, i = matrix_index(N)
         return sinkhorn_tile(logits, (o < n) & (i < n), iters, eps, HAS_EPS)
+    elif MATRIX == "row":
+        o, i = matrix_index(N)
+        return row_softmax(logits, (o < n) & (i < n))
     else:
         tl.static_assert(MATRIX == "logits")
         return logits
@@ -131,6 +134,10 @@ def matrix_backward(
     if MATRIX == "sinkhorn":
         o, i = matrix_index(N)
         return sinkhorn_tile_backward(grad, logits, (o < n) & (i < n), iters, eps, HAS_EPS)
+    elif MATRIX == "row":
+        o, i = matrix_index(N)
+        matrix = row_softmax(logits, (o < n) & (i < n))
+        return matrix * (grad - total(matrix * grad, 1)[:, None, :])
     else:
         tl.static_assert(MATRIX == "logits")
         return grad

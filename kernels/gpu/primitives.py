@@ -110,6 +110,14 @@ def _nonzero(sums: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def row_softmax(logits: tl.tensor, valid: tl.tensor) -> tl.tensor:
+    """Softmax over the inputs of a tile [out, in, tokens]; zero where not `valid`."""
+    shown = tl.where(valid, logits, LOWEST)
+    matrix = tl.where(valid, tl.exp(shown - largest(shown, 1)[:, None, :]), 0.0)
+    return matrix / _nonzero(total(matrix, 1))[:, None, :]
+
+
+@triton.jit
 def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr) -> tuple:
     """First column and row normalization, in the log domain where eps = 0.
 

@@ -202,12 +202,17 @@ class OwnedParameters(nn.Module):
         """Return the options that decide what the parameters mean, as a tensor: safetensors holds nothing else."""
         return encoded_options(self.config)
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: object) -> None:
         """Compare a checkpoint's options with those attached.
+
+        Where a full checkpoint has none, as a plain model's, `torch.distributed.checkpoint` hands over a mark that it
+        puts into the model's own state: there is nothing to compare.
 
         Raises:
             ConfigMismatchError: the checkpoint was saved under others, so that this would be another model.
         """
+        if not isinstance(state, Tensor):
+            return
         saved, attached = decoded_options(state), self.config.saved
         differing = [name for name in attached if saved.get(name, attached[name]) != attached[name]]
         if differing:
@@ -231,8 +236,8 @@ def encoded_options(config: MHCConfig) -> Tensor:
 
 
 def decoded_options(state: Tensor) -> dict[str, Any]:
-    """Return the options that `encoded_options` has written."""
-    values: dict[str, Any] = json.loads(bytes(state.tolist()))
+    """Return the options that `encoded_options` has written, also where the checkpoint was cast to another dtype."""
+    values: dict[str, Any] = json.loads(bytes(state.to(torch.uint8).tolist()))
     return values
 
 

@@ -21,7 +21,7 @@ from ..errors import MHCError
 from ..gain import chain_gains
 from .results import DemoResult, RunResult
 from .text import even_batches, random_batch, standard_library
-from .training import DemoOptions, Run, learning_rate, mhc_run, plain_run, why_no_inductor
+from .training import DemoOptions, Run, arithmetic_ratio, learning_rate, mhc_run, plain_run, why_no_inductor
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +43,9 @@ class DemoFiles:
 
 
 def run_demo(options: DemoOptions, out: str | Path, console: Console | None = None) -> DemoFiles:
-    """Train the plain and the mHC model over the same batches, compare them, and save what came out.
+    """Train the model plain, with mHC and with plain hyper-connections, compare them, and save what came out.
 
-    The two take turns, batch by batch, so that whatever else the machine does slows both alike.
+    All see the same batches and take turns, batch by batch, so that whatever else the machine does slows all alike.
 
     Args:
         options: the sizes.
@@ -79,31 +79,37 @@ def _run(options: DemoOptions, folder: Path, console: Console) -> DemoFiles:
         for batch in even_batches(text.held_out, options.batch, options.length, _HELD_OUT_BATCHES)
     ]
     plain, mhc = plain_run(options), mhc_run(options, example)
+    unconstrained = mhc_run(options, example, constrained=False)
     gain_before = chain_gains(mhc.model, input_ids=held_out[0], labels=held_out[0])[0]
 
     with _progress(console) as progress:
         task = progress.add_task("training", total=options.steps, status="")
         for step in range(options.steps):
             batch = random_batch(text.train, options.batch, options.length, batches).to(options.device)
-            for run in (plain, mhc):
+            for run in (plain, mhc, unconstrained):
                 if step == 0:
                     progress.update(task, status=f"compiling {run.name} with {options.backend} …")
                 run.step(batch, learning_rate(step, options))
                 if step == 0:
                     progress.console.print(f"{run.name}: first step, with compilation: {run.seconds[0]:.1f} s")
-            status = f"plain {plain.losses[-1]:.3f}  mHC {mhc.losses[-1]:.3f}"
+            status = "  ".join(f"{run.name} {run.losses[-1]:.3f}" for run in (plain, mhc, unconstrained))
             progress.update(task, advance=1, status=status)
             if (step + 1) % max(options.steps // _LINES, 1) == 0:
                 progress.console.print(f"step {step + 1:4d}: {status}")
 
-    gain = chain_gains(mhc.model, input_ids=held_out[0], labels=held_out[0])[0]
+    gain, gain_unconstrained = (
+        chain_gains(run.model, input_ids=held_out[0], labels=held_out[0])[0] for run in (mhc, unconstrained)
+    )
     ratios = [ours / theirs for ours, theirs in zip(mhc.seconds, plain.seconds, strict=True)]
     result = DemoResult(
         plain=_result(plain, plain.held_out(held_out)),
         mhc=_result(mhc, mhc.held_out(held_out)),
+        unconstrained=_result(unconstrained, unconstrained.held_out(held_out)),
         step_ratio=statistics.median(ratios[2:] or ratios),
+        arithmetic_ratio=arithmetic_ratio(plain, options, len(gain.sites)),
         gain_before=gain_before,
         gain=gain,
+        gain_unconstrained=gain_unconstrained,
     )
     report = mhc_compile.report(mhc.model)
     files = DemoFiles(

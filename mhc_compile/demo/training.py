@@ -1,4 +1,4 @@
-"""Two runs of one small model over the same batches: plain, and rewritten by backend="mhc"."""
+"""Runs of one small model over the same batches: plain, and rewritten by backend="mhc" on and off a manifold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import mhc_compile
 
@@ -66,8 +68,8 @@ class Run:
     """One model on its way.
 
     Attributes:
-        name: "plain" or "mHC".
-        model: the model; with mHC parameters attached in the mHC run.
+        name: "plain", "mHC", or "hyper-connections" where nothing constrains the mixing matrices.
+        model: the model; with mHC parameters attached in all runs but the plain one.
         compiled: what is called.
         optimizer: AdamW over all parameters of `model`.
         losses: training loss of every step so far, in nats per character.
@@ -141,16 +143,18 @@ def plain_run(options: DemoOptions) -> Run:
     return Run("plain", model, compiled, optimizer)
 
 
-def mhc_run(options: DemoOptions, example: Tensor) -> Run:
+def mhc_run(options: DemoOptions, example: Tensor, constrained: bool = True) -> Run:
     """Set up the run of the same model with mHC: attach, then the optimizer, then compile.
 
     Args:
         options: the sizes.
         example: one batch, int64 [batch, length].
+        constrained: to the options' manifold; if not, the run is one of plain hyper-connections.
     """
     model = _llama(options)
     own = list(model.parameters())
-    config = mhc_compile.MHCConfig(n_streams=options.n_streams, manifold=options.manifold, inner=options.backend)
+    manifold = options.manifold if constrained else "none"
+    config = mhc_compile.MHCConfig(n_streams=options.n_streams, manifold=manifold, inner=options.backend)
     mhc_compile.attach(model, input_ids=example, labels=example, config=config)
     groups = [
         {"params": own, "weight_decay": _WEIGHT_DECAY},
@@ -158,7 +162,23 @@ def mhc_run(options: DemoOptions, example: Tensor) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
     compiled = torch.compile(model, backend="mhc", options={"inner": options.backend}, dynamic=False)
-    return Run("mHC", model, compiled, optimizer)
+    return Run("mHC" if constrained else "hyper-connections", model, compiled, optimizer)
+
+
+def arithmetic_ratio(plain: Run, options: DemoOptions, sites: int) -> float:
+    """Return the multiply-adds of a forward with mHC, relative to the plain model's.
+
+    Counted are matrix products: the plain model's by PyTorch's own counter, and of mHC, for each token and site, the
+    projection of n·C values onto n² + 2n coefficients and the n² + 2n multiples of C values that mixing, collapse and
+    write add up. In the backward both double.
+    """
+    batch = torch.zeros(options.batch, options.length, dtype=torch.int64, device=options.device)
+    # The counter knows no fused attention of a CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        plain.model(input_ids=batch)
+    n = options.n_streams
+    ours = 2 * sites * batch.numel() * (n * n + 2 * n) * (n + 1) * options.width
+    return 1.0 + ours / counter.get_total_flops()
 
 
 def _llama(options: DemoOptions) -> nn.Module:

@@ -6,6 +6,8 @@ resolutions, the coupling of two streams. Each rule reads the reach from the ski
 
 from __future__ import annotations
 
+import math
+
 from torch.fx import Node
 
 from ..fx.dataflow import PRODUCT_NAMES, Reach, behind_views, is_add, op_name, operands, shape_of, tensor_of
@@ -63,13 +65,28 @@ def writes_streams(write: Node, rest: Node, causes: Causes) -> bool:
     a linear attention writes into its state does not.
     """
     product = behind_views(write)
-    if op_name(product) not in PRODUCT_NAMES:
+    if op_name(product) in _MATRIX_PRODUCTS:
+        factors = [source for source in product.all_input_nodes if causes.kinds[source] is Kind.ACTIVATION]
+        if len(factors) != 2:
+            return False
+        pairs = ((left, right) for left, right in (factors, factors[::-1]) if _is_outer(product, left, right))
+    elif op_name(product) in PRODUCT_NAMES:
+        left, right = operands(product)
+        pairs = (
+            (coefficient, value)
+            for coefficient, value in ((left, right), (right, left))
+            if _is_stream_coefficient(coefficient, causes) and _is_repeated(value, coefficient)
+        )
+    else:
         return False
-    left, right = operands(product)
-    for coefficient, value in ((left, right), (right, left)):
-        if _is_stream_coefficient(coefficient, causes) and _is_repeated(value, coefficient):
-            return _comes_from(value, _streams_behind(rest), causes)
-    return False
+    return any(_comes_from(value, _streams_behind(rest), causes) for _, value in pairs)
+
+
+def _is_outer(product: Node, coefficient: Node, value: Node) -> bool:
+    """Return whether a product has, for each token, all products of a few coefficients and a value's features."""
+    entries, few, features = (math.prod(shape_of(node)) for node in (product, coefficient, value))
+    width = shape_of(value)[-1] if shape_of(value) else 0
+    return few * width == entries and any(features * n == entries for n in range(2, _MOST_STREAMS + 1))
 
 
 def _is_stream_coefficient(node: object, causes: Causes) -> bool:
@@ -99,7 +116,7 @@ def _is_repeated(value: object, coefficient: Node) -> bool:
 
 def _streams_behind(rest: Node) -> set[Node]:
     """Return what may be the streams: the other operand itself, or what a matrix mixes into it."""
-    behind = behind_views(rest)
+    behind = behind_views(rest, "getitem", "select", "narrow")
     sources = (
         {behind_views(source) for source in behind.all_input_nodes} if op_name(behind) in _MATRIX_PRODUCTS else set()
     )

@@ -15,44 +15,58 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...kernels import reference
 from ...kernels.manifolds import MANIFOLDS, is_built_in
-from ..fx.dataflow import op_name
+from ..fx.dataflow import op_name, tensor_of
+from ..fx.sources import path_of
 from ..native import Mapping, NativeForm, Part
-from .native_pieces import Piece, PieceError
+from .native_pieces import Piece
+from .native_proof import TOLERANCE, Mismatch, gap_between, gradients, parameters_of, prove_head, prove_site
 
-TOLERANCE = 1e-9
-# Sizes of weights and of streams that a form is proved for.
-_SCALES = ((1.0, 1.0), (3.0, 30.0), (0.2, 0.02))
 _LARGEST_EPS = 1e-2
+# What logits may be multiplied by, beside what the piece's own numbers say.
+_FACTORS = (1.0, 2.0, 0.5)
+_LEAST_FACTOR, _LARGEST_FACTOR = 0.01, 200.0
+# Of `torch.nn.functional.normalize`.
+_SHORTEST = 1e-12
 _NORMALIZATIONS = {"softmax", "log_softmax", "logsumexp", "normalize", "div", "truediv", "itruediv", "div_"}
 
 
 @dataclass(frozen=True)
-class Mismatch:
-    """The first thing that is not as in our operators.
+class _Reads:
+    """What one group of coefficients reads of the model's tensors, and how its logits are made of that.
 
     Attributes:
-        what: such as "res".
-        gap: the difference to the nearest that was tried, relative to the largest entry; None where none was.
+        phi: rows of weights.
+        scale: one number, or none.
+        bias: one number a row, or none.
+        gain: of the norm before the projection.
+        norm_eps: of that norm.
+        features_first: the streams are flattened as [C, n].
+        factor: what the logits are multiplied by: the inverse of a temperature.
     """
 
-    what: str
-    gap: float | None = None
-
-    def __str__(self) -> str:
-        """Return it as a phrase."""
-        return self.what if self.gap is None else f"{self.what} differs by {self.gap:.1e}"
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """What one group of coefficients reads of the model's tensors."""
-
-    phi: Part | None
+    phi: Part
     scale: Part | None
     bias: Part | None
     gain: Part | None
+    norm_eps: float = 0.0
+    features_first: bool = False
+    factor: float = 1.0
+
+    def mapping(self, rows: int) -> Mapping:
+        """Return the mapping of this group alone."""
+        return Mapping(
+            (self.phi,),
+            (self._numbers(self.scale, 1, 1.0),),
+            (self._numbers(self.bias, rows, 0.0),),
+            self.gain,
+            self.features_first,
+        )
+
+    def _numbers(self, part: Part | None, count: int, fill: float) -> Part:
+        if part is None:
+            return Part(None, 0, count, fill=fill * self.factor)
+        return replace(part, factor=self.factor)
 
 
 @dataclass
@@ -67,50 +81,14 @@ class _Sample:
     def streams(self) -> Tensor:
         return self.given[self.piece.cut.node]
 
-    def logits(self, reads: _Reads, rows: int, norm_eps: float) -> Tensor:
+    def logits(self, reads: _Reads, rows: int) -> Tensor:
         """Return one group's logits [*, rows] as `pre` computes them."""
-        mapping = Mapping(
-            (_or_constant(reads.phi, rows, 0.0),),
-            (_or_constant(reads.scale, 1, 1.0),),
-            (_or_constant(reads.bias, rows, 0.0),),
-            reads.gain,
-        )
-        phi, scale, bias = parameters_of(mapping, [self.given[leaf] for leaf in self.piece.leaves], self.piece.cut.flat)
+        cut = self.piece.cut
+        leaves = [self.given[leaf] for leaf in self.piece.leaves]
+        phi, scale, bias = parameters_of(reads.mapping(rows), leaves, cut.n_streams, cut.width)
         flat = self.streams.flatten(-2)
-        inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+        inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + reads.norm_eps)
         return (flat @ phi.mT) * inverse_rms * scale + bias
-
-
-def parameters_of(mapping: Mapping, leaves: Sequence[Tensor], flat: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return phi [rows, n·C], scale and bias that a mapping makes of the model's tensors."""
-
-    def vector(parts: tuple[Part, ...]) -> Tensor:
-        like = leaves[0]
-        return torch.cat(
-            [
-                like.new_full((part.stop - part.start,), part.fill)
-                if part.leaf is None
-                else leaves[part.leaf].reshape(-1)[part.start : part.stop]
-                for part in parts
-            ]
-        )
-
-    phi = torch.cat([_rows(leaves, part, flat) for part in mapping.phi])
-    if mapping.gain is not None:
-        assert mapping.gain.leaf is not None
-        phi = phi * leaves[mapping.gain.leaf].reshape(-1)
-    return phi, vector(mapping.scale), vector(mapping.bias)
-
-
-def _rows(leaves: Sequence[Tensor], part: Part, flat: int) -> Tensor:
-    if part.leaf is None:
-        return leaves[0].new_zeros(part.stop - part.start, flat)
-    leaf = leaves[part.leaf]
-    return (leaf.reshape(flat, -1).mT if part.columns else leaf.reshape(-1, flat))[part.start : part.stop]
-
-
-def _or_constant(part: Part | None, rows: int, fill: float) -> Part:
-    return Part(None, 0, rows, fill=fill) if part is None else part
 
 
 def fit_site(
@@ -136,25 +114,28 @@ def fit_site(
     found = _fit_pre(sample, layer_input, reads)
     if isinstance(found, Mismatch):
         return found
-    norm_eps, eps = found
+    reads, eps = found
     groups = [reads]
     gates = _reads(sample, post, n)
     if isinstance(gates, Mismatch):
         return replace(gates, what=f"post {gates.what}")
-    groups.append(gates)
-    affine = _fit_post(sample, post, gates, norm_eps)
+    affine = _fit_post(sample, post, _normed_like(gates, reads))
     if isinstance(affine, Mismatch):
         return affine
-    form = NativeForm(Mapping((), (), ()), "identity", 1, norm_eps, eps, magnitude=affine[0], post_eps=affine[1])
+    gates, magnitude, post_eps = affine
+    groups.append(gates)
+    form = NativeForm(
+        Mapping((), (), ()), "identity", 1, reads.norm_eps, eps, magnitude=magnitude, post_eps=post_eps
+    )  # fmt: skip
     if res is not None:
         mixing = _reads(sample, res, n * n)
         if isinstance(mixing, Mismatch):
             return replace(mixing, what=f"res {mixing.what}")
-        groups.append(mixing)
-        fitted = _fit_res(sample, res, mixing, mixes_by_rows, form)
+        fitted = _fit_res(sample, res, _normed_like(mixing, reads), mixes_by_rows, form)
         if isinstance(fitted, Mismatch):
             return fitted
-        form = fitted
+        mixing, form = fitted
+        groups.append(mixing)
     if any(group.gain != groups[0].gain for group in groups):
         return Mismatch("pre, post and res read norms of different weights")
     form = replace(form, mapping=_packed(groups, n))
@@ -167,57 +148,26 @@ def fit_head(piece: Piece, output: Node) -> tuple[Mapping, float, float] | Misma
     Raises:
         PieceError: the piece cannot be run.
     """
-    n = piece.cut.n_streams
     sample = _sample(piece)
-    reads = _reads(sample, output, n)
+    reads = _reads(sample, output, piece.cut.n_streams)
     if isinstance(reads, Mismatch):
         return reads
     found = _fit_pre(sample, output, reads)
     if isinstance(found, Mismatch):
         return found
-    mapping = _packed([reads], n)
-    for seed, (weight, size) in enumerate(_SCALES):
-        sample = _sample(piece, seed + 1, weight, size)
-        parameters = parameters_of(mapping, [sample.given[leaf] for leaf in piece.leaves], piece.cut.flat)
-        got, _ = reference.head(sample.streams, *parameters, *found)
-        if (gap := _gap(sample.values[output], got)) > TOLERANCE:
-            return Mismatch("the readout", gap)
-    return mapping, *found
+    reads, eps = found
+    mapping = _packed([reads], piece.cut.n_streams)
+    return prove_head(piece, output, mapping, reads.norm_eps, eps) or (mapping, reads.norm_eps, eps)
 
 
-def prove_site(
-    piece: Piece, layer_input: Node, post: Node, res: Node | None, mixes_by_rows: bool, form: NativeForm
-) -> Mismatch | None:
-    """Compare a piece with `pre` on streams and weights of several sizes; None where they agree."""
-    for seed, (weight, size) in enumerate(_SCALES):
-        sample = _sample(piece, seed + 1, weight, size)
-        parameters = parameters_of(form.mapping, [sample.given[leaf] for leaf in piece.leaves], piece.cut.flat)
-        got = reference.pre(
-            sample.streams, *parameters, form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed
-        )
-        wanted = [("pre", sample.values[layer_input], got.layer_input)]
-        wanted.append(("post", sample.values[post], got.post * (form.magnitude / 2) + form.post_eps))
-        if res is not None:
-            matrix = sample.values[res] if mixes_by_rows else sample.values[res].mT
-            wanted.append(("res", matrix, got.res.mT if form.columns_last else got.res))
-        for what, theirs, ours in wanted:
-            if (gap := _gap(theirs, ours)) > TOLERANCE:
-                return Mismatch(what, gap)
-    return None
+def _normed_like(reads: _Reads, other: _Reads) -> _Reads:
+    return replace(reads, norm_eps=other.norm_eps, features_first=other.features_first)
 
 
-def _sample(piece: Piece, seed: int = 0, weight: float = 1.0, size: float = 1.0) -> _Sample:
-    given = piece.drawn(seed, weight, size)
+def _sample(piece: Piece) -> _Sample:
+    given = piece.drawn(0, 1.0, 1.0)
     with torch.no_grad():
         return _Sample(piece, given, piece.run(given))
-
-
-def _gap(theirs: Tensor, ours: Tensor) -> float:
-    """Return the largest difference, relative to the largest entry where that is above 1."""
-    if theirs.shape != ours.shape:
-        return float("inf")
-    gap = float((theirs - ours).abs().max()) / max(1.0, float(theirs.abs().max()))
-    return gap if gap == gap else float("inf")
 
 
 def _reads(sample: _Sample, result: Node, rows: int) -> _Reads | Mismatch:
@@ -225,20 +175,23 @@ def _reads(sample: _Sample, result: Node, rows: int) -> _Reads | Mismatch:
     piece = sample.piece
     flat = piece.cut.flat
     leaves = [sample.given[leaf].detach().requires_grad_() for leaf in piece.leaves]
-    with torch.enable_grad():
-        values = piece.run({**sample.given, **dict(zip(piece.leaves, leaves, strict=True))})
-        if not values[result].requires_grad:
-            return Mismatch("reads no weights")
-        generator = torch.Generator().manual_seed(7)
-        weights = torch.randn(values[result].shape, generator=generator, dtype=torch.float64)
-        grads = torch.autograd.grad((values[result] * weights).sum(), leaves, allow_unused=True)
+    values = piece.run({**sample.given, **dict(zip(piece.leaves, leaves, strict=True))})
+    if not values[result].requires_grad:
+        return Mismatch("reads no weights, or has no gradient")
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(values[result].shape, generator=generator, dtype=torch.float64)
+    grads = gradients(values[result], weights, leaves)
     found: dict[str, Part] = {}
     for index, grad in enumerate(grads):
-        if grad is None or not (touched := grad != 0).any():
+        if not (touched := grad != 0).any():
             continue
         kind, part = _kind_of(index, touched, rows, flat)
-        if kind is None or kind in found:
-            return Mismatch(f"reads {piece.leaves[index].name} in a way that is not known")
+        if kind is None:
+            return Mismatch(f"reads {int(touched.sum())} numbers of {path_of(piece.leaves[index])}, which fits nothing")
+        if kind in found:
+            first = found[kind].leaf
+            assert first is not None
+            return Mismatch(f"has two of {kind}: {path_of(piece.leaves[first])} and {path_of(piece.leaves[index])}")
         found[kind] = part
     if "phi" not in found:
         return Mismatch("is no projection of the flattened streams")
@@ -277,86 +230,114 @@ def _run(index: int, used: Tensor) -> Part | None:
     return Part(index, places[0], places[-1] + 1)
 
 
-def _fit_pre(sample: _Sample, result: Node, reads: _Reads) -> tuple[float, float] | Mismatch:
-    """Return (norm_eps, eps) with which a collapse is ours."""
-    best = float("inf")
-    for norm_eps in _small_numbers(sample.piece):
-        gate = torch.sigmoid(sample.logits(reads, sample.piece.cut.n_streams, norm_eps))
-        for eps in _small_numbers(sample.piece):
-            ours = ((gate + eps).unsqueeze(-2) @ sample.streams).squeeze(-2)
-            gap = _gap(sample.values[result], ours)
-            if gap <= TOLERANCE:
-                return norm_eps, eps
-            best = min(best, gap)
-    return Mismatch("pre", best)
+def _fit_pre(sample: _Sample, result: Node, reads: _Reads) -> tuple[_Reads, float] | Mismatch:
+    """Return what pre reads, and its eps, with which a collapse is nearest to ours."""
+    piece = sample.piece
+    tries: list[tuple[float, _Reads, float]] = []
+    for features_first in (False, True):
+        for norm_eps in _norm_epsilons(piece):
+            read = replace(reads, norm_eps=norm_eps, features_first=features_first)
+            logits = sample.logits(read, piece.cut.n_streams)
+            for factor in _factors(piece):
+                gate = torch.sigmoid(factor * logits)
+                for eps in _small_numbers(piece):
+                    ours = ((gate + eps).unsqueeze(-2) @ sample.streams).squeeze(-2)
+                    gap = gap_between(sample.values[result], ours)
+                    tries.append((gap, replace(read, factor=factor), eps))
+        gap, read, eps = min(tries, key=lambda entry: entry[0])
+        if gap <= TOLERANCE:
+            return read, eps
+    return Mismatch("pre", gap)
 
 
-def _fit_post(sample: _Sample, result: Node, reads: _Reads, norm_eps: float) -> tuple[float, float] | Mismatch:
-    """Return (magnitude, eps) with which post is ours."""
-    gate = torch.sigmoid(sample.logits(reads, sample.piece.cut.n_streams, norm_eps))
-    numbers = [value for value in sample.piece.numbers() if 0.05 <= value <= 100 and value not in (1.0, 2.0)]
-    best = float("inf")
-    for magnitude in (2.0, 1.0, *numbers):
-        for eps in _small_numbers(sample.piece):
-            gap = _gap(sample.values[result], magnitude * gate + eps)
-            if gap <= TOLERANCE:
-                return magnitude, eps
-            best = min(best, gap)
-    return Mismatch("post", best)
+def _fit_post(sample: _Sample, result: Node, reads: _Reads) -> tuple[_Reads, float, float] | Mismatch:
+    """Return what post reads, with its magnitude and eps, with which it is nearest to ours."""
+    piece = sample.piece
+    logits = sample.logits(reads, piece.cut.n_streams)
+    numbers = [value for value in piece.numbers() if 0.05 <= value <= 100]
+    tries: list[tuple[float, _Reads, float, float]] = []
+    for factor in _factors(piece):
+        gate = torch.sigmoid(factor * logits)
+        for magnitude in dict.fromkeys((2.0, 1.0, *numbers)):
+            for eps in _small_numbers(piece):
+                gap = gap_between(sample.values[result], magnitude * gate + eps)
+                tries.append((gap, replace(reads, factor=factor), magnitude, eps))
+    gap, read, magnitude, eps = min(tries, key=lambda entry: entry[0])
+    return (read, magnitude, eps) if gap <= TOLERANCE else Mismatch("post", gap)
 
 
-def _fit_res(sample: _Sample, result: Node, reads: _Reads, by_rows: bool, form: NativeForm) -> NativeForm | Mismatch:
-    """Return the form with what makes its mixing matrix ours."""
+def _fit_res(
+    sample: _Sample, result: Node, reads: _Reads, by_rows: bool, form: NativeForm
+) -> tuple[_Reads, NativeForm] | Mismatch:
+    """Return what res reads, and the form with what makes the mixing matrix ours."""
     n = sample.piece.cut.n_streams
-    logits = sample.logits(reads, n * n, form.norm_eps).unflatten(-1, (n, n))
+    logits = sample.logits(reads, n * n).unflatten(-1, (n, n))
     wanted = sample.values[result] if by_rows else sample.values[result].mT
-    best, eps_of_best = float("inf"), form.eps
-    for tried in _mixings(sample.piece, form):
-        matrix = MANIFOLDS[tried.manifold].project(logits.mT if tried.transposed else logits, tried.iters, tried.eps)
-        gap = _gap(wanted, matrix.mT if tried.columns_last else matrix)
-        if gap <= TOLERANCE and tried.eps == form.eps:
-            return tried
-        if gap < best:
-            best, eps_of_best = gap, tried.eps
+    best, nearest = float("inf"), form
+    for tried in _mixings(sample.piece, result, form):
+        for factor in _factors(sample.piece):
+            given = factor * (logits.mT if tried.transposed else logits)
+            matrix = MANIFOLDS[tried.manifold].project(given, tried.iters, tried.eps)
+            gap = gap_between(wanted, matrix.mT if tried.columns_last else matrix)
+            if gap <= TOLERANCE and tried.eps == form.eps:
+                return replace(reads, factor=factor), tried
+            if gap < best:
+                best, nearest = gap, tried
     if best <= TOLERANCE:
-        return Mismatch(f"res has eps {eps_of_best:g} where pre has {form.eps:g}")
-    return Mismatch("res", best)
+        return Mismatch(f"res has eps {nearest.eps:g} where pre has {form.eps:g}")
+    return Mismatch("res", best, f"from {nearest.mixing}")
 
 
-def _mixings(piece: Piece, form: NativeForm) -> Iterator[NativeForm]:
+def _mixings(piece: Piece, result: Node, form: NativeForm) -> Iterator[NativeForm]:
     """Yield what a mixing matrix may be, the likely first."""
-    count = sum(op_name(node) in _NORMALIZATIONS for node in piece.nodes)
-    iterations = [
-        value for value in dict.fromkeys(((count + 1) // 2, count // 2, (count - 1) // 2, count)) if value > 0
-    ]
-    epsilons = dict.fromkeys((form.eps, *_small_numbers(piece)))
+    count = sum(op_name(node) in _NORMALIZATIONS for node in piece.before(result))
+    likely = [value for value in dict.fromkeys(((count + 1) // 2, count // 2, (count - 1) // 2, count)) if value > 0]
+    others = [value for value in range(1, count) if value not in likely]
+    ways = [(transposed, columns_last) for transposed in (True, False) for columns_last in (False, True)]
     for name, manifold in MANIFOLDS.items():
         if not (is_built_in(name) and manifold.gated and manifold.mixes and manifold.logits is None):
             continue
-        for transposed in (True, False):
-            for columns_last in (False, True):
-                for eps in epsilons:
-                    for iters in iterations if name == "sinkhorn" else [1]:
-                        yield replace(
-                            form, manifold=name, iters=iters, eps=eps, transposed=transposed, columns_last=columns_last
-                        )
+        tries = [(eps, iters) for eps in dict.fromkeys((form.eps, *_small_numbers(piece))) for iters in likely or [1]]
+        if name == "sinkhorn":
+            tries += [(form.eps, iters) for iters in others]
+        else:
+            tries = [(form.eps, 1)]
+        for eps, iters in tries:
+            for transposed, columns_last in ways:
+                yield replace(
+                    form, manifold=name, iters=iters, eps=eps, transposed=transposed, columns_last=columns_last
+                )
 
 
 def _small_numbers(piece: Piece) -> list[float]:
     """Return what may be an eps: the piece's small numbers, and none."""
-    small = [value for value in piece.numbers() if 0 < value <= _LARGEST_EPS]
-    if any(op_name(node) == "rms_norm" for node in piece.nodes):
-        small += [torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps]
-    return [*dict.fromkeys(small), 0.0]
+    return [*dict.fromkeys((*(value for value in piece.numbers() if 0 < value <= _LARGEST_EPS), 0.0))]
+
+
+def _norm_epsilons(piece: Piece) -> list[float]:
+    """Return what may be the eps of the norm: also what a norm has that is given none, or that clamps the length."""
+    small = _small_numbers(piece)
+    dtypes = {tensor.dtype for node in piece.moving if (tensor := tensor_of(node)) is not None}
+    own = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
+    # x / max(|x|, 1e-12), times the root of the number of features.
+    lengths = [value**2 / piece.cut.flat for value in (*small, _SHORTEST) if value > 0]
+    return [*dict.fromkeys((*small, *own, *lengths))]
+
+
+def _factors(piece: Piece) -> list[float]:
+    """Return what logits may be multiplied by, the likely first: temperatures and their inverses among them."""
+    numbers = [number for value in piece.numbers() if value > 0 for number in (1.0 / value, value)]
+    return [*dict.fromkeys((*_FACTORS, *(n for n in numbers if _LEAST_FACTOR <= n <= _LARGEST_FACTOR)))]
 
 
 def _packed(groups: Sequence[_Reads], n: int) -> Mapping:
-    rows = (n, n, n * n)
+    alone = [group.mapping(rows) for group, rows in zip(groups, (n, n, n * n), strict=False)]
     return Mapping(
-        phi=_joined([_or_constant(group.phi, count, 0.0) for group, count in zip(groups, rows, strict=False)]),
-        scale=_joined([_or_constant(group.scale, 1, 1.0) for group in groups]),
-        bias=_joined([_or_constant(group.bias, count, 0.0) for group, count in zip(groups, rows, strict=False)]),
+        phi=_joined([part for mapping in alone for part in mapping.phi]),
+        scale=_joined([part for mapping in alone for part in mapping.scale]),
+        bias=_joined([part for mapping in alone for part in mapping.bias]),
         gain=groups[0].gain,
+        features_first=groups[0].features_first,
     )
 
 
@@ -365,11 +346,8 @@ def _joined(parts: list[Part]) -> tuple[Part, ...]:
     joined: list[Part] = []
     for part in parts:
         last = joined[-1] if joined else None
-        if last is not None and part.leaf is not None and (last.leaf, last.stop) == (part.leaf, part.start):
+        if last is not None and part.leaf is not None and last == replace(part, start=last.start, stop=part.start):
             joined[-1] = replace(last, stop=part.stop)
         else:
             joined.append(part)
     return tuple(joined)
-
-
-__all__ = ["Mismatch", "PieceError", "fit_head", "fit_site", "parameters_of"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,23 +17,16 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from ..fx.dataflow import (
-    CAST_NAMES,
-    data_inputs,
-    is_float,
-    is_parameter_expression,
-    is_static_input,
-    op_name,
-    shape_of,
-    tensor_of,
-)
+from ..fx.dataflow import CAST_NAMES, is_float, op_name, shape_of, tensor_of
 
 TOKENS = 6
-_SIZED = {"view", "reshape", "expand", "broadcast_to"}
-# Nodes of a piece; a DeepSeek-V4 site with 20 iterations has 120.
-_MOST_NODES = 1500
-# Values behind the streams that are looked at for a collapse.
-_MOST_FORWARD = 600
+_EXPANDING = {"expand", "broadcast_to", "expand_as"}
+_SIZED = {"view", "reshape", "view_as", "reshape_as", *_EXPANDING}
+# Of what is read only the shape, where there is anything to read.
+CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
+# What is one function on some numbers and another one on others, beside norms and maxima.
+_CLAMPS = {"clamp", "clip", "clamp_min", "clamp_max", "hardtanh"}
+_CHOICES = {"where", "minimum", "maximum", "fmin", "fmax"}
 
 
 class PieceError(Exception):
@@ -66,57 +59,9 @@ class Cut:
         return (*self.tokens, *sizes)
 
 
-def is_leaf(node: Node) -> bool:
-    """Return whether a node is a tensor that belongs to the model."""
-    return node.op == "get_attr" or is_static_input(node)
-
-
-def nodes_between(targets: Iterable[Node], cuts: Iterable[Node], order: dict[Node, int]) -> tuple[Node, ...]:
-    """Return what computes `targets` from `cuts` and the model's tensors, in graph order, with the latter.
-
-    Raises:
-        PieceError: something else is read, or the piece is too large.
-    """
-    ends = set(cuts)
-    seen: set[Node] = set()
-    stack = [node for node in targets if node not in ends]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if len(seen) > _MOST_NODES:
-            raise PieceError("more than the streams and the model's parameters is read")
-        if is_leaf(node):
-            continue
-        if node.op not in ("call_function", "call_method"):
-            raise PieceError(f"{node.name} is read, which is neither the streams nor a parameter")
-        inputs = [source for source in data_inputs(node) if not isinstance(_example(source), int | torch.SymInt)]
-        stack += [source for source in inputs if source not in ends]
-    return tuple(sorted(seen, key=order.__getitem__))
-
-
-def computed_from(cut: Cut, order: dict[Node, int]) -> list[Node]:
-    """Return what is computed from streams and parameters alone, in graph order: coefficients and layer inputs."""
-    pure = {cut.node}
-    stack = list(cut.node.users)
-    found: list[Node] = []
-    seen = set(stack)
-    while stack and len(seen) < _MOST_FORWARD:
-        node = min(stack, key=order.__getitem__)
-        stack.remove(node)
-        if node.op not in ("call_function", "call_method") or not all(
-            source in pure or isinstance(_example(source), int | torch.SymInt) or is_parameter_expression(source)
-            for source in data_inputs(node)
-        ):
-            continue
-        pure.add(node)
-        found.append(node)
-        for user in node.users:
-            if user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return found
+def is_size(node: Node) -> bool:
+    """Return whether a node is a number of entries, not data."""
+    return isinstance(_example(node), int | torch.SymInt)
 
 
 @dataclass
@@ -125,18 +70,36 @@ class Piece:
 
     Attributes:
         nodes: in graph order, leaves among them.
+        leaves: the model's tensors that it reads, in graph order.
         cut: the streams that the piece speaks of.
         inputs: what it is given beside the model's tensors.
+        untried: clamps that changed no number so far, in any run, and choices that always fell on one side.
     """
 
     nodes: tuple[Node, ...]
+    leaves: tuple[Node, ...]
     cut: Cut
     inputs: tuple[Node, ...]
+    untried: set[Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note the clamps and choices."""
+        self.untried = {node for node in self.moving if op_name(node) in _CLAMPS | _CHOICES}
 
     @property
-    def leaves(self) -> tuple[Node, ...]:
-        """The model's tensors that the piece reads, in graph order."""
-        return tuple(node for node in self.nodes if is_leaf(node))
+    def moving(self) -> tuple[Node, ...]:
+        """Its nodes but for the leaves."""
+        return tuple(node for node in self.nodes if node not in self.leaves)
+
+    def before(self, result: Node) -> tuple[Node, ...]:
+        """Return what a value of the piece is computed from, with itself, in graph order."""
+        stack, seen, inside = [result], {result}, set(self.moving)
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source in inside and source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return tuple(node for node in self.nodes if node in seen)
 
     def numbers(self, nodes: Iterable[Node] | None = None) -> list[float]:
         """Return the numbers that the piece's operations are given, once each."""
@@ -147,7 +110,7 @@ class Piece:
                 found.append(float(value))
             return value
 
-        for node in self.nodes if nodes is None else nodes:
+        for node in self.moving if nodes is None else nodes:
             map_aggregate((node.args, dict(node.kwargs)), note)
         return list(dict.fromkeys(found))
 
@@ -162,7 +125,7 @@ class Piece:
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
             if node in self.inputs:
                 value = value * size
-                rows = value.flatten(0, len(self.cut.tokens) - 1)
+                rows = value.view(TOKENS, -1)
                 rows[0], rows[1] = 0.0, rows[1] * 1e-3
             elif len(shape) > 1 and self.cut.flat in shape:
                 value = value * (2 * weight / self.cut.flat**0.5)
@@ -186,6 +149,8 @@ class Piece:
                 moving.add(node)
             try:
                 values[node] = self._evaluate(node, values, node in moving)
+                if node in self.untried and self._falls_on_both_sides(node, values):
+                    self.untried.discard(node)
             except PieceError:
                 raise
             except Exception as error:
@@ -193,14 +158,28 @@ class Piece:
                 raise PieceError(f"{op_name(node)} could not be run in float64: {line}") from error
         return values
 
+    def _falls_on_both_sides(self, node: Node, values: dict[Node, Any]) -> bool:
+        """Return whether a clamp changed a number, or a choice took some of either of its operands."""
+        first = values[node.all_input_nodes[0]]
+        if op_name(node) in _CLAMPS:
+            return not torch.equal(values[node], first)
+        if op_name(node) == "where":
+            return bool(first.any()) and not bool(first.all())
+        return all(not torch.equal(values[node], values[source]) for source in node.all_input_nodes)
+
     def _evaluate(self, node: Node, values: dict[Node, Any], moving: bool) -> Any:
         name = op_name(node)
         source = values.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
         if name in CAST_NAMES and isinstance(source, Tensor) and is_float(node):
             return source
-        if name in _SIZED and moving and isinstance(source, Tensor):
+        if name in CONSTANTS and is_float(node):
+            return torch.full(self._small(node), CONSTANTS[name], dtype=torch.float64)
+        if name in _SIZED and isinstance(source, Tensor):
             sizes = self._small(node)
-            return source.expand(sizes) if name in ("expand", "broadcast_to") else source.reshape(sizes)
+            if name in _EXPANDING and (moving or shape_of(node)[: len(self.cut.tokens)] == self.cut.tokens):
+                return source.expand(sizes)
+            if moving:
+                return source.reshape(sizes)
 
         def mean(argument: Any) -> Any:
             if isinstance(argument, Node):
@@ -237,13 +216,14 @@ class Piece:
             shape = shape_of(node)
             few = self._small(node) if node not in self.leaves else shape
             arguments: Any = ()
-            if node not in self.inputs and not is_leaf(node):
+            if node not in self.inputs and node not in self.leaves:
                 moving = op_name(node) in _SIZED
                 arguments = map_aggregate(
                     (node.args[: 1 if moving else None], dict(node.kwargs)),
                     lambda value: f"%{numbers.get(value)}" if isinstance(value, Node) else value,
                 )
-            lines.append(f"{node.op} {node.target if not is_leaf(node) else ''} {arguments} {few} {_dtype(node)}")
+            target = node.target if node not in self.leaves else ""
+            lines.append(f"{node.op} {target} {arguments} {few} {_dtype(node)}")
         return "\n".join(lines)
 
 

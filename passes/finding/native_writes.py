@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.fx import Node
 
 from ...kernels import reference
 from ..fx.dataflow import CAST_NAMES, VIEW_NAMES, data_inputs, is_float, op_name, operands, shape_of, tensor_of
+from .native_cuts import Surroundings
 from .native_pieces import Cut, Piece
+from .native_proof import Mismatch, first_difference
 
 # As in `kernels.manifolds`: what the operators cover.
 _MOST_STREAMS = 8
@@ -44,20 +47,24 @@ class Write:
         """Its operands."""
         return tuple(node for node in (self.cut.node, self.branch, self.post, self.res) if node is not None)
 
-    def gap(self, piece: Piece, by_rows: bool) -> float:
-        """Return how far the write is from `post`, relatively, on random float64 inputs.
+    def difference(self, piece: Piece, by_rows: bool) -> Mismatch | None:
+        """Return how the write differs from `post` on random float64 inputs, in value or gradient; None if it does not.
 
         Args:
             piece: from `inputs` to the new streams.
             by_rows: take `res` for res[out, in]; else for its transpose.
         """
-        with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
-            given = piece.drawn(0, 1.0, 1.0)
-            theirs = piece.run(given)[self.node]
-            streams, branch, post = (given[node] for node in (self.cut.node, self.branch, self.post))
-            res = torch.eye(self.cut.n_streams, dtype=torch.float64) if self.res is None else given[self.res]
-            ours = reference.post(streams, branch, post, res if by_rows else res.mT)
-            return float((theirs - ours).abs().max()) / max(1.0, float(ours.abs().max()))
+        drawn = {node: value.requires_grad_() for node, value in piece.drawn(0, 1.0, 1.0).items()}
+        given = [drawn[node] for node in self.inputs]
+        theirs = piece.run(dict(drawn))[self.node]
+        streams, branch, post = given[:3]
+        res = given[3] if self.res is not None else torch.eye(self.cut.n_streams, dtype=torch.float64)
+        tokens = streams.shape[:-2]
+        res = res if by_rows else res.mT
+        if self.res is not None:
+            res = res.reshape(*tokens, *res.shape[-2:])
+        ours = reference.post(streams, branch.reshape(*tokens, -1), post.reshape(*tokens, -1), res)
+        return first_difference(["the write"], [theirs.reshape(ours.shape)], [ours], given)
 
 
 def cut_of(node: Node) -> Cut | None:
@@ -68,25 +75,49 @@ def cut_of(node: Node) -> Cut | None:
     return Cut(node, tuple(shape[:-2]), shape[-2], shape[-1]) if shape[-1] != shape[-2] else None
 
 
-def write_of(node: Node) -> Write | None:
-    """Return the write that an add has the form of; None if it has not."""
+def writes_of(node: Node, surroundings: Surroundings) -> Iterator[Write]:
+    """Yield what an add may be a write of, the likely first: nothing, where no operand is a branch spread by post.
+
+    How the streams are mixed is seen where it is a product of a matrix and the streams; else matrices that the other
+    operand may be made with are tried.
+    """
     left, right = operands(node)
     cut = cut_of(node)
     if cut is None or not isinstance(left, Node) or not isinstance(right, Node):
-        return None
+        return
     n, width = cut.n_streams, cut.width
     for spread, rest in ((left, right), (right, left)):
         outer = _factors(spread, cut, n, width)
         if outer is None:
             continue
         post, branch = _source(outer[0], cut.per_token(n)), _source(outer[1], cut.per_token(width), narrow=False)
+        if post is None:
+            continue
         mixed = _factors(rest, cut, n * n, cut.flat)
         res = _source(mixed[0], cut.per_token(n, n)) if mixed is not None else None
         streams = _uncast(mixed[1] if mixed is not None else rest, cut)
-        if post is None or branch is None or streams is None or (mixed is not None and res is None):
-            continue
-        return Write(node, Cut(streams, cut.tokens, n, width), branch, post, res)
-    return None
+        if streams is not None and (mixed is None or res is not None):
+            whole = _with_all_tokens(Cut(streams, cut.tokens, n, width))
+            value = _source(outer[1], whole.per_token(width), narrow=False) or branch
+            if value is not None:
+                yield Write(node, whole, value, post, res)
+        if branch is not None:
+            for source, matrix in surroundings.mixings(rest, cut):
+                yield Write(node, source, branch, post, matrix)
+
+
+def _with_all_tokens(cut: Cut) -> Cut:
+    """Return streams [tokens, n, C] as the value that they are a view of, where batch and tokens lie apart."""
+    node = cut.node
+    while len(cut.tokens) == 1 and op_name(node) in (VIEW_NAMES | CAST_NAMES) - _REORDERING:
+        source = node.args[0]
+        shape = shape_of(source)
+        if not isinstance(source, Node) or math.prod(shape[:-2]) != cut.tokens[0]:
+            break
+        if len(shape) > 3 and shape[-2:] == (cut.n_streams, cut.width):
+            return Cut(source, tuple(shape[:-2]), cut.n_streams, cut.width)
+        node = source
+    return cut
 
 
 def _factors(node: Node, cut: Cut, small: int, large: int) -> tuple[Node, Node] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -23,6 +24,12 @@ def source_name(node: Node) -> str | None:
     """Return where Dynamo read a placeholder from; None where it does not tell."""
     source = getattr(node, "_dynamo_source", None)
     return None if source is None else name_of_source(source)
+
+
+def path_of(node: Node) -> str:
+    """Return a parameter's path from the graph's root: "lm_head.weight"; else the node's name."""
+    names = re.findall(r"\['?([^'\]]+)'?\]", source_name(node) or "")
+    return ".".join(names[1:]) or node.name
 
 
 def streams_examples(graph_module: GraphModule) -> list[Any]:

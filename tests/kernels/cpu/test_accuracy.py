@@ -61,7 +61,7 @@ def test_widths_of_several_tiles(operator, width, dtype):
 
 
 @pytest.mark.parametrize("layout", [False, True])
-@pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity"])
+@pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity", "row"])
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-2])
 @pytest.mark.parametrize("operator", ["pre", "post_pre"])
 def test_manifolds_and_epsilon(operator, eps, manifold, layout):

@@ -44,7 +44,7 @@ def assert_equal(ours, theirs):
     n=st.sampled_from([2, 4, 5]),
     width=st.integers(1, 100),
     operator=st.sampled_from(OPERATORS),
-    manifold=st.sampled_from(["sinkhorn", "none", "identity"]),
+    manifold=st.sampled_from(["sinkhorn", "none", "identity", "row"]),
     anchored=st.booleans(),
     iters=st.integers(1, 9),
 )

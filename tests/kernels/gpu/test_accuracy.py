@@ -63,7 +63,7 @@ def test_every_dtype_of_post_at_four_streams(dtype, device):
     check("post", Problem(70, 4, 48, dtype), device)
 
 
-@pytest.mark.parametrize("manifold", ["none", "identity"])
+@pytest.mark.parametrize("manifold", ["none", "identity", "row"])
 @pytest.mark.parametrize("tokens", [3, 66])
 @pytest.mark.parametrize("operator", ["pre", "paper_pre", "post_pre"])
 def test_other_manifolds(operator, tokens, manifold, device):

@@ -41,7 +41,7 @@ def test_every_dtype_at_four_streams(operator, dtype, device):
 
 # Sinkhorn without epsilon is what the tests above run.
 @pytest.mark.parametrize(("manifold", "eps"), [
-    ("sinkhorn", 1e-2), ("none", 0.0), ("none", 1e-2), ("identity", 0.0), ("identity", 1e-2),
+    ("sinkhorn", 1e-2), ("none", 0.0), ("none", 1e-2), ("identity", 0.0), ("identity", 1e-2), ("row", 0.0),
 ])  # fmt: skip
 @pytest.mark.parametrize("operator", ["pre", "paper_pre", "post_pre"])
 def test_manifolds_and_epsilon(operator, manifold, eps, device):

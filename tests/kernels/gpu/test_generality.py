@@ -49,7 +49,7 @@ def test_no_tokens(operator, device):
     width=st.integers(1, 40),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     operator=st.sampled_from(OPERATORS),
-    manifold=st.sampled_from(["sinkhorn", "none", "identity"]),
+    manifold=st.sampled_from(["sinkhorn", "none", "identity", "row"]),
     iters=st.integers(1, 9),
 )
 def test_any_shape(tokens, n, width, dtype, operator, manifold, iters):
