@@ -21,6 +21,7 @@ from .coefficients import (
     gate_index,
     manifold_constants,
     matrix_index,
+    matrix_of,
     sum_parts,
     write_weights,
 )
@@ -82,8 +83,10 @@ def paper_affine_kernel(
         values = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
     else:
         values = tl.where(o == i, 1.0, 0.0) + tl.full([N, N, BLOCK_TOKENS], 0.0, tl.float32)
-    if ANCHORED and MATRIX != "sinkhorn":
-        values = anchor_matrix(values, n, N, EXACT_ROWS)
+    if MATRIX != "sinkhorn":
+        values = matrix_of(values, 0, 0.0, n, N, MATRIX, False)
+        if ANCHORED:
+            values = anchor_matrix(values, n, N, EXACT_ROWS)
     tl.store(matrix + far[None, None, :] * (n * n) + o * n + i, values, mask=here)
 
 
