@@ -52,6 +52,11 @@ def register_limit(most: int | None) -> dict[str, int]:
     return {} if most is None or _on_hip() else {"maxnreg": most}
 
 
+def warps_for(warps: int) -> dict[str, int]:
+    """Return the launch option that gives a program the threads of so many warps of 32; AMD's have 64."""
+    return {"num_warps": warps // 2 if _on_hip() else warps}
+
+
 def _on_hip() -> bool:
     return _recorded_backend == "hip" if _recorder is not None else torch.version.hip is not None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .coefficient_gradients import CoefficientGradients
 from .configurations import Geometry, ceil_div, stream_gradients_config
-from .launch import empty, launch, product_options
+from .launch import empty, launch, product_options, warps_for
 from .phi import load_phi
 from .primitives import materialize, piece_product, product, rounded
 from .stream_tiles import load_streams, mix_stream
@@ -166,6 +166,6 @@ def stream_gradients(
             SLOTS=geometry.slots, PIECES=geometry.pieces, MIX=mixing is not None,
             FIRST=first, END=min(first + config.streams, geometry.n),
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            num_warps=config.warps, num_stages=1, **geometry.constants(), **product_options(),
+            num_stages=1, **warps_for(config.warps), **geometry.constants(), **product_options(),
         )  # fmt: skip
     return grad_streams, phi_parts
