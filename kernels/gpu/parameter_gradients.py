@@ -93,6 +93,7 @@ def parameter_gradients(
     launch(
         parameter_gradients_kernel, (geometry.rows + 1, ceil_div(geometry.width, _BLOCK)),
         phi_parts, coefficient_parts, *grads, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
-        SLOTS=geometry.slots, BLOCK=_BLOCK, BLOCK_PROGRAMS=16, num_warps=4, **register_limit(64), **geometry.constants(),
+        SLOTS=geometry.slots, BLOCK=_BLOCK, BLOCK_PROGRAMS=16, num_warps=4,
+        **register_limit(64), **geometry.constants(),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]
