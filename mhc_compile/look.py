@@ -94,7 +94,7 @@ def look(
         plan = plan_sites(
             analysis.findings, frame, config, in_pieces=not _is_whole(frame) and config.on_graph_break == "carry"
         )
-        plan = check_graph_breaks(graph_module, analysis, plan, frame, config, looking=True)
+        plan = check_graph_breaks(analysis, plan, frame, config, looking=True)
         number = seen.links.add(plan, frame)
         if count_work:
             seen.work += count_branch_work(graph_module)

@@ -110,11 +110,10 @@ def plain_checkpoint() -> dict[str, Any]:
 
 DDP = {
     f"DDP, optimize_ddp={optimize}, compiled {way}": functools.partial(ddp, optimize, way)
-    for optimize in (False, "python_reducer")
+    for optimize in (False, "python_reducer", "ddp_optimizer")
     for way in ("inside", "outside")
 }
 CASES = DDP | {
-    "a bucket ends in a branch": functools.partial(ddp, "ddp_optimizer", "outside"),
     "checkpointed": checkpointed,
     "plain checkpoint": plain_checkpoint,
 }
