@@ -11,8 +11,8 @@ from . import logs
 from .attachment.site_parameters import attached_config
 from .carrying import carry_streams
 from .config import MHCConfig
-from .dynamo.error_passing import TraceAnew, errors_reach_the_user, trace_anew
 from .dynamo.ddp_buckets import put_off_ddp_buckets
+from .dynamo.error_passing import TraceAnew, errors_reach_the_user, trace_anew
 from .dynamo.frames import Frame, current_frame, pin_to_modules
 from .dynamo.inner import compile_inner
 from .dynamo.skipped_frames import watch_skipped_frames

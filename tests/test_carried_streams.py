@@ -14,7 +14,7 @@ from mhc_compile import NotAttachedError, StreamCutError, UnrewrittenCallError
 from mhc_compile.carried_streams import STREAMS
 
 from .carrying import BLOCKWISE, compile_blocks, gradients, largest_gap, one_process_group, outcome, perturb, twins
-from .models import Block, Stack, features
+from .models import Stack, features
 
 QUICK = {"inner": "aot_eager"}
 

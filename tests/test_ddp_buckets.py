@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from mhc_compile.passes.fx.cache_key import ATTRIBUTE
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile import MHCConfig, NotAttachedError
 from mhc_compile.dynamo import inner
-from mhc_compile.passes.fx.cache_key import ATTRIBUTE
 
 from .carrying import gradients, largest_gap, one_process_group, twins
 from .models import Block, BreaksInLoop, Stack, features

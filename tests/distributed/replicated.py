@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mhc_compile
 from mhc_compile import distributed
 
+from . import trained
 from .launch import run
 from .models import attached, average, differences, gradients, llama, loss_of, mine, tokens
 from .parallel import decoder
@@ -113,10 +114,14 @@ DDP = {
     for optimize in (False, "python_reducer", "ddp_optimizer")
     for way in ("inside", "outside")
 }
-CASES = DDP | {
-    "checkpointed": checkpointed,
-    "plain checkpoint": plain_checkpoint,
-}
+CASES = (
+    DDP
+    | trained.CASES
+    | {
+        "checkpointed": checkpointed,
+        "plain checkpoint": plain_checkpoint,
+    }
+)
 
 if __name__ == "__main__":
     run(CASES)

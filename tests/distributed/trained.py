@@ -1,4 +1,7 @@
-"""Cases of Hugging Face's Trainer and of accelerate in two processes, against a plain training loop in one."""
+"""Cases of Hugging Face's Trainer and of accelerate in two processes, against a plain training loop in one.
+
+They share the launch of `replicated`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler
@@ -18,7 +21,6 @@ from transformers import Trainer, TrainingArguments
 import mhc_compile
 from mhc_compile import distributed
 
-from .launch import run
 from .models import attached, average, gap, loss_of, tokens
 
 INNER = {"inner": "aot_eager"}
@@ -59,18 +61,16 @@ def values(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def differences(losses: list[float], model: torch.nn.Module) -> dict[str, Any]:
-    """Return how far losses (of this rank's share) and the change of the parameters are from one process."""
+    """Return how far losses (of this rank's share) and parameters are from one process, and how far these moved."""
     wanted_losses, wanted = in_one_process()
-    start = values(attached())
-    moved = {name: value - start[name] for name, value in wanted.items()}
-    got = {name: value - start[name] for name, value in values(model).items()}
     apart = [abs(average(loss) - one) for loss, one in zip(losses, wanted_losses, strict=True)]
-    return {"loss": max(apart), "moved": gap(moved, got)}
+    return {"loss": max(apart), "apart": gap(wanted, values(model)), "moved": gap(values(attached()), wanted)}
 
 
 def buckets(model: Any) -> int:
     """Return the number of buckets that DDP reduces gradients in."""
-    return len(model._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
+    data = model._get_ddp_logging_data()
+    return len(data.get("rebuilt_bucket_sizes", data["bucket_sizes"]).split(","))
 
 
 class _Recording(Trainer):
@@ -93,6 +93,7 @@ class _Recording(Trainer):
 
 def trainer() -> dict[str, Any]:
     """The Trainer as a user starts it with torchrun: compiled in place, with the callback."""
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 8000
     model = attached()
     model.compile(backend="mhc", options=INNER)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +125,7 @@ def loop(accelerator: Accelerator, model: Any) -> tuple[Any, list[float]]:
 
 def accelerated() -> dict[str, Any]:
     """Accelerate with DDP."""
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 8000
     handler = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB)
     model = attached()
     model.compile(backend="mhc", options=INNER)
@@ -132,7 +134,11 @@ def accelerated() -> dict[str, Any]:
 
 
 def accelerated_fsdp() -> dict[str, Any]:
-    """Accelerate with FSDP2, our parameters sharded first."""
+    """Accelerate with FSDP2, our parameters sharded first.
+
+    Accelerate takes FSDP for GPUs alone (1.15.0, `AcceleratorState.__init__`): with several processes on a CPU it falls
+    back to DDP and says nothing. So its state is told here, and what it does then is its own.
+    """
     model = attached()
     distributed.shard_parameters(model)
     for block in model.model.layers:
@@ -141,12 +147,12 @@ def accelerated_fsdp() -> dict[str, Any]:
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"], cpu_ram_efficient_loading=False,
     )  # fmt: skip
-    prepared, losses = loop(Accelerator(cpu=True, fsdp_plugin=plugin), model)
-    return differences(losses, prepared)
+    accelerator = Accelerator(cpu=True)
+    state = accelerator.state
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    prepared, losses = loop(accelerator, model)
+    sharded = all(isinstance(parameter, DTensor) for parameter in prepared.parameters())
+    return differences(losses, prepared) | {"sharded": sharded}
 
 
 CASES = {"Trainer": trainer, "accelerate": accelerated, "accelerate, FSDP2": accelerated_fsdp}
-
-if __name__ == "__main__":
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 8000
-    run(CASES)

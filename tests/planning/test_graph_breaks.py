@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from mhc_compile.passes.residual import Reason
-from torch import nn
 
 import mhc_compile
 from mhc_compile import MHCConfig, MHCWarning, StreamCutError, UnrewrittenCallError
 
-from ..models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, assert_same_function, features
+from ..models import QUICK, BreaksBetween, BreaksInLoop, Stack, assert_same_function, features
 
 COLLAPSE = {**QUICK, "on_graph_break": "collapse"}
 
