@@ -79,7 +79,7 @@ def _compiled(
     passes = PassRunner(frame.function, logs.artifact("mhc_passes"), config.disable_passes)
     passes.show("captured", graph_module)
 
-    analysis = passes.read("analyze", analyze, graph_module, "lower_native" not in config.disable_passes)
+    analysis = passes.read("analyze", analyze, graph_module, passes.includes("lower_native"))
     native = analysis.native
     if native.sites or native.writes:
         passes.show("after lower_native", analysis.plain)

@@ -35,6 +35,12 @@ class PassRunner:
     disabled: Iterable[str] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def includes(self, name: str) -> bool:
+        """Return whether a pass is to run, and show it if it is switched off."""
+        if name in self.disabled:
+            self.logger.debug("%s of %s: switched off", name, self.function)
+        return name not in self.disabled
+
     def read(self, name: str, step: Callable[..., T], *args: Any) -> T:
         """Run a pass that returns data, and return it."""
         start = time.perf_counter()
@@ -45,8 +51,7 @@ class PassRunner:
 
     def rewrite(self, name: str, step: Callable[..., GraphModule], graph: GraphModule, *args: Any) -> GraphModule:
         """Run a pass that returns a graph, and return that; or the graph as it is, if the pass is switched off."""
-        if name in self.disabled:
-            self.logger.debug("%s of %s: switched off", name, self.function)
+        if not self.includes(name):
             return graph
         start = time.perf_counter()
         # Operations on distributed example values with symbolic sizes ask whether they are being traced.

@@ -45,7 +45,8 @@ def _assert_as_plain(model, values, **options):
     Inside a token that is not finite, the coefficients spread what the plain model may keep to one feature.
     """
     plain = copy.deepcopy(model)
-    wanted, gradients = _run(plain, plain, values)
+    # A layer's input is contiguous in the rewritten model; from another layout a matrix product sums in another order.
+    wanted, gradients = _run(plain, plain, values.contiguous())
     got, after = _run(_attached(model, values, **options), model, values)
     finite = wanted.isfinite().all(-1)
     assert torch.equal(finite, got.isfinite().all(-1))

@@ -231,8 +231,8 @@ def encoded_options(config: MHCConfig) -> Tensor:
 
 
 def decoded_options(state: Tensor) -> dict[str, Any]:
-    """Return the options that `encoded_options` has written."""
-    values: dict[str, Any] = json.loads(bytes(state.tolist()))
+    """Return the options that `encoded_options` has written, also where a whole checkpoint was cast to another dtype."""
+    values: dict[str, Any] = json.loads(bytes(state.to(torch.uint8).tolist()))
     return values
 
 

@@ -29,7 +29,7 @@ def _samples():
 
 # Graphs, caches and exported programs know the operators by these.
 _SITE = "Tensor phi, Tensor scale, Tensor bias, SymInt iters, float norm_eps, float eps, str manifold, "
-_SITE += "bool anchored=False"
+_SITE += "bool anchored=False, bool transposed=False"
 _HEAD = "Tensor streams, Tensor phi, Tensor scale, Tensor bias, float norm_eps, float eps, bool anchored=False"
 _MIXING = "Tensor streams, Tensor branch, Tensor post, Tensor res"
 _NEXT = "Tensor grad_layer_input, Tensor grad_next_post, Tensor grad_next_res"

@@ -230,9 +230,9 @@ def test_the_graph_that_dynamo_holds_is_left_as_it_was(monkeypatch):
     seen = {}
     original = backend.analyze
 
-    def spy(graph_module):
+    def spy(graph_module, *args):
         seen["module"], seen["code"] = graph_module, graph_module.code
-        return original(graph_module)
+        return original(graph_module, *args)
 
     monkeypatch.setattr(backend, "analyze", spy)
     torch.compile(Made(_in_place), backend="mhc", options=QUICK)(torch.randn(3, 5, 16))

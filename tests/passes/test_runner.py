@@ -76,5 +76,5 @@ def test_an_optional_pass_is_switched_off(kept, name):
 
 @pytest.mark.parametrize("names", [["expand_streams"], "fuse_boundary"])
 def test_only_optional_passes_can_be_switched_off(names):
-    with pytest.raises(MHCOptionError, match="must be one of 'fuse_boundaries'"):
+    with pytest.raises(MHCOptionError, match="must be one of 'lower_native', 'fuse_boundaries'"):
         MHCConfig(disable_passes=names)
