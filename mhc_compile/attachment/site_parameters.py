@@ -234,7 +234,7 @@ def encoded_options(config: MHCConfig) -> Tensor:
 
 
 def decoded_options(state: Tensor) -> dict[str, Any]:
-    """Return the options that `encoded_options` has written, also where a whole checkpoint was cast to another dtype."""
+    """Return the options that `encoded_options` has written, also where a checkpoint was cast to another dtype."""
     values: dict[str, Any] = json.loads(bytes(state.to(torch.uint8).tolist()))
     return values
 

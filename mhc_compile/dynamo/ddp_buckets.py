@@ -40,7 +40,7 @@ def put_off_ddp_buckets() -> None:
         return
 
     @functools.wraps(plain)
-    def compile_fn(self: Any, graph_module: GraphModule, example_inputs: Sequence[Any], **more: Any) -> Any:
+    def compile_fn(self: Any, graph_module: GraphModule, example_inputs: list[Any], **more: Any) -> Any:
         if getattr(self.backend_compile_fn, "compiler_name", None) != BACKEND_NAME:
             return plain(self, graph_module, example_inputs, **more)
         token = _PUT_OFF.set(self)
@@ -50,7 +50,7 @@ def put_off_ddp_buckets() -> None:
             _PUT_OFF.reset(token)
 
     compile_fn.puts_off = True  # type: ignore[attr-defined]
-    DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
+    DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign,assignment]
 
 
 def compile_in_buckets(graph_module: GraphModule, example_inputs: Sequence[Any], compile_one: Compile) -> Any:
