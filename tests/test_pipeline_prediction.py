@@ -27,19 +27,16 @@ def clock(name, ranks, microbatches, transfer):
 
 
 def test_two_microbatches_by_hand():
-    # Rank 0: F0 0-1, F1 1-2. Rank 1, sent to from 1 to 1.5: F0 to 2.5, B0 to 4.5, F1 to 5.5, B1 to 7.5. Back on rank 0:
-    # B0 from 5 to 7, B1 from 8 to 10. With sends that take no time it ends at 9.
+    # Rank 0: F0 0-1, F1 1-2. Rank 1, sent to from 1 to 1.5: F0 to 2.5, B0 to 4.5. Then, as torch's 1F1B receives F1 and
+    # sends the gradient of B0 at once and waits for both, F1 from 5 to 6, B1 to 8. On rank 0 B0 from 5 to 7, and B1,
+    # sent to from 8 to 8.5, to 10.5. With sends that take no time it ends at 9.
     _, timeline = clock("1F1B", 2, 2, 0.5)
     spans = {(span.rank, span.action.kind, span.action.microbatch): (span.start, span.end) for span in timeline.spans}
     assert spans[1, "RECV_F", 0] == (1.0, 1.5)
-    assert [spans[1, kind, number] for kind, number in (("F", 0), ("B", 0), ("F", 1), ("B", 1))] == [
-        (1.5, 2.5),
-        (2.5, 4.5),
-        (4.5, 5.5),
-        (5.5, 7.5),
-    ]
-    assert (spans[0, "B", 0], spans[0, "B", 1]) == ((5.0, 7.0), (8.0, 10.0))
-    assert timeline.seconds == 10.0
+    assert [spans[1, kind, 0] for kind in "FB"] == [(1.5, 2.5), (2.5, 4.5)]
+    assert [spans[1, kind, 1] for kind in "FB"] == [(5.0, 6.0), (6.0, 8.0)]
+    assert [spans[0, "B", number] for number in range(2)] == [(5.0, 7.0), (8.5, 10.5)]
+    assert timeline.seconds == 10.5
     assert clock("1F1B", 2, 2, 0.0)[1].seconds == 9.0
 
 

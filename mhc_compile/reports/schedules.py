@@ -3,7 +3,8 @@
 `torch.distributed.pipelining` makes a table of actions for each rank, with the sends and receives between them; here it
 is played through with times for the actions and for a transfer. Sends and receives do not hold up a rank; a
 transfer begins once both are posted and those before it on the same way are through; a computation waits for what it
-was sent.
+was sent. Schedules of one stage a rank run in loops of torch's own, which receive right before they compute; that of
+1F1B also waits for its sends between a forward and a backward.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Schedule:
         microbatches: their number.
         rank_of: for each stage, its rank.
         actions: for each rank.
+        waits_for_sends: where a rank changes from forwards to backwards or back.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Schedule:
     microbatches: int
     rank_of: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    waits_for_sends: bool = False
 
     def sends(self, rank: int) -> int:
         """Return how many tensors a rank sends in a step."""
@@ -149,12 +152,14 @@ def schedule_of(name: str, ranks: int, microbatches: int) -> Schedule:
         rank_of = {index: index for index in range(count)}
         order = {rank: _numbered(actions) for rank, actions in _order_of(made).items()}
         table = torch_schedules._add_send_recv(order, lambda stage: rank_of[stage], count)
+    lists = [_actions(table[rank]) for rank in range(ranks)]
     return Schedule(
         name=kind.__name__.removeprefix("Schedule"),
         stages=count,
         microbatches=microbatches,
         rank_of=tuple(rank_of[stage] for stage in range(count)),
-        actions=tuple(tuple(_actions(table[rank])) for rank in range(ranks)),
+        actions=tuple(tuple(actions if per_rank > 1 else _received_late(actions)) for actions in lists),
+        waits_for_sends=kind is torch_schedules.Schedule1F1B,
     )
 
 
@@ -175,6 +180,8 @@ class _Player:
         self.seconds = seconds
         self.transfer = transfer
         self.clock = [0.0] * len(schedule.actions)
+        # What each rank computed last, "F" or "B".
+        self.before: list[str | None] = [None] * len(schedule.actions)
         self.spans: list[Span] = []
         # A transfer, by the computation that waits for it: "F" or "B", stage, microbatch.
         self.sent: dict[Action, tuple[float, int, int]] = {}
@@ -212,10 +219,13 @@ class _Player:
         else:
             kind = FORWARD if action.kind == FORWARD else BACKWARD
             key = Action(kind, action.stage, action.microbatch)
-            if key in self.awaited and action.kind != WEIGHT_BACKWARD:
-                if key not in self.arrived:
-                    return False
-                self.clock[rank] = max(self.clock[rank], self.arrived[key])
+            waited = [key] if key in self.awaited and action.kind != WEIGHT_BACKWARD else []
+            if self.schedule.waits_for_sends and self.before[rank] not in (None, kind):
+                waited += [sent for sent, (_, source, _) in self.sent.items() if source == rank]
+            if any(key not in self.arrived for key in waited):
+                return False
+            self.clock[rank] = max([self.clock[rank], *(self.arrived[key] for key in waited)])
+            self.before[rank] = kind
             start = self.clock[rank]
             self.clock[rank] += self.seconds(action.kind, action.stage)
             self.spans.append(Span(rank, action, start, self.clock[rank]))
@@ -259,6 +269,17 @@ def _numbered(actions: Any) -> list[Any]:
         for action in actions
         if action is not None
     ]
+
+
+def _received_late(actions: list[Action]) -> list[Action]:
+    """Put each receive right before what is computed from it."""
+    waiting = {(_RECEIVES[one.kind], one.stage, one.microbatch): one for one in actions if one.kind in _RECEIVES}
+    found = []
+    for action in actions:
+        if action.kind not in _RECEIVES:
+            received = waiting.get((action.kind, action.stage, action.microbatch))
+            found += [received, action] if received is not None else [action]
+    return found
 
 
 def _actions(entries: Any) -> list[Action]:
