@@ -31,9 +31,8 @@ def timelines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
             for kind, _, _, start, end in spans["computed"]:
                 ax.broken_barh([(start, end - start)], (place, 0.55), color=_COLORS[kind], edgecolor="white", lw=0.3)
             ax.broken_barh([(start, end - start) for start, end in spans["sent"]], (place - 0.28, 0.2), color=_SEND)
-        ax.set_yticks(
-            [len(ranks) - 0.73 - rank for rank in range(len(ranks))], [f"rank {n}" for n in range(len(ranks))]
-        )
+        names = [f"rank {rank}" for rank in range(len(ranks))]
+        ax.set_yticks([len(ranks) - 0.73 - rank for rank in range(len(ranks))], names)
         ax.set_title(f"{row['model']}, {row['schedule']}", fontsize=9, loc="left")
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", alpha=0.25)
