@@ -2,9 +2,10 @@
 
     python -m benchmarks.overlap [--quick]
 
-Two gloo processes on this CPU train the same small decoder with 1F1B and with DualPipeV, plain and with mHC. A thread
-delays every send as a link of a given bandwidth would, without using a core. Steps with and without the delay take
-turns; what the delay adds is exposed, the rest of the time that the busiest rank's sends took is hidden.
+Two gloo processes on this CPU train the same small decoder with 1F1B and with DualPipeV, plain and with mHC, by torch's
+own schedules. Sends are delayed as a link of a given bandwidth would delay them, and computations are padded to a given
+time, both by sleep: the cores of this machine, and what else they do, then matter little. Steps with and without the
+delay take turns; what the delay adds is exposed, the rest of the time that the busiest rank's sends took is hidden.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,8 @@ class Size:
         blocks: of the decoder, two sites each.
         length: tokens of a microbatch, one sequence.
         microbatches: of a step.
-        bandwidths: bytes a second of the links.
-        inner: compiles the blocks.
+        forward: seconds that a block's forward is padded to; its backward takes twice that.
+        transfers: what the plain model's send takes, in forwards of a block, link by link.
         turns: steps measured with each link, and with none.
     """
 
@@ -50,19 +52,24 @@ class Size:
     blocks: int
     length: int
     microbatches: int
-    bandwidths: tuple[float, ...]
-    inner: str
+    forward: float
+    transfers: tuple[float, ...]
     turns: int
 
+    @property
+    def bandwidths(self) -> list[float]:
+        """Bytes a second of each link."""
+        return [4 * self.length * self.width / (share * self.forward) for share in self.transfers]
 
-FULL = Size(256, 8, 128, 8, (25e6, 8e6), "inductor", 9)
-QUICK = Size(32, 4, 16, 4, (1e6,), "aot_eager", 2)
+
+FULL = Size(64, 4, 64, 8, 0.05, (0.2, 0.5, 1.0), 5)
+QUICK = Size(32, 4, 16, 4, 0.02, (0.5,), 2)
 
 
 def run(options: Options, record: Record) -> None:
     """Run every model and schedule, and keep a row for each link and a timeline for the slowest."""
     size = QUICK if options.quick else FULL
-    record.fact(**asdict(size), ranks=RANKS)
+    record.fact(**asdict(size), bandwidths=size.bandwidths, ranks=RANKS)
     for model, schedule in CASES[-1:] if options.quick else CASES:
         case = f"{model}, {schedule}"
         if not options.wants(case) or not in_time(options, record, case, 30.0):
@@ -78,7 +85,7 @@ def _launched(size: Size, model: str, schedule: str) -> list[list[dict[str, Any]
     """Return what each rank saw, or what went wrong."""
     case = {
         "width": size.width, "blocks": size.blocks, "batch": 1, "length": size.length,
-        "microbatches": size.microbatches, "mhc": model == "mhc", "schedule": schedule, "inner": size.inner,
+        "microbatches": size.microbatches, "mhc": model == "mhc", "schedule": schedule, "forward": size.forward,
         "warmup": 2, "turns": size.turns, "bandwidths": [None, *size.bandwidths],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +112,8 @@ def _keep(record: Record, size: Size, model: str, schedule: str, seen: list[list
     for ranks in zip(*seen, strict=True):
         by_link[ranks[0]["bandwidth"]].append(list(ranks))
     undelayed = [_seconds(step) for step in by_link[None]]
-    actions = action_seconds(by_link[None])
+    actions = action_seconds(by_link[None], lambda start, end, alone: end - start)
+    computed = action_seconds(by_link[None], lambda start, end, alone: alone)
     for bandwidth in size.bandwidths:
         steps = by_link[bandwidth]
         delayed = [_seconds(step) for step in steps]
@@ -118,10 +126,10 @@ def _keep(record: Record, size: Size, model: str, schedule: str, seen: list[list
             "sends": sends, "transfer": transfer, "undelayed": statistics.median(undelayed),
             "delayed": statistics.median(delayed), "exposed": exposed, "hidden": 1 - exposed / (sends * transfer),
             "predicted": predicted(table, actions, transfer),
-            "actions": {kind: statistics.mean(by_stage.values()) for kind, by_stage in actions.items()},
+            "computed": {kind: statistics.mean(by_stage.values()) for kind, by_stage in computed.items()},
         }  # fmt: skip
         record.add(**row)
-        case = f"{model}, {schedule}, {bandwidth / 1e6:.0f} MB/s"
+        case = f"{model}, {schedule}, a send takes {transfer * 1e3:.0f} ms"
         say(f"{case}: {exposed * 1e3:.0f} ms exposed, {row['hidden']:.0%} hidden")
     slowest = by_link[size.bandwidths[-1]]
     middle = sorted(slowest, key=_seconds)[len(slowest) // 2]
@@ -132,13 +140,15 @@ def _seconds(step: list[dict[str, Any]]) -> float:
     return max(rank["end"] for rank in step) - min(rank["begin"] for rank in step)
 
 
-def action_seconds(steps: list[list[dict[str, Any]]]) -> dict[str, dict[int, float]]:
-    """Return the median seconds of each kind of computation, stage by stage."""
+def action_seconds(
+    steps: list[list[dict[str, Any]]], taking: Callable[[float, float, float], float]
+) -> dict[str, dict[int, float]]:
+    """Return the median seconds of each kind of computation, stage by stage: of begin, end and time without padding."""
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
     for step in steps:
         for rank in step:
-            for kind, stage, _, start, end in rank["computed"]:
-                taken[kind, stage].append(end - start)
+            for kind, stage, _, *times in rank["computed"]:
+                taken[kind, stage].append(taking(*times))
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for (kind, stage), seconds in sorted(taken.items()):
         found[kind][stage] = statistics.median(seconds)
@@ -160,7 +170,7 @@ def _spans(step: list[dict[str, Any]], rank: int) -> dict[str, Any]:
 
     computed = step[rank]["computed"]
     return {
-        "computed": [[kind, stage, chunk, since(start), since(end)] for kind, stage, chunk, start, end in computed],
+        "computed": [[kind, stage, chunk, since(start), since(end)] for kind, stage, chunk, start, end, _ in computed],
         "sent": [[since(start), since(end)] for _, start, end in step[rank]["sent"]],
     }
 
@@ -172,7 +182,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         return []
     cells = [
         (
-            row["model"], row["schedule"], f"{row['bandwidth'] / 1e6:.0f} MB/s", f"{row['transfer'] * 1e3:.1f} ms",
+            row["model"], row["schedule"], f"{row['transfer'] * 1e3:.0f} ms",
             str(row["sends"]), f"{row['undelayed'] * 1e3:.0f} ms", f"{row['delayed'] * 1e3:.0f} ms",
             f"{row['exposed'] * 1e3:.0f} ms", f"{row['hidden']:.0%}", f"{row['predicted'] * 1e3:.0f} ms",
         )
@@ -180,12 +190,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
     ]  # fmt: skip
     facts = result["facts"]
     steps = Table(
-        f"A step of {facts['microbatches']} microbatches on {facts['ranks']} ranks, C={facts['width']}, "
-        f"{facts['blocks']} blocks, {facts['length']} tokens",
+        f"A step of {facts['microbatches']} microbatches on {facts['ranks']} ranks, {facts['blocks']} blocks of "
+        f"{facts['forward'] * 1e3:.0f} ms forward and {facts['forward'] * 2e3:.0f} ms backward",
         (
             "model",
             "schedule",
-            "link",
             "one send",
             "sends",
             "undelayed",
@@ -196,9 +205,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ),
         tuple(cells),
         note="Exposed: median of what the delay adds. Hidden: the share of the busiest rank's sends that it does not "
-        "add. Predicted: exposed, by `mhc_compile.reports.schedules` from the computations measured without delay.",
+        "add. Predicted: exposed, by `mhc_compile.reports.schedules` from how long computations took without delay.",
     )
-    slow = {(row["model"], row["schedule"]): row["actions"] for row in rows}
+    slow = {(row["model"], row["schedule"]): row["computed"] for row in rows}
     parts = tuple(
         (model, schedule, *(f"{seconds[kind] * 1e3:.1f} ms" if kind in seconds else "–" for kind in "FBIW"))
         for (model, schedule), seconds in slow.items()
@@ -206,7 +215,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [
         steps,
         Table(
-            "What a stage computes for a microbatch, mean over stages",
+            "What a stage computes for a microbatch without the padding, mean over stages",
             ("model", "schedule", "forward", "backward", "input gradients", "weight gradients"),
             parts,
             note="The backward of a compiled block is one autograd node. torch cannot divide it: asked for input "
@@ -220,11 +229,10 @@ def drawn(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
     rows = [row for row in result["rows"] if row["part"] == "timeline"]
     if not rows or not figures.available():
         return []
-    link = result["facts"]["bandwidths"][-1]
     return [
         (
             overlap_figure.timelines(folder / "overlap-timeline.png", rows),
-            f"One step on each rank at {link / 1e6:.0f} MB/s: forward, backward and, below them, what it sends.",
+            "One step on each rank over the slowest link: forward, backward and, below them, what it sends.",
         )
     ]
 

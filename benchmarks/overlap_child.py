@@ -122,11 +122,18 @@ class _Sending(dist.Work):
 
 
 class Watch:
-    """Notes when a stage computes."""
+    """Notes when a stage computes, and has it take as long as it is told.
 
-    def __init__(self, stages: list[PipelineStage]) -> None:
+    What is computed here is small, and padded by sleep: what else runs on the machine then changes little.
+
+    Attributes:
+        spans: kind, stage, microbatch, begin, end, and the seconds without the padding.
+    """
+
+    def __init__(self, stages: list[PipelineStage], seconds: dict[str, float]) -> None:
         """Wrap what schedules call."""
-        self.spans: list[tuple[str, int, int, float, float]] = []
+        self.seconds = seconds
+        self.spans: list[tuple[str, int, int, float, float, float]] = []
         for stage in stages:
             self._wrap(stage, "forward_one_chunk", lambda kwargs: "F")
             self._wrap(stage, "backward_one_chunk", lambda kwargs: "B" if kwargs.get("full_backward", True) else "I")
@@ -138,7 +145,9 @@ class Watch:
         def watched(chunk: int, *args: Any, **kwargs: Any) -> Any:
             start = time.monotonic()
             result = plain(chunk, *args, **kwargs)
-            self.spans.append((kind(kwargs), stage.stage_index, chunk, start, time.monotonic()))
+            name, done = kind(kwargs), time.monotonic()
+            time.sleep(max(0.0, start + self.seconds[name] - done))
+            self.spans.append((name, stage.stage_index, chunk, start, time.monotonic(), done - start))
             return result
 
         setattr(stage, name, watched)
@@ -162,11 +171,12 @@ def pipeline(case: dict[str, Any]) -> tuple[Any, list[int], Watch]:
             mhc_compile.distributed.stage(part)
         for block in part.blocks:
             if case["mhc"]:
-                block.compile(backend="mhc", options={"inner": case["inner"]})
+                block.compile(backend="mhc", options={"inner": "aot_eager"})
             else:
-                block.compile(backend=case["inner"])
+                block.compile(backend="aot_eager")
         stages.append(PipelineStage(part, place, count, torch.device("cpu")))
-    watch = Watch(stages)
+    forward = size * case["forward"]
+    watch = Watch(stages, {"F": forward, **dict.fromkeys("BIW", 2 * forward)})
     made = get_schedule_class(case["schedule"])(
         stages if per_rank > 1 else stages[0], n_microbatches=case["microbatches"], loss_fn=functional.mse_loss
     )

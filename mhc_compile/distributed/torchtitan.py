@@ -12,8 +12,9 @@ replaced by ours, which has that backend as its inner one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -71,8 +72,30 @@ def _prepared(model: nn.Module, length: int, config: MHCConfig) -> None:
     """Attach a whole model, on the meta device or not."""
     if attached_config(model) is None:
         device = next(model.parameters()).device
-        attach(model, torch.zeros(1, length, dtype=torch.long, device=device), config=config)
+        with _traceable(model):
+            attach(model, torch.zeros(1, length, dtype=torch.long, device=device), config=config)
     adopt(model)
+
+
+@contextlib.contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Inside, attention that wants masks and a GPU is torchtitan's plain one: on the meta device torch has no other."""
+    from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention, VarlenAttention
+
+    held = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, FlexAttention | VarlenAttention)
+    ]
+    plain = ScaledDotProductAttention(ScaledDotProductAttention.Config())
+    try:
+        for parent, name, _ in held:
+            setattr(parent, name, plain)
+        yield
+    finally:
+        for parent, name, child in held:
+            setattr(parent, name, child)
 
 
 def _pipelining(plain: Callable[..., Any], config: MHCConfig) -> Callable[..., Any]:

@@ -141,12 +141,42 @@ def from_meta() -> dict[str, Any]:
     return {"equal": all(torch.equal(names[name], got[name]) for name in names), "finite": bool(loss.isfinite())}
 
 
+def flex() -> dict[str, Any]:
+    """Flex attention, which torchtitan lets Inductor alone compile: the blocks run it in a graph of ours.
+
+    It does not train on a CPU. Where mHC's parameters start, the model is the plain one.
+    """
+    spec = with_mhc(model_registry("debugmodel"))
+    spec.model.layers = spec.model.layers[:2]
+    with torch.device("meta"):
+        model = spec.model.build()
+    inductor = CompileConfig(enable=True)
+    model = spec.parallelize_fn(model, **{**settings(data_parallel_shard_degree=2), "compile_config": inductor})
+    model.to_empty(device="cpu")
+    model.init_weights(buffer_device=torch.device("cpu"))
+    plain = model_registry("debugmodel").model
+    plain.layers = plain.layers[:2]
+    alone = plain.build()
+    values = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    alone.load_state_dict({name: values[name] for name, _ in alone.named_parameters()}, strict=False)
+    alone._init_self_buffers(buffer_device=torch.device("cpu"))
+    positions = torch.arange(LENGTH).repeat(BATCH, 1)
+    masks = model.get_attention_masks(positions)
+    with torch.no_grad():
+        got = model(tokens(), attention_masks=masks, positions=positions)
+        wanted = alone(tokens(), attention_masks=masks, positions=positions)
+    return {
+        "sites": len(mhc_compile.parameters(model)) // 3,
+        "apart": float((got - wanted).abs().max() / wanted.abs().max()),
+    }
+
+
 EXACT = {
     "FSDP2": sharded,
     "FSDP2, checkpointed": functools.partial(sharded, checkpoint=True),
     "pipeline": piped,
 }
-CASES = EXACT | {"from meta": from_meta}
+CASES = EXACT | {"from meta": from_meta, "flex attention": flex}
 
 if __name__ == "__main__":
     # torchtitan 0.3.0 takes "cuda" where it finds no accelerator (tools/utils.py, `get_device_info`).
