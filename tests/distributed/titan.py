@@ -16,6 +16,7 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3 import model_registry
 
 import mhc_compile
+from mhc_compile.attachment.entrances import compiled_by
 from mhc_compile.distributed.torchtitan import adopt, with_mhc
 
 from ..carrying import perturb
@@ -142,33 +143,36 @@ def from_meta() -> dict[str, Any]:
 
 
 def flex() -> dict[str, Any]:
-    """Flex attention, which torchtitan lets Inductor alone compile: the blocks run it in a graph of ours.
-
-    It does not train on a CPU. Where mHC's parameters start, the model is the plain one.
-    """
+    """Flex attention, beside which torchtitan takes no backend's name but its own; it does not run on a CPU."""
     spec = with_mhc(model_registry("debugmodel"))
-    spec.model.layers = spec.model.layers[:2]
     with torch.device("meta"):
         model = spec.model.build()
     inductor = CompileConfig(enable=True)
     model = spec.parallelize_fn(model, **{**settings(data_parallel_shard_degree=2), "compile_config": inductor})
-    model.to_empty(device="cpu")
-    model.init_weights(buffer_device=torch.device("cpu"))
-    plain = model_registry("debugmodel").model
-    plain.layers = plain.layers[:2]
-    alone = plain.build()
-    values = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
-    alone.load_state_dict({name: values[name] for name, _ in alone.named_parameters()}, strict=False)
-    alone._init_self_buffers(buffer_device=torch.device("cpu"))
-    positions = torch.arange(LENGTH).repeat(BATCH, 1)
-    masks = model.get_attention_masks(positions)
-    with torch.no_grad():
-        got = model(tokens(), attention_masks=masks, positions=positions)
-        wanted = alone(tokens(), attention_masks=masks, positions=positions)
+    model.verify_module_protocol()
+    kinds = {type(block.attention.inner_attention).__name__ for block in model.layers.values()}
+    compiled = {compiled_by(block) for block in model.layers.values()}
     return {
         "sites": len(mhc_compile.parameters(model)) // 3,
-        "apart": float((got - wanted).abs().max() / wanted.abs().max()),
+        "blocks": len(model.layers),
+        "attention": sorted(kinds),
+        "compiled by": sorted(map(str, compiled)),
     }
+
+
+def refused() -> dict[str, Any]:
+    """Settings under which mHC would not run, or not as it should."""
+    said = {}
+    for name, changes in {
+        "off": {"compile_config": CompileConfig()},
+        "named": {"compile_config": CompileConfig(enable=True, backend="mhc")},
+        "layouts": {"parallelism": ParallelismConfig(spmd_backend="spmd_types")},
+    }.items():
+        try:
+            described().parallelize_fn(llama(), **{**settings(data_parallel_shard_degree=2), **changes})
+        except mhc_compile.MHCOptionError as error:
+            said[name] = str(error)
+    return said
 
 
 EXACT = {
@@ -176,7 +180,7 @@ EXACT = {
     "FSDP2, checkpointed": functools.partial(sharded, checkpoint=True),
     "pipeline": piped,
 }
-CASES = EXACT | {"from meta": from_meta, "flex attention": flex}
+CASES = EXACT | {"from meta": from_meta, "flex attention": flex, "refused": refused}
 
 if __name__ == "__main__":
     # torchtitan 0.3.0 takes "cuda" where it finds no accelerator (tools/utils.py, `get_device_info`).
