@@ -205,8 +205,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ),
         tuple(cells),
         note="Exposed: median of what the delay adds. Hidden: the share of the busiest rank's sends that it does not "
-        "add; less than none where both ranks wait for each other's sends, as in 1F1B, which waits for its own; more than "
-        "all is noise. Predicted: exposed, by `mhc_compile.reports.schedules` from how long computations took without delay.",
+        "add; less than none where ranks wait for both their own and each other's sends, as in 1F1B; more than all is "
+        "noise. Predicted: exposed, by `mhc_compile.reports.schedules` from how long computations took without delay.",
     )
     slow = {(row["model"], row["schedule"]): row["computed"] for row in rows}
     parts = tuple(

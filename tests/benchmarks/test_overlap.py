@@ -19,13 +19,8 @@ def step(bandwidth: float | None, rank: int, seconds: float) -> dict[str, object
 
 def test_what_is_exposed_hidden_and_predicted(tmp_path):
     (link,) = SIZE.bandwidths
-    seen = [
-        [
-            step(bandwidth, rank, seconds)
-            for bandwidth, seconds in ((None, 9.0), (link, 9.75), (None, 9.5), (link, 10.25))
-        ]
-        for rank in range(2)
-    ]
+    steps = ((None, 9.0), (link, 9.75), (None, 9.5), (link, 10.25))
+    seen = [[step(bandwidth, rank, seconds) for bandwidth, seconds in steps] for rank in range(2)]
     record = Record("overlap", tmp_path / "overlap.json")
     overlap._keep(record, SIZE, "plain", "1F1B", seen)
     row, timeline = record.content["rows"]
