@@ -86,7 +86,7 @@ def _compiled(
     plan = passes.read("plan", plan_sites, analysis.findings, frame, config)
     plan = passes.read("check_graph_breaks", check_graph_breaks, analysis, plan, frame, config)
     refuse_plain_sites(analysis.sentinels, plan, frame)
-    require_sites(plan, frame, config, native.found)
+    require_sites(plan, frame, config, native.found, analysis.sentinels)
 
     graph, fusion, leaving = analysis.plain, None, 0
     if not plan.chains and analysis.findings.chains:

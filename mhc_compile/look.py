@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
 from .attachment.entrances import BACKEND_NAME
 from .attachment.sentinels import plain_calls_allowed
 from .config import MHCConfig
+from .dynamo.code_resets import reset_codes
 from .dynamo.error_passing import errors_reach_the_user
 from .dynamo.frames import Frame, current_frame, pin_to_modules
 from .dynamo.skipped_frames import watch_skipped_frames
@@ -141,9 +142,7 @@ def look(
         forget_breaks(root)
         # What a look that a graph break cut left compiled would count towards the recompile limit of the real thing.
         cut = codes or not seen.links.plans or seen.links.plans[0][1].resumed
-        for code in [*codes, *_codes_of(root.forward)]:
-            if cut or _holds_dead_entries(code):
-                reset_code(code)
+        reset_codes(code for code in [*codes, *_codes_of(root.forward)] if cut or _holds_dead_entries(code))
     captured = [plan for plan, _ in seen.links.plans]
     seen.plans = seen.links.placed_plans(config) if config.on_graph_break == "carry" else ends_are_ends(captured)
     for plan, (_, frame), nodes, rows in zip(seen.plans, seen.links.plans, seen.nodes, seen.native, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ class Memory:
         plain: modules whose residual adds a compilation has left plain: their compiled code must not outlive `attach`.
         watched: models whose optimizers are checked at their next step.
         checked: optimizers that have been checked since a model was last watched.
+        stale_codes: code objects for which Dynamo still holds what a look has left.
     """
 
     breaks: list[Break] = field(default_factory=list)
@@ -40,6 +42,7 @@ class Memory:
     plain: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     watched: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     checked: weakref.WeakSet[torch.optim.Optimizer] = field(default_factory=weakref.WeakSet)
+    stale_codes: set[CodeType] = field(default_factory=set)
 
     def take_back(self, root: nn.Module) -> None:
         """Take off what first calls have attached to a model that could not be compiled after all."""

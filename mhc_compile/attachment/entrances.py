@@ -36,7 +36,7 @@ class Entrance:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the submodule: rewritten, if the model is compiled in place and this call is not a part of its own."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.module._call_impl(*args, **kwargs)
         model_call = self.root._compiled_call_impl
         if model_call is None or _inside_compiled_code():

@@ -96,10 +96,16 @@ class RootSentinel(RootMark):
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the model's forward."""
         _refuse_export()
-        if torch.compiler.is_compiling():
+        # Traced, by Dynamo in this thread; torch.compiler.is_compiling() tells of other threads too.
+        if torch.compiler.is_dynamo_compiling():
             torch.ops.mhc.sentinel.default([], [], [], "")
         elif compiling_backend() not in (None, BACKEND_NAME):
-            raise UnrewrittenCallError(OTHER_COMPILER)
+            _ask_backend()
+
+
+def _ask_backend() -> None:
+    """Be a graph of its own: a function around our backend hands it on, and any other compiler's code raises."""
+    torch.ops.mhc.sentinel.default([], [], [], "")
 
 
 def _refuse_export() -> None:

@@ -202,8 +202,11 @@ class OwnedParameters(nn.Module):
         """Return the options that decide what the parameters mean, as a tensor: safetensors holds nothing else."""
         return encoded_options(self.config)
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: object) -> None:
         """Compare a checkpoint's options with those attached.
+
+        Where a full checkpoint has none, as a plain model's, `torch.distributed.checkpoint` hands over a mark that it
+        puts into the model's own state: there is nothing to compare.
 
         Raises:
             ConfigMismatchError: the checkpoint was saved under others, so that this would be another model.

@@ -10,12 +10,13 @@ from ..attachment.site_parameters import attached_config
 from ..config import MHCConfig
 from ..dynamo.frames import Frame
 from ..errors import MHCWarning, NoResidualError
+from ..passes.read_sentinels import SentinelCall
 from ..passes.residual import Reason, Rejection
 from .graph_breaks import has_open_breaks
 from .sites import Plan
 
 
-def require_sites(plan: Plan, frame: Frame, config: MHCConfig, native: bool) -> None:
+def require_sites(plan: Plan, frame: Frame, config: MHCConfig, native: bool, calls: tuple[SentinelCall, ...]) -> None:
     """Check that something is rewritten in this graph, or was in another graph of the same model.
 
     Args:
@@ -23,11 +24,15 @@ def require_sites(plan: Plan, frame: Frame, config: MHCConfig, native: bool) -> 
         frame: of the graph.
         config: the options.
         native: the graph holds sites that the model writes itself and that run our operators.
+        calls: the graph's sentinels.
 
     Raises:
         NoResidualError: `strict` is on and the whole model shows no residual add.
     """
     if plan.chains or native or not config.strict:
+        return
+    if any(not call.labels for call in calls):
+        # An attached model's own sentinel, which may be a graph of its own.
         return
     if not frame.roots and has_open_breaks(frame):
         # A loss function behind a graph break: no module, so no residual block.

@@ -8,6 +8,7 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import UnrewrittenCallError
+from mhc_compile.backend import mhc
 
 from ..models import QUICK, Stack, features, llama, token_ids
 
@@ -56,6 +57,26 @@ def test_suppressed_errors(attached):
 def test_another_backend(attached, backend):
     with pytest.raises(UnrewrittenCallError):
         torch.compile(attached, backend=backend)(features())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_function_around_the_backend_is_asked_what_it_does(attached, in_place):
+    def rewrites(graph_module, example_inputs):
+        return mhc(graph_module, example_inputs, options=QUICK)
+
+    def does_not(graph_module, example_inputs):
+        return graph_module.forward
+
+    def call(backend, **options):
+        torch._dynamo.reset()
+        if not in_place:
+            return torch.compile(attached, backend=backend, **options)(features())
+        attached.compile(backend=backend, **options)
+        return attached(features())
+
+    assert torch.equal(call(rewrites), call("mhc", options=QUICK))
+    with pytest.raises(UnrewrittenCallError):
+        call(does_not)
 
 
 def test_an_export_fails_and_names_the_one_that_works(attached):
