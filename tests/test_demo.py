@@ -40,7 +40,7 @@ def ran(tmp_path_factory):
 def test_demo_saves_figure_page_and_results(ran):
     files, printed, _ = ran
     assert files.figure.read_bytes().startswith(b"\x89PNG")
-    assert "model.layers.1.mhc.mlp" in files.report_html.read_text()
+    assert "model.layers.0–1.mhc.mlp" in files.report_html.read_text()
     record = json.loads(files.results_json.read_text())
     assert record["options"]["steps"] == 6
     assert [run["name"] for run in record["runs"]] == ["plain", "mHC"]

@@ -16,7 +16,7 @@ def test_the_snippets_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {"__name__": "readme"}
     found = snippets()
-    assert len(found) == 9
+    assert len(found) == 10
     for number, code in enumerate(found):
         # What Inductor compiles is tested elsewhere, and would take minutes here.
         quick = code.replace('backend="mhc"', 'backend="mhc", options={"inner": "eager"}')

@@ -239,7 +239,9 @@ def _rejection(site: PlannedSite, reason: Reason, detail: str = "") -> Rejection
 
 def _named(add: ResidualAdd, frame: Frame, config: MHCConfig, calls: Calls) -> PlannedSite:
     owner_path, owner = _owner(add, frame)
-    branch_label = "_".join(_relative(key, path, add, owner, frame) for key, path in add.children) or "add"
+    # A child that a branch calls twice may have one key or two, as Dynamo reached it.
+    children = dict.fromkeys(_relative(key, path, add, owner, frame) for key, path in add.children)
+    branch_label = "_".join(children) or "add"
     calls[id(owner), branch_label] += 1
     call = calls[id(owner), branch_label] - 1
     label = f"{branch_label}_{call}" if call else branch_label
