@@ -212,7 +212,6 @@ class OwnedParameters(nn.Module):
             ConfigMismatchError: the checkpoint was saved under others, so that this would be another model.
         """
         if not isinstance(state, Tensor):
-            # torch.distributed.checkpoint puts a mark of its own in the place of what a checkpoint lacks.
             return
         saved, attached = decoded_options(state), self.config.saved
         differing = [name for name in attached if saved.get(name, attached[name]) != attached[name]]

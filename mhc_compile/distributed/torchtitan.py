@@ -58,11 +58,12 @@ def adopt(model: nn.Module) -> None:
     for _, _, owned in owners_in(model):
         for module in owned.modules():
             if isinstance(module, OwnedParameters | SiteParameters):
-                module.__class__ = _adopted(type(module))
+                kind: Any = _adopted(type(module))
+                module.__class__ = kind
 
 
 @functools.cache
-def _adopted(kind: type[nn.Module]) -> type[nn.Module]:
+def _adopted(kind: Any) -> Any:
     from torchtitan.protocols.module import Module
 
     return kind if issubclass(kind, Module) else type(kind.__name__, (kind, Module), {"__module__": kind.__module__})
@@ -131,7 +132,8 @@ def _parallelizing(plain: Callable[..., nn.Module], config: MHCConfig) -> Callab
             **others,
         )
         options = {name: value for name, value in asdict(config).items() if name not in STRUCTURAL}
-        for _, block in model.layers.named_children():
+        layers: Any = model.layers
+        for block in layers.children():
             block.compile(backend="mhc", options={**options, "inner": compile_config.backend}, fullgraph=True)
         return model
 
