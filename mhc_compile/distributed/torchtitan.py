@@ -58,8 +58,8 @@ def adopt(model: nn.Module) -> None:
     for _, _, owned in owners_in(model):
         for module in owned.modules():
             if isinstance(module, OwnedParameters | SiteParameters):
-                kind: Any = _adopted(type(module))
-                module.__class__ = kind
+                kind: Any = type(module)
+                module.__class__ = _adopted(kind)
 
 
 @functools.cache
