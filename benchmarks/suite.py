@@ -51,7 +51,8 @@ _CPU_PARTS = (
     Part("stability", 0.5),
     Part("training_step", 0.5),
     Part("compile_time", 0.5),
-    Part("native", 0.7),
+    Part("native", 0.5),
+    Part("overlap", 0.8),
     Part("peers", 1.0),
 )
 

@@ -20,6 +20,7 @@ from .signs_of_life import sign_of_life
 if TYPE_CHECKING:
     from .cli_models import Example
     from .config import MHCConfig
+    from .reports.pipeline_prediction import Pipeline
     from .reports.prediction import Workload
     from .reports.reporting import Report
 
@@ -28,6 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FAILED = 1
 BAD_MODEL = 2
+
+_SCHEDULE = "DualPipeV"
 
 # What is predicted for where only one of --tokens and --gpu is given.
 _TOKENS = 8192
@@ -74,19 +77,25 @@ def explain(
     min_sites: Annotated[int, typer.Option(help="Leave shorter chains as they are.")] = 2,
     tokens: Annotated[int | None, typer.Option(help="Predict for this many tokens a step [8192].")] = None,
     gpu: Annotated[str | None, typer.Option(help="Predict for this GPU [h200]: " + _GPUS)] = None,
+    pipeline: Annotated[int | None, typer.Option(help="Propose cuts for a pipeline of this many GPUs.")] = None,
+    schedule: Annotated[str, typer.Option(help="Of the pipeline: a name of torch.distributed.pipelining.")] = _SCHEDULE,
+    microbatches: Annotated[int | None, typer.Option(help="Of a pipeline's step [4 a GPU].")] = None,
+    network: Annotated[float | None, typer.Option(help="GB/s from one GPU of a pipeline to the next.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
 ) -> None:
     """Show what backend="mhc" would rewrite in a model, and what it would leave alone and why.
 
     A Hugging Face model is built on the meta device: no weights are allocated and nothing is downloaded. With --tokens
-    or --gpu, memory and step time of training are predicted too, for Hugging Face models in bfloat16.
+    or --gpu, memory and step time of training are predicted too, for Hugging Face models in bfloat16. With --pipeline,
+    so are the stages to cut the model into, for microbatches of as many tokens, what they send and how long the sends
+    hold them up.
     """
     with _errors_are_messages():
         from .config import MHCConfig
 
         config = MHCConfig(n_streams=streams, manifold=manifold, readout=readout, sites=sites, min_sites=min_sites)
-        workload = _workload(tokens, gpu)
+        workload = _workload(tokens, gpu, _pipeline(pipeline, schedule, microbatches, network))
         with sign_of_life(f"building and tracing {model}"):
             example = _load(model, workload)
             report = _explained(model, example, config, workload)
@@ -180,12 +189,22 @@ def _continue_pretrained(steps: int, seed: int, backend: str, streams: int, mani
         typer.echo(f"Saved {mhc.mixing.to_html(out / 'mixing.html')}")
 
 
-def _workload(tokens: int | None, gpu: str | None) -> Workload | None:
-    if tokens is None and gpu is None:
+def _workload(tokens: int | None, gpu: str | None, pipeline: Pipeline | None) -> Workload | None:
+    if tokens is None and gpu is None and pipeline is None:
         return None
     from .reports.prediction import Workload
 
-    return Workload(tokens=_TOKENS if tokens is None else tokens, gpu=gpu or _GPU)
+    return Workload(tokens=_TOKENS if tokens is None else tokens, gpu=gpu or _GPU, pipeline=pipeline)
+
+
+def _pipeline(ranks: int | None, schedule: str, microbatches: int | None, network: float | None) -> Pipeline | None:
+    if ranks is None:
+        if schedule != _SCHEDULE or microbatches is not None or network is not None:
+            raise MHCError("--schedule, --microbatches and --network say more about --pipeline, which is missing.")
+        return None
+    from .reports.pipeline_prediction import Pipeline
+
+    return Pipeline(ranks, schedule, microbatches, network * 1e9 if network is not None else None)
 
 
 def _load(name: str, workload: Workload | None) -> Example:

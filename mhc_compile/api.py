@@ -15,13 +15,14 @@ from .attachment.sentinels import disarm
 from .attachment.site_parameters import CHILD, SiteParameters, attached_config, named_parameters, owners_in
 from .config import STRUCTURAL, MHCConfig
 from .dynamo.frames import is_sharded
-from .errors import ConfigMismatchError, MHCError, NoResidualError, NotAttachedError
-from .look import look
+from .errors import ConfigMismatchError, MHCError, MHCOptionError, NoResidualError, NotAttachedError
+from .look import Look, look
 from .memory import MEMORY
 from .planning.binding import attach_plan, take_back
-from .planning.chain_sizes import chain_sizes
+from .planning.chain_sizes import ChainSize, chain_sizes
 from .planning.graph_breaks import forget_breaks
 from .planning.nothing_found import nothing_found
+from .reports.pipeline_prediction import Pipeline, PipelinePrediction, predict_pipeline
 from .reports.prediction import Workload, predict
 from .reports.reporting import Report, forget_report, keep_report, report_of
 from .signs_of_life import sign_of_life
@@ -97,18 +98,34 @@ def explain(
 
     Args and errors are those of `attach`; nothing found is no error here: the report says so. With `predict_for`, a
     `mhc_compile.reports.prediction.Workload`, the report also predicts memory and step time of training on a GPU; it
-    then raises MHCOptionError where nothing was found.
+    then raises MHCOptionError where nothing was found. A `mhc_compile.reports.pipeline_prediction.Pipeline` in it adds
+    where to cut the model into pipeline stages, and what its sends cost.
     """
     root = unwrap(model)
     given = read_arguments(root, args, kwargs, config)
-    found = look(
-        root, given.args, given.kwargs, given.config or attached_config(root) or MHCConfig(), predict_for is not None
-    )
+    config = given.config or attached_config(root) or MHCConfig()
+    pipeline = predict_for.pipeline if predict_for is not None else None
+    found = look(root, given.args, given.kwargs, config, predict_for is not None, pipeline is not None)
     if predict_for is not None:
         sizes = chain_sizes(found.merged())
-        found.report.prediction = predict(sizes, found.work, found.report.config.n_streams, predict_for)
+        found.report.prediction = predict(sizes, found.work, config.n_streams, predict_for)
+        if pipeline is not None:
+            found.report.pipeline = _piped(found, sizes, predict_for, pipeline)
     found.forget()
     return found.report
+
+
+def _piped(found: Look, sizes: tuple[ChainSize, ...], workload: Workload, pipeline: Pipeline) -> PipelinePrediction:
+    if len(found.pieces) != 1 or len(sizes) != 1:
+        raise MHCOptionError(
+            f"a pipeline is proposed for a model of one stream in one graph; this one has {len(sizes)} streams in "
+            f"{len(found.pieces)} graphs. Leave pipeline out."
+        )
+    config = found.report.config
+    tokens = workload.tokens or sizes[0].tokens
+    return predict_pipeline(
+        found.pieces[0], sizes[0], tokens, config.n_streams, config.manifold, pipeline, workload.gpu
+    )
 
 
 def report(model: nn.Module) -> Report:

@@ -11,8 +11,9 @@ from . import logs
 from .attachment.site_parameters import attached_config
 from .carrying import carry_streams
 from .config import MHCConfig
+from .dynamo.ddp_buckets import put_off_ddp_buckets
 from .dynamo.error_passing import TraceAnew, errors_reach_the_user, trace_anew
-from .dynamo.frames import Frame, current_frame, is_split_by_ddp, pin_to_modules
+from .dynamo.frames import Frame, current_frame, pin_to_modules
 from .dynamo.inner import compile_inner
 from .dynamo.skipped_frames import watch_skipped_frames
 from .kernels.costs.fusion_choice import FusionChoice
@@ -83,8 +84,8 @@ def _compiled(
     if native.sites or native.writes:
         passes.show("after lower_native", analysis.plain)
     plan = passes.read("plan", plan_sites, analysis.findings, frame, config)
-    plan = passes.read("check_graph_breaks", check_graph_breaks, graph_module, analysis, plan, frame, config)
-    refuse_plain_sites(analysis.sentinels, plan, frame, is_split_by_ddp(graph_module))
+    plan = passes.read("check_graph_breaks", check_graph_breaks, analysis, plan, frame, config)
+    refuse_plain_sites(analysis.sentinels, plan, frame)
     require_sites(plan, frame, config, native.found, analysis.sentinels)
 
     graph, fusion, leaving = analysis.plain, None, 0
@@ -146,5 +147,7 @@ def _publish(analysis: Analysis, plan: Plan, frame: Frame, config: MHCConfig, fu
         leave_artifact("mhc report", lambda: str(report))
 
 
-# Resolving the backend's name imports this module: from then on, frames that never reach a backend are noticed.
+# Resolving the backend's name imports this module: from then on, frames that never reach a backend are noticed, and
+# DDP's buckets are cut behind the rewrite.
 watch_skipped_frames()
+put_off_ddp_buckets()

@@ -22,7 +22,7 @@ class NotAttachedError(MHCError):
 
 
 class StreamCutError(MHCError):
-    """A graph break, a DDP bucket or a higher-order operator cuts the residual stream."""
+    """A graph break or a higher-order operator cuts the residual stream."""
 
 
 class UnrewrittenCallError(MHCError):

@@ -28,6 +28,7 @@ from .passes.count_branch_work import BranchWork, count_branch_work
 from .passes.native import NativeRow
 from .passes.shapes_only import shapes_only
 from .planning.graph_breaks import check_graph_breaks, cut_message, ends_are_ends, forget_breaks, given_up
+from .planning.pieces import Piece, pieces_of
 from .planning.sites import Plan, plan_sites
 from .planning.stream_links import StreamLinks
 from .reports.reporting import Report, graph_report, new_report
@@ -53,6 +54,7 @@ class Look:
     nodes: list[int] = field(default_factory=list)
     native: list[tuple[NativeRow, ...]] = field(default_factory=list)
     work: BranchWork = field(default_factory=lambda: BranchWork(0, 0))
+    pieces: list[tuple[Piece, ...]] = field(default_factory=list)
 
     def merged(self) -> Plan:
         """Return one plan over all graphs."""
@@ -68,7 +70,12 @@ class Look:
 
 
 def look(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: MHCConfig, count_work: bool = False
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: MHCConfig,
+    count_work: bool = False,
+    count_pieces: bool = False,
 ) -> Look:
     """Trace a model as a compilation would, without running or keeping anything.
 
@@ -78,6 +85,7 @@ def look(
         kwargs: the example input's keyword arguments.
         config: the options.
         count_work: also count the model's own work.
+        count_pieces: count that of each block, too.
 
     Raises:
         MHCError: any of its subclasses.
@@ -95,10 +103,12 @@ def look(
         plan = plan_sites(
             analysis.findings, frame, config, in_pieces=not _is_whole(frame) and config.on_graph_break == "carry"
         )
-        plan = check_graph_breaks(graph_module, analysis, plan, frame, config, looking=True)
+        plan = check_graph_breaks(analysis, plan, frame, config, looking=True)
         number = seen.links.add(plan, frame)
         if count_work:
             seen.work += count_branch_work(graph_module)
+        if count_pieces:
+            seen.pieces.append(pieces_of(analysis.plain, plan))
         seen.nodes.append(analysis.nodes)
         seen.native.append(analysis.native.rows(frame.name_of))
         if _is_whole(frame) and number == 0:

@@ -5,7 +5,8 @@ The graph runs on its own example values, which are fake: shapes only, no arithm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import Parameter
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MHCError
@@ -40,6 +42,19 @@ class BranchWork:
         return BranchWork(self.flops + other.flops, self.saved_bytes + other.saved_bytes)
 
 
+@dataclass(frozen=True)
+class PieceWork:
+    """What a piece of a model does: the nodes from one cut of its graph to the next.
+
+    Attributes:
+        work: of its own nodes.
+        parameters: elements of each parameter that it reads, by name.
+    """
+
+    work: BranchWork
+    parameters: Mapping[str, int]
+
+
 def count_branch_work(graph_module: GraphModule) -> BranchWork:
     """Count a captured graph.
 
@@ -49,8 +64,39 @@ def count_branch_work(graph_module: GraphModule) -> BranchWork:
     Raises:
         MHCError: the graph cannot run on shapes alone.
     """
+    counter = _counted(graph_module, frozenset())
+    return BranchWork(counter.flops, counter.saved_bytes)
+
+
+def count_pieces(graph_module: GraphModule, ends: Sequence[Node]) -> tuple[PieceWork, ...]:
+    """Count a graph piece by piece.
+
+    Args:
+        graph_module: as for `count_branch_work`.
+        ends: the last node of each piece but the last one, in graph order.
+
+    Raises:
+        MHCError: the graph cannot run on shapes alone.
+    """
+    totals = _counted(graph_module, frozenset(ends)).totals
+    work = [
+        BranchWork(flops - before_flops, saved - before_saved)
+        for (before_flops, before_saved), (flops, saved) in itertools.pairwise([(0, 0), *totals])
+    ]
+    read: list[dict[str, int]] = [{} for _ in work]
+    piece = 0
+    for node in graph_module.graph.nodes:
+        for value in node.all_input_nodes:
+            held = value.meta.get("example_value")
+            if value.op == "placeholder" and isinstance(held, Parameter):
+                read[piece][value.name] = held.numel()
+        piece += node in ends
+    return tuple(PieceWork(one, names) for one, names in zip(work, read, strict=True))
+
+
+def _counted(graph_module: GraphModule, ends: frozenset[Node]) -> _Counter:
     inputs = [node.meta.get("example_value") for node in graph_module.graph.find_nodes(op="placeholder")]
-    counter = _Counter(graph_module, inputs)
+    counter = _Counter(graph_module, inputs, ends)
     try:
         counter.count(inputs)
     except Exception as error:
@@ -59,7 +105,7 @@ def count_branch_work(graph_module: GraphModule) -> BranchWork:
             f"the model's own flops and activations could not be counted, because its graph does not run on shapes "
             f"alone: {cause}. explain without a prediction works."
         ) from error
-    return BranchWork(counter.flops, counter.saved_bytes)
+    return counter
 
 
 def _grouped_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
@@ -75,8 +121,11 @@ _EXPERTS = {torch.ops.aten._grouped_mm: _grouped_flops}
 class _Counter(Interpreter):
     """Runs a graph node by node and counts."""
 
-    def __init__(self, graph_module: GraphModule, inputs: list[Any]) -> None:
+    def __init__(self, graph_module: GraphModule, inputs: list[Any], ends: frozenset[Node]) -> None:
         super().__init__(graph_module)
+        self.ends = ends
+        # Flops and saved bytes so far, behind each end and behind the graph.
+        self.totals: list[tuple[int, int]] = []
         self.fake_mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
         self.inputs = {_storage(value) for value in inputs if isinstance(value, Tensor)}
         # Storages by address; the tensors are held so that no address is used twice.
@@ -102,6 +151,13 @@ class _Counter(Interpreter):
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._hold, lambda tensor: tensor))
             stack.enter_context(self.counted)
             self.run(*inputs)
+        self.totals.append((self.flops, self.saved_bytes))
+
+    def run_node(self, node: Node) -> Any:
+        result = super().run_node(node)
+        if node in self.ends:
+            self.totals.append((self.flops, self.saved_bytes))
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is not F.scaled_dot_product_attention:

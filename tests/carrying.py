@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,3 +70,17 @@ def largest_gap(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(
         float((left[name] - right[name]).abs().max()) / max(float(left[name].abs().max()), 1e-3 * top) for name in left
     )
+
+
+@contextlib.contextmanager
+def one_process_group() -> Iterator[None]:
+    """Inside, this process is a gloo group of its own."""
+    import torch.distributed as dist
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,9 +1,7 @@
 """A stream is one stream, however many graphs it crosses: compared with one graph, under perturbed parameters."""
 
-import contextlib
 import copy
 import gc
-import os
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ import mhc_compile
 from mhc_compile import NotAttachedError, StreamCutError, UnrewrittenCallError
 from mhc_compile.carried_streams import STREAMS
 
-from .carrying import BLOCKWISE, compile_blocks, gradients, largest_gap, outcome, perturb, twins
-from .models import Block, Stack, features
+from .carrying import BLOCKWISE, compile_blocks, gradients, largest_gap, one_process_group, outcome, perturb, twins
+from .models import Stack, features
 
 QUICK = {"inner": "aot_eager"}
 
@@ -233,19 +231,6 @@ def test_more_blocks_than_the_recompile_limit_are_never_plain():
         compiled(hidden)
 
 
-@contextlib.contextmanager
-def one_process_group():
-    import torch.distributed as dist
-
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def test_a_sharded_model_is_not_attached_at_its_first_call():
     from torch.distributed.fsdp import fully_shard
 
@@ -279,20 +264,6 @@ def test_a_sharded_model_is_the_model_of_one_graph(how):
         call = torch.compile(pieces, backend="mhc", options=QUICK) if how == "whole" else pieces
         loss, sharded = run(pieces, call)
         same(want, (loss, {name: grad.full_tensor() for name, grad in sharded.items()}))
-
-
-@pytest.mark.parametrize("buckets", [0.5, 1.0])
-def test_buckets_of_ddp_that_end_between_branches(buckets, monkeypatch):
-    import torch.distributed as dist
-
-    # The first bucket holds the readout alone.
-    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 100)
-    whole, pieces = stack(3)
-    want = run(whole, torch.compile(whole, backend="mhc", options=QUICK))
-    block_bytes = 4 * sum(parameter.numel() for parameter in Block().parameters())
-    with one_process_group(), torch._dynamo.config.patch(optimize_ddp="ddp_optimizer"):
-        wrapped = nn.parallel.DistributedDataParallel(pieces, bucket_cap_mb=buckets * block_bytes / 2**20)
-        same(want, run(pieces, torch.compile(wrapped, backend="mhc", options=QUICK)))
 
 
 def test_the_python_reducer_of_ddp():

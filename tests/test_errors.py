@@ -150,33 +150,6 @@ def test_a_break_outside_the_stream_is_none_of_our_business():
     torch.testing.assert_close(rewritten, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_ddp_buckets(tmp_path, monkeypatch):
-    import torch.distributed as dist
-
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = Stack(depth=3)
-        unattached = nn.parallel.DistributedDataParallel(Stack(depth=3))
-        with pytest.raises(mhc_compile.NotAttachedError, match="before wrapping"):
-            torch.compile(unattached, backend="mhc", options=QUICK)(features())
-        torch._dynamo.reset()
-
-        mhc_compile.attach(model, features())
-        # Buckets of a few hundred bytes force DDPOptimizer to split the graph.
-        monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 100)
-        wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
-        with pytest.raises(StreamCutError, match="optimize_ddp"):
-            torch.compile(wrapped, backend="mhc", options=QUICK)(features())
-        torch._dynamo.reset()
-        with torch._dynamo.config.patch(optimize_ddp=False):
-            loss = torch.compile(wrapped, backend="mhc", options=QUICK)(features()).sum()
-            loss.backward()
-        assert all(p.grad is not None for p in mhc_compile.parameters(model).values())
-    finally:
-        dist.destroy_process_group()
-
-
 def test_every_error_is_an_mhc_error():
     import mhc_compile.errors as errors
 

@@ -18,6 +18,7 @@ class GPU:
         matmul_flops: dense bfloat16 flops a second, by the datasheet.
         copy_share: share of the bandwidth that a large copy reaches.
         matmul_share: share of the flops that matrix products reach within a training step.
+        network: bytes a second that it sends to a GPU of another node, by the datasheet of the usual node.
     """
 
     name: str
@@ -25,6 +26,7 @@ class GPU:
     matmul_flops: float
     copy_share: float
     matmul_share: float
+    network: float
 
     @property
     def copy_rate(self) -> float:
@@ -43,15 +45,16 @@ class GPU:
 # Matrix products: about 600 TFLOP/s on H100 and H200 and 200 on A100 within training steps, less than the 80-87 % of
 # the best shape alone (stas00/ml-engineering, maximum achievable matmul FLOPS); B200 is assumed to reach the share of
 # H200; MI300X is nearer half (AMD's ROCm blog, max-achievable FLOPs).
+# Network: one adapter a GPU, of 200 Gb/s in a DGX A100, of 400 Gb/s in a DGX H100, H200 or B200 and with MI300X.
 # None of these was measured here: benchmarks/kernels.py measures the copy of the device it runs on.
 GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
-        GPU("a100", 2.039e12, 312e12, 0.90, 0.64),
-        GPU("h100", 3.35e12, 989e12, 0.90, 0.61),
-        GPU("h200", 4.8e12, 989e12, 0.90, 0.61),
-        GPU("b200", 8.0e12, 2250e12, 0.90, 0.61),
-        GPU("mi300x", 5.3e12, 1307e12, 0.81, 0.50),
+        GPU("a100", 2.039e12, 312e12, 0.90, 0.64, 25e9),
+        GPU("h100", 3.35e12, 989e12, 0.90, 0.61, 50e9),
+        GPU("h200", 4.8e12, 989e12, 0.90, 0.61, 50e9),
+        GPU("b200", 8.0e12, 2250e12, 0.90, 0.61, 50e9),
+        GPU("mi300x", 5.3e12, 1307e12, 0.81, 0.50, 50e9),
     )
 }
 

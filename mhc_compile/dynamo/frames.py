@@ -230,12 +230,6 @@ def _break_line(reason: Any) -> int | None:
     return int(line) if line is not None else None
 
 
-def is_split_by_ddp(graph_module: GraphModule) -> bool:
-    """Return whether DDPOptimizer has cut this graph out of a larger one; it leaves a note on each piece."""
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return reason is not None and "DDPOptimizer" in str(reason)
-
-
 def is_sharded(root: nn.Module) -> bool:
     """Return whether FSDP2 has sharded a module or one below it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -15,6 +15,7 @@ from .. import logs
 from ..config import MHCConfig
 from ..errors import MHCOptionError
 from ..passes.describe_memory import describe_memory
+from .ddp_buckets import compile_in_buckets
 
 
 def compile_inner(
@@ -32,7 +33,7 @@ def compile_inner(
         MHCOptionError: the backend does not exist, or a mode was given for one without modes.
     """
     with _memory_shown():
-        return _compile(graph_module, example_inputs, config, mode)
+        return compile_in_buckets(graph_module, example_inputs, functools.partial(_compile, config=config, mode=mode))
 
 
 def _compile(

@@ -84,8 +84,11 @@ def _compilation_frame() -> dict[str, Any] | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
-            ours = getattr(frame.f_locals["compiler_fn"], "compiler_name", None) == BACKEND_NAME
-            return frame.f_locals if ours else None
+            compiler = frame.f_locals["compiler_fn"]
+            # Under DistributedDataParallel it is a method of DDPOptimizer, which holds the backend.
+            compiler = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+            ours = getattr(compiler, "compiler_name", None) == BACKEND_NAME
+            return {**frame.f_locals, "compiler_fn": compiler} if ours else None
         frame = frame.f_back
     return None
 

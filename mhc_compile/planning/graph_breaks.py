@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from torch import nn
-from torch.fx import GraphModule
 
-from ..attachment.site_parameters import READOUT_SUFFIX, attached_config, parameters_of, site_parameters
+from ..attachment.site_parameters import READOUT_SUFFIX, parameters_of, site_parameters
 from ..config import MHCConfig
-from ..dynamo.frames import Frame, is_sharded, is_split_by_ddp
+from ..dynamo.frames import Frame, is_sharded
 from ..errors import MHCWarning, StreamCutError
 from ..memory import MEMORY
 from ..passes.analyze import Analysis
@@ -67,14 +66,11 @@ def has_open_breaks(frame: Frame) -> bool:
     )
 
 
-def check_graph_breaks(
-    captured: GraphModule, analysis: Analysis, plan: Plan, frame: Frame, config: MHCConfig, looking: bool = False
-) -> Plan:
+def check_graph_breaks(analysis: Analysis, plan: Plan, frame: Frame, config: MHCConfig, looking: bool = False) -> Plan:
     """Check a graph against the graph breaks around it, and remember the one that ends it.
 
     Args:
-        captured: the graph as the backend was given it.
-        analysis: what is known of it.
+        analysis: what is known of the graph.
         plan: what was planned for it.
         frame: the frame behind it.
         config: `on_graph_break` and `strict` decide.
@@ -88,16 +84,13 @@ def check_graph_breaks(
         StreamCutError: the stream enters this graph, or leaves it, and is not carried. What this call has attached so
             far is taken off again.
     """
-    piece = frame.resumed or frame.break_reason is not None or frame.outer is not None or is_split_by_ddp(captured)
+    piece = frame.resumed or frame.break_reason is not None or frame.outer is not None
     if frame.outer is not None and not frame.resumed and frame.break_reason is None:
         refuse_split_calls(plan, frame)
-    in_bucket = is_split_by_ddp(captured)
-    carries = config.on_graph_break == "carry" and (looking or _is_attached(plan, frame if in_bucket else None))
+    carries = config.on_graph_break == "carry" and (looking or _is_attached(plan))
     if carries and not looking:
         _remember_break(analysis, plan, frame)
         return _carried(plan, frame, piece)
-    if in_bucket:
-        return _in_bucket(analysis, plan, config)
     if not frame.roots:
         inside = [entry.reason for entry in MEMORY.breaks if entry.branch_left and entry.root() is not None]
         if looking and inside and analysis.ends.halves and config.strict and config.on_graph_break != "collapse":
@@ -150,11 +143,9 @@ def _remember_break(analysis: Analysis, plan: Plan, frame: Frame) -> None:
         MEMORY.breaks.append(Break(weakref.ref(frame.root), frame.break_reason, left, branch_left))
 
 
-def _is_attached(plan: Plan, bucket: Frame | None) -> bool:
-    """Return whether a plan's sites have parameters; of a bucket, which may hold no site, whether its model has any."""
-    model = bucket.outer or bucket.model if bucket is not None else None
-    known = any(site_parameters(site.owner, site.label) is not None for site in plan.sites)
-    return known or (model is not None and attached_config(model) is not None)
+def _is_attached(plan: Plan) -> bool:
+    """Return whether a plan's sites have parameters."""
+    return any(site_parameters(site.owner, site.label) is not None for site in plan.sites)
 
 
 def _carried(plan: Plan, frame: Frame, piece: bool) -> Plan:
@@ -226,37 +217,6 @@ def _settled(
         )
     kept = tuple(chain for chain in plan.chains if not reasons or chain not in cut)
     return replace(plan, chains=kept, rejections=tuple(rejections))
-
-
-_NO_BUCKETS = "Set torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before the first call"
-
-
-def inside_bucket_message() -> str:
-    """Say that a bucket of DDP ends inside a residual block, and every way out."""
-    return (
-        "DistributedDataParallel is splitting the graph into buckets inside a residual block: its branch is in one "
-        f"bucket and its add in another, where streams cannot be carried or averaged. {_NO_BUCKETS}, or choose another "
-        "bucket_cap_mb."
-    )
-
-
-def _in_bucket(analysis: Analysis, plan: Plan, config: MHCConfig) -> Plan:
-    """Settle one of the graphs that DDPOptimizer has cut a graph into.
-
-    Raises:
-        StreamCutError: the streams are not carried, or the cut lies inside a residual block, which no readout can mend.
-    """
-    if config.on_graph_break != "collapse":
-        raise StreamCutError(
-            "DistributedDataParallel is splitting the graph into buckets, which would cut the residual stream. "
-            f"{_NO_BUCKETS}, or use on_graph_break='collapse' to average the streams between buckets, which is another "
-            "model."
-        )
-    if analysis.ends.halves or analysis.ends.block_leaves:
-        raise StreamCutError(inside_bucket_message())
-    if any(chain.start is not None for chain in plan.chains):
-        plan = replace(plan, cuts=("DistributedDataParallel splits the graph into buckets",))
-    return _read_out_by_mean(plan, config)
 
 
 def _read_out_by_mean(plan: Plan, config: MHCConfig) -> Plan:

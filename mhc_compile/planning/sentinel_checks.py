@@ -10,20 +10,18 @@ from torch import nn
 from ..attachment.sentinels import raise_if_plain
 from ..attachment.site_parameters import READOUT_SUFFIX, SiteParameters, owners_in, site_parameters
 from ..dynamo.frames import Frame
-from ..errors import StreamCutError, UnrewrittenCallError
+from ..errors import UnrewrittenCallError
 from ..passes.read_sentinels import SentinelCall
-from .graph_breaks import inside_bucket_message
 from .sites import Plan, without_call
 
 
-def refuse_plain_sites(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame, in_bucket: bool) -> None:
+def refuse_plain_sites(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame) -> None:
     """Check that every site whose owner's forward is in the graph was rewritten there.
 
     A site whose branch did not run (a cross-attention without encoder states) may be missing; one whose branch ran may
     not.
 
     Raises:
-        StreamCutError: the graph is one of DDP's buckets, which ends between a site's branch and its add.
         UnrewrittenCallError: a site with parameters would run as a plain add.
     """
     owners = _owners(frame)
@@ -37,8 +35,6 @@ def refuse_plain_sites(calls: tuple[SentinelCall, ...], plan: Plan, frame: Frame
             if (site := site_parameters(owner, label)) is not None
         }
     )
-    if plain and in_bucket:
-        raise StreamCutError(inside_bucket_message())
     if plain:
         broken = f" A graph break lies here: {frame.break_reason}." if frame.break_reason else ""
         raise UnrewrittenCallError(

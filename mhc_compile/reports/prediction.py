@@ -20,6 +20,7 @@ from ..kernels.costs.gpus import find_gpu
 from ..kernels.fusions import FUSIONS
 from ..passes.count_branch_work import BranchWork
 from ..planning.chain_sizes import ChainSize
+from .pipeline_prediction import Pipeline
 
 _GIB = 2**30
 
@@ -32,6 +33,7 @@ class Workload:
         tokens: tokens of a step on one GPU; None is as many as the example input has. Sequences keep the example's
             length: more tokens are more of them.
         gpu: a name of `kernels.costs.gpus.GPUS`.
+        pipeline: predict a pipeline, too, whose microbatches have that many tokens.
 
     Raises:
         MHCOptionError: the GPU is not known, or fewer than one token.
@@ -39,6 +41,7 @@ class Workload:
 
     tokens: int | None = None
     gpu: str = "h200"
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         """Check both."""

@@ -18,6 +18,7 @@ from ..passes.native import NativeRow
 from ..passes.residual import Chain, Reason, Rejection, Site
 from ..planning.nothing_found import rejected_by_reason
 from ..planning.sites import Plan
+from .pipeline_prediction import PipelinePrediction
 from .prediction import Prediction
 from .repeated_layers import folded
 
@@ -64,6 +65,7 @@ class Report:
     graphs: list[GraphReport] = field(default_factory=list)
     parameters_before: int = 0
     prediction: Prediction | None = None
+    pipeline: PipelinePrediction | None = None
 
     @property
     def chains(self) -> tuple[Chain, ...]:
@@ -124,6 +126,7 @@ class Report:
             "native": [asdict(row) for row in self.native],
             "rejected": [_rejection_dict(entry) for entry in self.rejected],
             "prediction": self.prediction.to_dict() if self.prediction is not None else None,
+            "pipeline": self.pipeline.to_dict() if self.pipeline is not None else None,
             "graphs": [
                 {
                     "function": graph.function,
@@ -190,6 +193,8 @@ class Report:
             console.print(table)
         if self.prediction is not None:
             console.print(str(self.prediction))
+        if self.pipeline is not None:
+            console.print(str(self.pipeline))
         return buffer.getvalue().rstrip()
 
     def _native_table(self) -> Table:

@@ -16,8 +16,7 @@ _KEPT_ATTRIBUTES = ("_param_name_to_source", ATTRIBUTE)
 def copy_node(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
     """Copy a node with its metadata, and a placeholder's `_dynamo_source`, which `Graph.node_copy` forgets.
 
-    AOTAutograd asserts that every placeholder of a Dynamo graph has one, if only None: what one DDP bucket hands to
-    the next comes from nowhere in the user's code.
+    AOTAutograd asserts that every placeholder of a Dynamo graph has one, if only None.
     """
     copied = graph.node_copy(node, argument)
     if hasattr(node, "_dynamo_source"):

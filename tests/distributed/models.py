@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import mhc_compile
 
@@ -18,8 +18,11 @@ from ..carrying import perturb
 WIDTH, VOCABULARY, BATCH, LENGTH = 32, 64, 4, 8
 
 
-def llama(layers: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LlamaForCausalLM:
+def llama(layers: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """Return a Llama of random weights, the same on every rank."""
+    # Cases without a Llama are spared the time that this takes.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=layers,
@@ -39,10 +42,15 @@ def mine(batch: Tensor) -> Tensor:
     return batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def attached(layers: int = 2, **options: Any) -> LlamaForCausalLM:
+def attached(layers: int = 2) -> Any:
     """Return a Llama with perturbed mHC parameters."""
+    return copy.deepcopy(_attached(layers))
+
+
+@functools.cache
+def _attached(layers: int) -> Any:
     model = llama(layers)
-    mhc_compile.attach(model, input_ids=tokens(1), config=mhc_compile.MHCConfig(**options))
+    mhc_compile.attach(model, input_ids=tokens(1))
     perturb(model)
     return model
 

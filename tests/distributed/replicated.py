@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mhc_compile
 from mhc_compile import distributed
 
+from . import trained
 from .launch import run
 from .models import attached, average, differences, gradients, llama, loss_of, mine, tokens
 from .parallel import decoder
@@ -110,14 +111,17 @@ def plain_checkpoint() -> dict[str, Any]:
 
 DDP = {
     f"DDP, optimize_ddp={optimize}, compiled {way}": functools.partial(ddp, optimize, way)
-    for optimize in (False, "python_reducer")
+    for optimize in (False, "python_reducer", "ddp_optimizer")
     for way in ("inside", "outside")
 }
-CASES = DDP | {
-    "a bucket ends in a branch": functools.partial(ddp, "ddp_optimizer", "outside"),
-    "checkpointed": checkpointed,
-    "plain checkpoint": plain_checkpoint,
-}
+CASES = (
+    DDP
+    | trained.CASES
+    | {
+        "checkpointed": checkpointed,
+        "plain checkpoint": plain_checkpoint,
+    }
+)
 
 if __name__ == "__main__":
     run(CASES)

@@ -189,13 +189,10 @@ def _record(group: Any, method: str, name: str, order: list[str]) -> None:
 
 EXACT = {
     "whole": ("whole", "shard", True, True),
-    "in place": ("in place", "shard", True, True),
     "by block": ("by block", "shard", True, True),
-    "by block, kept gathered": ("by block", "shard", False, True),
-    "by block, compiled before sharding": ("by block", "compile", True, True),
+    "by block, compiled before sharding, kept gathered": ("by block", "compile", False, True),
     "in place, compiled before sharding": ("in place", "compile", False, True),
     "by block, in the blocks' groups": ("by block", "shard", True, False),
-    "whole, in the blocks' groups": ("whole", "shard", True, False),
     "whole, checkpointed": ("whole", "shard", True, True, True),
     "by block, checkpointed": ("by block", "shard", True, True, True),
 }

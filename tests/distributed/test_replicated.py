@@ -15,11 +15,6 @@ def test_data_parallel_training_is_training_in_one_process(name: str) -> None:
         assert outcome[name]["gradient"] <= 1e-5
 
 
-def test_a_bucket_that_ends_inside_a_branch_is_refused_on_every_rank() -> None:
-    for outcome in outcomes("replicated"):
-        assert "torch._dynamo.config.optimize_ddp = False" in outcome["a bucket ends in a branch"]["error"]
-
-
 def test_a_checkpoint_of_two_ranks_loads_on_two_and_on_one() -> None:
     for outcome in outcomes("replicated"):
         assert outcome["checkpointed"].get("on two ranks", 1.0) <= 1e-6, outcome["checkpointed"]

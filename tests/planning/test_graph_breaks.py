@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from mhc_compile.passes.residual import Reason
-from torch import nn
 
 import mhc_compile
 from mhc_compile import MHCConfig, MHCWarning, StreamCutError, UnrewrittenCallError
 
-from ..models import QUICK, Block, BreaksBetween, BreaksInLoop, Stack, assert_same_function, features
+from ..models import QUICK, BreaksBetween, BreaksInLoop, Stack, assert_same_function, features
 
 COLLAPSE = {**QUICK, "on_graph_break": "collapse"}
 
@@ -197,41 +196,3 @@ def test_the_promise_holds_for_every_piece(broken):
         model(features())
     with torch.compiler.set_stance("force_eager"), pytest.raises(UnrewrittenCallError):
         torch.compile(model, backend="mhc", options=QUICK)(features())
-
-
-class TestBuckets:
-    """DDPOptimizer cuts the graph where a bucket of gradients is full."""
-
-    @pytest.fixture(autouse=True)
-    def _group(self, tmp_path, monkeypatch):
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-        # The first bucket holds the readout alone.
-        monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 100)
-        yield
-        dist.destroy_process_group()
-
-    @staticmethod
-    def _wrapped(bucket_bytes):
-        model = Stack(depth=3)
-        plain = _step(model, model)
-        mhc_compile.attach(model, features(), config=MHCConfig(on_graph_break="collapse"))
-        return model, plain, nn.parallel.DistributedDataParallel(model, bucket_cap_mb=bucket_bytes / 2**20)
-
-    @pytest.mark.parametrize(("blocks", "pieces"), [(0.5, [1] * 6), (1, [2, 2, 2])])
-    def test_between_blocks(self, blocks, pieces):
-        block_bytes = sum(parameter.numel() for parameter in Block().parameters()) * 4
-        model, plain, wrapped = self._wrapped(blocks * block_bytes - 64)
-        compiled = torch.compile(wrapped, backend="mhc", options=QUICK)
-        out, grads = _step(model, compiled)
-        assert_same_function([plain[0]], [out], 1e-5)
-        assert_same_function(plain[1], grads, 1e-3)
-        report = mhc_compile.report(model)
-        assert [len(chain.sites) for chain in report.chains] == pieces
-        assert "buckets" in report.cuts[0]
-
-    def test_inside_a_block(self):
-        _, _, wrapped = self._wrapped(100)
-        with pytest.raises(StreamCutError, match=r"inside a residual block.*optimize_ddp"):
-            torch.compile(wrapped, backend="mhc", options=QUICK)(features())

@@ -24,7 +24,7 @@ def test_gpus_are_found_by_name_and_by_device():
 
 
 def test_a_gpu_from_outside_is_recognised_chosen_for_and_predicted_for(monkeypatch):
-    monkeypatch.setitem(GPUS, "4090", GPU("4090", 1.008e12, 165e12, 0.90, 0.60))
+    monkeypatch.setitem(GPUS, "4090", GPU("4090", 1.008e12, 165e12, 0.90, 0.60, 3e9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GeForce RTX 4090")
     assert find_gpu("4090") is gpu_of_device(torch.cuda.get_device_name()) is GPUS["4090"]
     choice = choose_fusion(8192, 4096, 4, torch.bfloat16, "cuda")
