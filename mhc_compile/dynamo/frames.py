@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -191,17 +192,34 @@ def _plain_callers(roots: tuple[nn.Module, ...]) -> tuple[list[_Caller], list[_C
         Each module with its place in the source, innermost first: those up to the call that compilation began with, and
         those beyond it.
     """
-    frame: FrameType | None = sys._getframe(1)
     found: tuple[list[_Caller], list[_Caller]] = ([], [])
     beyond = False
-    while frame is not None:
-        code = frame.f_code
-        beyond |= code.co_name == "compile_wrapper"
-        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
-        if isinstance(module, nn.Module) and roots and _holds(module, roots[0]):
-            found[beyond].append((module, f"{type(module).__name__}.forward ({code.co_filename}:{frame.f_lineno})"))
-        frame = frame.f_back
+    for frame in _stack():
+        beyond |= frame.f_code.co_name == "compile_wrapper"
+        module = _running(frame)
+        if module is not None and roots and _holds(module, roots[0]):
+            place = f"{type(module).__name__}.forward ({frame.f_code.co_filename}:{frame.f_lineno})"
+            found[beyond].append((module, place))
     return found if beyond else ([], [])
+
+
+def running_modules() -> Iterator[nn.Module]:
+    """Yield the modules whose forward runs as plain Python around the frame that is compiled, innermost first."""
+    yield from (module for frame in _stack() if (module := _running(frame)) is not None)
+
+
+def _stack() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _running(frame: FrameType) -> nn.Module | None:
+    """Return the module whose forward a Python frame is."""
+    code = frame.f_code
+    module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
+    return module if isinstance(module, nn.Module) else None
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ..attachment.site_parameters import attached_config
 from ..config import MHCConfig
-from ..dynamo.frames import Frame
+from ..dynamo.frames import Frame, running_modules
 from ..errors import MHCWarning, NoResidualError
 from ..passes.read_sentinels import SentinelCall
 from ..passes.residual import Reason, Rejection
@@ -33,6 +33,9 @@ def require_sites(plan: Plan, frame: Frame, config: MHCConfig, native: bool, cal
         return
     if any(not call.labels for call in calls):
         # An attached model's own sentinel, which may be a graph of its own.
+        return
+    if not frame.roots and any(attached_config(module) is not None for module in running_modules()):
+        # A function, such as one that makes masks, that an attached model calls where Dynamo gave up on its forward.
         return
     if not frame.roots and has_open_breaks(frame):
         # A loss function behind a graph break: no module, so no residual block.
