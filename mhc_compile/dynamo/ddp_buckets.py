@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from ..attachment.entrances import BACKEND_NAME
 from ..passes.fx.cache_key import copy_cache_key
 from ..passes.gather_items import gather_items
+from ..passes.localize_sizes import localize_sizes
 
 Compile = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -70,4 +71,4 @@ def compile_in_buckets(graph_module: GraphModule, example_inputs: Sequence[Any],
         return compile_one(piece, inputs)
 
     behind = type(optimizer)(optimizer.bucket_bytes_cap, compile_piece, optimizer.first_bucket_cap)
-    return behind.compile_fn(gather_items(graph_module), list(example_inputs))
+    return behind.compile_fn(gather_items(localize_sizes(graph_module)), list(example_inputs))
