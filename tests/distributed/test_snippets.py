@@ -7,7 +7,7 @@ from .snippets import SNIPPETS
 
 
 def test_each_snippet_trains_the_parameters() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     first, second = outcomes("snippets")
     for number in range(len(SNIPPETS)):
         trained = [outcome[str(number)].get("trained", outcome[str(number)]) for outcome in (first, second)]
