@@ -40,18 +40,15 @@ def in_kernel_order(
     if not transposed or phi_at is None or tensors[phi_at].shape[0] == 2 * n_streams:
         return call(*tensors, *known)
     phi, scale, bias = tensors[phi_at : phi_at + 3]
-    ordered = (_swapped(phi, n_streams), scale, _swapped(bias, n_streams))
+    ordered = (with_res_transposed(phi, n_streams), scale, with_res_transposed(bias, n_streams))
     results = call(*tensors[:phi_at], *ordered, *tensors[phi_at + 3 :], *known)
     if not gradients:
         return results
     *grads, grad_phi, grad_scale, grad_bias = results
-    return (*grads, _swapped(grad_phi, n_streams), grad_scale, _swapped(grad_bias, n_streams))
+    return (*grads, with_res_transposed(grad_phi, n_streams), grad_scale, with_res_transposed(grad_bias, n_streams))
 
 
-def _swapped(rows: Tensor, n_streams: int) -> Tensor:
-    """Return a copy of phi [rows, n·C] or bias [rows] whose rows of res are transposed."""
-    result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    gates, matrix = (2 * n_streams, (n_streams, n_streams))
-    result[:gates] = rows[:gates]
-    result[gates:].unflatten(0, matrix).copy_(rows[gates:].unflatten(0, matrix).transpose(0, 1))
-    return result
+def with_res_transposed(rows: Tensor, n_streams: int) -> Tensor:
+    """Return a copy of phi [rows, n·C] or bias [rows] whose n·n last rows, those of res, are transposed."""
+    gates, matrix = rows.split([2 * n_streams, n_streams * n_streams])
+    return torch.cat([gates, *matrix.unflatten(0, (n_streams, n_streams)).unbind(1)])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import anchored as anchoring
 from .manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
+from .orientation import with_res_transposed
 
 NORM_EPS = 1e-6
 
@@ -333,8 +334,7 @@ def in_kernel_rows(rows: Tensor, family: Manifold, n: int, transposed: bool) -> 
     """Return phi [rows, n·C] or bias [rows] with the rows of res ordered [out, in], or put that order back."""
     if not transposed or not family.mixes or family.logits is not None:
         return rows
-    gates, matrix = rows.split([2 * n, n * n])
-    return torch.cat([gates, matrix.unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)])
+    return with_res_transposed(rows, n)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -6,8 +6,12 @@ the graph and a plain one in the piece that returns it, which AOTAutograd cannot
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
+
+from .fx.dataflow import is_size
 
 
 def localize_sizes(graph_module: GraphModule) -> GraphModule:
@@ -15,26 +19,27 @@ def localize_sizes(graph_module: GraphModule) -> GraphModule:
     graph = graph_module.graph
 
     def copied(node: Node) -> Node:
-        return graph.node_copy(node, copied) if _is_size(node) else node
+        return graph.node_copy(node, copied) if _tells_sizes(node) else node
 
     for node in list(graph.nodes):
-        if node.op == "output" or _is_size(node):
+        if node.op == "output" or _tells_sizes(node):
             continue
         for source in node.all_input_nodes:
-            if _is_size(source):
+            if _tells_sizes(source):
                 with graph.inserting_before(node):
                     node.replace_input_with(source, copied(source))
     for node in reversed(graph.nodes):
-        if _is_size(node) and not node.users:
+        if _tells_sizes(node) and not node.users:
             graph.erase_node(node)
     graph.lint()
     graph_module.recompile()
     return graph_module
 
 
-def _is_size(node: Node) -> bool:
+def _tells_sizes(node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
-    value = node.meta.get("example_value")
-    values = value if isinstance(value, tuple | list) else (value,)
-    return bool(values) and all(isinstance(item, int | torch.SymInt) for item in values)
+    value: Any = node.meta.get("example_value")
+    if isinstance(value, tuple | list):
+        return bool(value) and all(isinstance(item, int | torch.SymInt) for item in value)
+    return is_size(node)

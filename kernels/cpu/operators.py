@@ -137,7 +137,8 @@ def head(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.head`."""
     streams = streams.contiguous()
-    output, *_, projection = (_value_like(streams), *_coefficients(streams, phi))
+    output = _value_like(streams)
+    projection = streams.new_empty(*streams.shape[:-2], phi.shape[0] + 1, dtype=torch.float32)
     tensors = (streams, _wide(phi), _wide(scale), _wide(bias), output, None, None, projection)
     _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored)
     return output, projection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -132,20 +133,25 @@ def _fallback(stack: _Stack) -> str:
 
 def _stack() -> _Stack:
     seen = _Stack()
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
         code = frame.f_code
         seen.functions.add(code.co_name)
         seen.dynamo |= code.co_name == "compile_wrapper" and "eval_frame" in code.co_filename
         if "_functorch" in code.co_filename and code.co_name in _TRANSFORMS:
             seen.transform = _TRANSFORMS[code.co_name]
-        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(module, nn.Module) and code.co_name == "forward":
+        module = running_module(frame)
+        if module is not None:
             if not any(known is module for known in seen.modules):
                 seen.modules.append(module)
             seen.codes.append(code)
-        frame = frame.f_back
     return seen
+
+
+def running_module(frame: FrameType) -> nn.Module | None:
+    """Return the module whose forward a Python frame is, None if it is none."""
+    code = frame.f_code
+    module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
+    return module if isinstance(module, nn.Module) else None
 
 
 def _mark(module: nn.Module) -> RootMark | None:
@@ -159,8 +165,7 @@ def _named(module: nn.Module | None) -> str:
 
 def running_sites(labels: Sequence[str]) -> list[str]:
     """Return the names of the sites of these labels whose owner's forward is on the Python stack."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
         arguments = frame.f_code.co_varnames[: min(frame.f_code.co_argcount, 1)]
         candidate = frame.f_locals.get(arguments[0]) if arguments else None
         owned = parameters_of(candidate) if isinstance(candidate, nn.Module) else None
@@ -168,5 +173,4 @@ def running_sites(labels: Sequence[str]) -> list[str]:
             sites = [owned._modules[label] for label in labels if label in owned._modules]
             if sites:
                 return [site.name for site in sites if isinstance(site, SiteParameters)]
-        frame = frame.f_back
     return []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
-from types import CodeType, FrameType
+from types import CodeType
 
 from torch._dynamo.convert_frame import CatchErrorsWrapper, compile_lock
 from torch._dynamo.eval_frame import reset_code
@@ -41,12 +42,10 @@ def reset_codes(codes: Iterable[CodeType]) -> None:
 def _others_compile() -> bool:
     """Return whether another thread is inside Dynamo, at work or waiting for its turn."""
     own = threading.get_ident()
-    return any(_is_compiling(frame) for thread, frame in sys._current_frames().items() if thread != own)
-
-
-def _is_compiling(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code is CatchErrorsWrapper.__call__.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    inside = CatchErrorsWrapper.__call__.__code__
+    return any(
+        frame.f_code is inside
+        for thread, top in sys._current_frames().items()
+        if thread != own
+        for frame, _ in traceback.walk_stack(top)
+    )

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
+from ..attachment.plain_calls import running_module
 from ..errors import OwnerError
 from ..passes.fx.sources import input_sources, name_of_source
 
@@ -194,32 +196,20 @@ def _plain_callers(roots: tuple[nn.Module, ...]) -> tuple[list[_Caller], list[_C
     """
     found: tuple[list[_Caller], list[_Caller]] = ([], [])
     beyond = False
-    for frame in _stack():
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
         beyond |= frame.f_code.co_name == "compile_wrapper"
-        module = _running(frame)
+        module = running_module(frame)
         if module is not None and roots and _holds(module, roots[0]):
-            place = f"{type(module).__name__}.forward ({frame.f_code.co_filename}:{frame.f_lineno})"
+            place = f"{type(module).__name__}.forward ({frame.f_code.co_filename}:{line})"
             found[beyond].append((module, place))
     return found if beyond else ([], [])
 
 
 def running_modules() -> Iterator[nn.Module]:
     """Yield the modules whose forward runs as plain Python around the frame that is compiled, innermost first."""
-    yield from (module for frame in _stack() if (module := _running(frame)) is not None)
-
-
-def _stack() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _running(frame: FrameType) -> nn.Module | None:
-    """Return the module whose forward a Python frame is."""
-    code = frame.f_code
-    module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount and code.co_name == "forward" else None
-    return module if isinstance(module, nn.Module) else None
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        if (module := running_module(frame)) is not None:
+            yield module
 
 
 def _is_wrapper(module: nn.Module) -> bool:

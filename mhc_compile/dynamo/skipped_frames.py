@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 import warnings
-from types import FrameType
 from typing import Any
 
 import torch
@@ -81,15 +81,13 @@ def _is_built(value: Any) -> bool:
 
 def _compilation_frame() -> dict[str, Any] | None:
     """Return the variables of Dynamo's `_compile`, if it is working for this backend."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
         if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
             compiler = frame.f_locals["compiler_fn"]
             # Under DistributedDataParallel it is a method of DDPOptimizer, which holds the backend.
             compiler = getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
             ours = getattr(compiler, "compiler_name", None) == BACKEND_NAME
             return {**frame.f_locals, "compiler_fn": compiler} if ours else None
-        frame = frame.f_back
     return None
 
 

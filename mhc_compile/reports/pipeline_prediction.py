@@ -7,11 +7,14 @@ cannot divide the backward of one, so what a schedule calls input and weight gra
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from ..errors import MHCOptionError
 from ..kernels.costs import traffic
@@ -320,24 +323,19 @@ class _Costs:
         """Return the seconds that the operators of a site take beyond a plain residual add."""
         if not self.n_streams:
             return 0.0
-        return sum(_site_seconds(self, name) for name in passes)
-
-
-def _site_seconds(costs: _Costs, name: str) -> float:
-    sizes = (costs.tokens, costs.chain.width, costs.n_streams, costs.chain.dtype)
-    key = (costs.gpu.name, name, *sizes)
-    if key not in _KNOWN:
-        fusion = choose_on(costs.gpu, *sizes).fusion
-        numbers = dict(zip(("tokens", "width", "n_streams"), sizes[:3], strict=True))
-        element = costs.chain.dtype.itemsize
-        evaluate: Callable[..., float] = partial(traffic.evaluate, **numbers, element_size=element, sites=2)
-        site, plain = getattr(traffic.PER_SITE[fusion], name), getattr(traffic.PLAIN, name)
-        _KNOWN[key] = (evaluate(site.ours.bytes) - evaluate(plain.ours.bytes)) / costs.gpu.copy_rate
-    return _KNOWN[key]
+        sizes = (self.tokens, self.chain.width, self.n_streams, self.chain.dtype)
+        return sum(_site_seconds(self.gpu, name, *sizes) for name in passes)
 
 
 # Putting numbers into a formula takes longer than all that is done with the result.
-_KNOWN: dict[tuple[Any, ...], float] = {}
+@functools.cache
+def _site_seconds(gpu: GPU, name: str, tokens: int, width: int, n_streams: int, dtype: torch.dtype) -> float:
+    fusion = choose_on(gpu, tokens, width, n_streams, dtype).fusion
+    evaluate: Callable[..., float] = partial(
+        traffic.evaluate, tokens=tokens, width=width, n_streams=n_streams, element_size=dtype.itemsize, sites=2
+    )
+    site, plain = getattr(traffic.PER_SITE[fusion], name), getattr(traffic.PLAIN, name)
+    return (evaluate(site.ours.bytes) - evaluate(plain.ours.bytes)) / gpu.copy_rate
 
 
 def _told(step: Step) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -115,11 +115,9 @@ class MHCCallback(TrainerCallback):
 
     def _trainer(self) -> Any:
         """Return the Trainer whose constructor is running: it hands callbacks everything but itself."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
+        for frame, _ in traceback.walk_stack(sys._getframe(1)):
             candidate = frame.f_locals.get("self")
             handler = getattr(candidate, "callback_handler", None)
             if handler is not None and any(callback is self for callback in handler.callbacks):
                 return candidate
-            frame = frame.f_back
         return None

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch.fx import Graph, Node
 
-from ..fx.dataflow import CAST_NAMES, VIEW_NAMES, data_inputs, is_float, is_static_input, op_name, shape_of
-from .native_pieces import CONSTANTS, Cut, Piece, PieceError, is_size
+from ..fx.dataflow import CAST_NAMES, VIEW_NAMES, data_inputs, is_float, is_size, is_static_input, op_name, shape_of
+from .native_pieces import CONSTANTS, Cut, Piece, PieceError
 
 # Nodes of a piece; a DeepSeek-V4 site with 20 iterations has 120.
 _MOST_NODES = 1500

@@ -59,11 +59,6 @@ class Cut:
         return (*self.tokens, *sizes)
 
 
-def is_size(node: Node) -> bool:
-    """Return whether a node is a number of entries, not data."""
-    return isinstance(_example(node), int | torch.SymInt)
-
-
 @dataclass
 class Piece:
     """Nodes that can be run.

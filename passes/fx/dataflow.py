@@ -80,6 +80,11 @@ def tensor_of(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def is_size(node: Node) -> bool:
+    """Return whether a node is a number of entries, not data."""
+    return isinstance(node.meta.get("example_value"), int | torch.SymInt)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """Return a size, or what it was traced with; `int(size)` would guard on it, and the graph would serve it alone."""
     if not isinstance(size, torch.SymInt):
