@@ -21,7 +21,9 @@ def _saved(out, model):
 
 def test_inductor_saves_less_gives_the_same_and_its_caches_tell_policies_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model = Stack(2, dropout=0.3).train()
+    # Caches do not care how fast the code is, and plain loops compile sooner than vectorized ones.
+    monkeypatch.setattr(inductor_config.cpp, "simdlen", 1)
+    model = Stack(1, dropout=0.3).train()
     mhc_compile.attach(model, features(), config=MHCConfig(init="paper"))
     saved, gradients, hits = [], [], []
     caches_on = (
@@ -41,9 +43,9 @@ def test_inductor_saves_less_gives_the_same_and_its_caches_tell_policies_apart(t
             hits.append(counters["aot_autograd"]["autograd_cache_hit"])
     assert hits == [0, 0, 1, 1]
     assert saved[2:] == saved[:2]
-    # Four sites: expanded head and three outputs against the one in the middle; coefficients against none.
-    assert [shapes.count((5, 4, 32)) for shapes in saved[:2]] == [4, 1]
-    assert [shapes.count((5, 4, 4)) for shapes in saved[:2]] == [4, 4]
+    # Two sites: the expanded head and the output between them, both of which are replayed; coefficients in both.
+    assert [shapes.count((5, 4, 32)) for shapes in saved[:2]] == [2, 0]
+    assert [shapes.count((5, 4, 4)) for shapes in saved[:2]] == [2, 2]
     assert len(gradients[0]) == len(list(model.parameters()))
     for stored, replayed, *warm in zip(*gradients, strict=True):
         torch.testing.assert_close(replayed, stored, rtol=1e-5, atol=1e-6)
