@@ -35,25 +35,24 @@ def test_hidden_states_and_a_loss_on_a_middle_layer():
 
 
 def test_dynamic_shapes_compile_once():
-    model = llama()
-    mhc_compile.attach(model, input_ids=token_ids())
+    model = Stack()
+    values = [features(batch * length).unflatten(0, (batch, length)) for batch, length in ((2, 8), (3, 11), (4, 5))]
+    mhc_compile.attach(model, values[0])
     compiled = torch.compile(model, backend="mhc", options=QUICK, dynamic=True)
-    reference = [compiled(token_ids(batch, length)).logits for batch, length in ((2, 8), (3, 11), (4, 5), (5, 16))]
+    rewritten = [compiled(value) for value in values]
     assert len(mhc_compile.report(model).graphs) <= 2
     mhc_compile.detach(model)
-    for logits, (batch, length) in zip(reference, ((2, 8), (3, 11), (4, 5), (5, 16)), strict=True):
-        assert_same_function([model(token_ids(batch, length)).logits], [logits], 1e-5)
+    assert_same_function([model(value) for value in values], rewritten, 1e-5)
 
 
 def test_trained_parameters_compute_the_same_in_every_lowering_and_inner_backend():
     model = Stack()
-    mhc_compile.attach(model, features(), config=MHCConfig(init="paper"))
+    mhc_compile.attach(model, features(), config=MHCConfig(init="paper", sinkhorn_iters=3))
     _perturb(model)
     results, gradients = [], []
     for options in (
         {"inner": "eager"},
         {"inner": "aot_eager"},
-        {"inner": "inductor"},
         {"inner": "inductor", "fusion": "inductor"},
         {"inner": "eager", "fusion": "site"},
     ):
@@ -177,41 +176,49 @@ def test_many_models_of_one_class():
 
 
 WARM = """
-import json, sys, warnings
-import torch, mhc_compile
+import json, warnings
+import torch, torch._inductor.config, mhc_compile
+from torch._dynamo.utils import counters
 from tests.models import Stack, features
 warnings.simplefilter("ignore")
+# Caches do not care how fast the code is, and plain loops compile sooner than vectorized ones.
+torch._inductor.config.cpp.simdlen = 1
 torch.manual_seed(0)
 model = Stack(1)
-mhc_compile.attach(model, features(), config=mhc_compile.MHCConfig(sinkhorn_iters=2))
+mhc_compile.attach(model, features(), config=mhc_compile.MHCConfig(n_streams=2, sinkhorn_iters=1))
 generator = torch.Generator().manual_seed(3)
 with torch.no_grad():
     for p in mhc_compile.parameters(model).values():
         p += 0.3 * torch.randn(p.shape, generator=generator)
-out = torch.compile(model, backend="mhc", options={"fusion": sys.argv[1]})(features())
-out.sum().backward()
-from torch._dynamo.utils import counters
-print(json.dumps({
-    "out": out.tolist(), "grad": model.blocks[0].mixer.weight.grad.tolist(),
-    "sites": len(mhc_compile.report(model).sites), "hits": counters["aot_autograd"]["autograd_cache_hit"],
-}))
+said = {}
+for fusion in ("auto", "inductor"):
+    torch._dynamo.reset()
+    counters.clear()
+    model.zero_grad()
+    out = torch.compile(model, backend="mhc", options={"fusion": fusion})(features())
+    out.sum().backward()
+    said[fusion] = {
+        "out": out.tolist(), "grad": model.blocks[0].mixer.weight.grad.tolist(),
+        "sites": len(mhc_compile.report(model).sites), "hits": counters["aot_autograd"]["autograd_cache_hit"],
+    }
+print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("fusion", ["auto", "inductor"])
-def test_a_warm_second_process_gives_the_report_and_the_same_numbers(tmp_path, monkeypatch, fusion):
+def test_a_warm_second_process_gives_the_report_and_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")
     monkeypatch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
 
     def run():
-        done = subprocess.run([sys.executable, "-c", WARM, fusion], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     cold, warm = run(), run()
-    assert (cold.pop("hits"), warm.pop("hits")) == (0, 1)
-    assert warm == cold
-    assert warm["sites"] == 2
+    for fusion in ("auto", "inductor"):
+        assert (cold[fusion].pop("hits"), warm[fusion].pop("hits")) == (0, 1)
+        assert warm[fusion] == cold[fusion]
+        assert warm[fusion]["sites"] == 2
 
 
 def test_hugging_face_trainer(tmp_path):
@@ -247,18 +254,15 @@ class _Targets:
         return lookup_backend("aot_eager")(graph_module, inputs)
 
 
-@pytest.mark.parametrize("build", [Stack, llama])
-def test_boundary_fusion_is_the_same_to_the_bit(build):
-    model = build()
-    inputs = (features(),) if build is Stack else (token_ids(),)
-    mhc_compile.attach(model, *inputs)
+def test_boundary_fusion_is_the_same_to_the_bit():
+    model = Stack()
+    mhc_compile.attach(model, features())
     _perturb(model)
     results = {}
     for fusion in ("site", "boundary"):
         inner = _Targets()
         options = {"inner": inner.name, "fusion": fusion}
-        out = torch.compile(model, backend="mhc", options=options)(*inputs)
-        out = out if build is Stack else out.logits
+        out = torch.compile(model, backend="mhc", options=options)(features())
         model.zero_grad()
         out.square().sum().backward()
         counts = [inner.seen.count(f"mhc.{name}.default") for name in ("collapse", "post_pre", "post_collapse", "post")]
