@@ -65,12 +65,11 @@ def _image():
 
 
 HAND_WRITTEN = {
-    "pre-norm": lambda: (Stack(3), features()),
+    "pre-norm": lambda: (Stack(), features()),
     "carriers": lambda: (Scaled(), features()),
     "convolutional": lambda: (Convolutional(), _image()),
     "nested": lambda: (Nested(), features()),
 }
-REAL = ("llama", "gpt_neox", "bert", "t5")
 
 # (model, n_streams, manifold, readout, fusion, recompute): every pair of values of two options is somewhere, or nearly.
 OPTIONS = [
@@ -83,7 +82,6 @@ OPTIONS = [
     ("pre-norm", 8, "identity", "mean", "boundary", 1),
     ("carriers", 1, "none", "mean", "inductor", "auto"),
     ("carriers", 2, "sinkhorn", "learned", "paper", 1),
-    ("carriers", 4, "sinkhorn", "mean", "boundary", 2),
     ("carriers", 4, "identity", "learned", "site", 3),
     ("carriers", 8, "none", "learned", "boundary", "none"),
     ("convolutional", 2, "identity", "mean", "boundary", 3),
@@ -94,8 +92,7 @@ OPTIONS = [
     ("nested", 3, "none", "learned", "boundary", 1),
     ("nested", 4, "identity", "learned", "inductor", 1),
     ("nested", 7, "sinkhorn", "mean", "site", 2),
-    ("llama", 4, "sinkhorn", "learned", "boundary", 2),
-    ("llama", 2, "none", "mean", "paper", "auto"),
+    ("llama", 4, "sinkhorn", "mean", "boundary", 2),
     ("gpt_neox", 6, "sinkhorn", "mean", "site", 1),
     ("bert", 3, "sinkhorn", "mean", "boundary", 3),
     ("t5", 2, "identity", "learned", "boundary", "none"),
@@ -107,7 +104,11 @@ def _built(name):
         model, value = HAND_WRITTEN[name]()
         return model, (value,), {}
     case = CASES[name]()
-    return case.build().eval(), (), case.inputs()
+    model = case.build().eval()
+    if name == "t5":
+        # One layer on each side has every kind of site, and a site in the middle.
+        del model.encoder.block[1:], model.decoder.block[1:]
+    return model, (), case.inputs()
 
 
 @pytest.mark.parametrize(("name", "n", "manifold", "readout", "fusion", "recompute"), OPTIONS)
