@@ -23,12 +23,12 @@ SNIPPETS = re.findall(r"^```py\n(.*?)^```", README.read_text(encoding="utf-8"), 
 
 def cut(model: Any, rank: int) -> nn.Module:
     """Return this rank's half of a Llama."""
-    return LlamaPart(model, range(2) if rank == 0 else range(2, 4))
+    return LlamaPart(model, range(rank, rank + 1))
 
 
 def snippet(code: str) -> dict[str, Any]:
     """Run a snippet as it stands, but for what Inductor would take its time for."""
-    model = llama(4)
+    model = llama()
     names = {"torch": torch, "mhc_compile": mhc_compile, "model": model, "ids": tokens(8), "rank": dist.get_rank()}
     quick = code.replace('backend="mhc"', 'backend="mhc", options={"inner": "aot_eager"}')
     with torch._dynamo.config.patch(optimize_ddp="ddp_optimizer"):
