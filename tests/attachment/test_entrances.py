@@ -18,17 +18,12 @@ QUICK = {"inner": "eager"}
 SMALL = {**CASES, **{build.__name__: functools.partial(build, 1) for build in (t5, bart, whisper)}}
 
 
-@functools.cache
-def _attached(name):
-    torch.manual_seed(0)
-    model = SMALL[name]().build().eval()
-    mhc_compile.attach(model, **SMALL[name]().inputs())
-    perturb(model)
-    return model
-
-
 def attached(name):
-    return copy.deepcopy(_attached(name)), SMALL[name]().inputs()
+    torch.manual_seed(0)
+    model, inputs = SMALL[name]().build().eval(), SMALL[name]().inputs()
+    mhc_compile.attach(model, **inputs)
+    perturb(model)
+    return model, inputs
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
