@@ -75,7 +75,7 @@ def _post_pre() -> Passes:
             backward,
             site.backward() + first.backward.ours,
             2 * first.forward.flops + first.backward.flops + second.backward.flops,
-            4 + STREAM_LAUNCHES,
+            3 + STREAM_LAUNCHES,
         ),
     )
 
