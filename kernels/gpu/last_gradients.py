@@ -95,6 +95,7 @@ def last_gradients(
         geometry.tokens, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0], blocks,
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, VECTOR=config.vector,
-        num_warps=config.warps, num_stages=1, **register_limit(168 if geometry.n <= 4 else 255), **geometry.constants(),
+        num_warps=config.warps, num_stages=1,
+        **register_limit(None if geometry.n <= 4 else 255), **geometry.constants(),
     )  # fmt: skip
     return (grad_mixed, *grads)
