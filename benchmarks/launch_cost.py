@@ -1,6 +1,6 @@
 """Time what a call of a GPU operator costs on the host, with its launches mocked: no GPU is needed, and none is used.
 
-    python -m benchmarks.launch_cost [--calls 2000] [--tokens 256] [--only post_pre]
+    python -m benchmarks.launch_cost [--calls 2000] [--tokens 256] [--only post_pre] [--label after]
 
 Small tensors on the CPU stand in, nothing is compiled, and the launcher that Triton would have compiled does nothing:
 what is left is the Python of the operator, PyTorch's allocations, and the binder, none of which depends on sizes.
@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -29,14 +29,14 @@ import triton
 import triton.compiler
 from mhc_compile.kernels.dispatch import kernel_of
 from mhc_compile.kernels.gpu.launch import recording
-from mhc_compile.kernels.gpu.prepared import PreparedOperator
-from mhc_compile.kernels.manifolds import MANIFOLDS
-from rich.console import Console
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
+from .by_name import Case, arguments_of
+from .counted import add_arguments, keep
+from .terminal import Table
+
 _BATCH = 50
-OPERATORS = ("post_pre", "post_collapse", "post_measure", "pre", "post", "head")
+OPERATORS = ("post_pre", "post_pre_backward", "pre", "pre_backward", "post", "post_backward", "head", "head_backward")
 
 
 class MockDriver:
@@ -95,35 +95,6 @@ def mocked(launched: list[tuple[Any, ...]] | None = None) -> Iterator[None]:
         triton.runtime.driver.set_active(previous)
 
 
-def arguments_of(
-    operator: str, backward: bool, tokens: int, n: int, width: int
-) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
-    """Return bfloat16 streams and float32 coefficients, and the constants of an operator."""
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-
-    streams, branch = (make(tokens, *shape, width, dtype=torch.bfloat16) for shape in ((n,), ()))
-    post, res = make(tokens, n), make(tokens, n, n)
-    if operator == "head":
-        phi, constants = (make(n, n * width), make(1), make(n)), (1e-6, 0.0, True)
-        projection = make(tokens, n + 1)
-        grads = (branch, streams, *phi, projection)
-        return (grads if backward else (streams, *phi)), constants
-    rows = MANIFOLDS["sinkhorn"].rows(n)
-    phi, projection = (make(rows, n * width), make(3), make(rows)), make(tokens, rows + 1)
-    site = (20, 1e-6, 0.0, "sinkhorn", True)
-    mixing = (streams, branch, post, res)
-    if operator == "post":
-        return ((streams, *mixing) if backward else mixing), ()
-    if operator == "pre":
-        return ((branch, post, res, streams, *phi, projection) if backward else (streams, *phi)), site
-    if backward:
-        return (*mixing, *mixing, *phi, projection), site
-    measured = (post, res, projection) if operator == "post_collapse" else ()
-    return (*mixing, *phi, *measured), site
-
-
 def microseconds(call: Callable[[], Any], calls: int) -> float:
     """Return the median over batches of the time of one call."""
     for _ in range(3):
@@ -137,7 +108,7 @@ def microseconds(call: Callable[[], Any], calls: int) -> float:
     return statistics.median(times)
 
 
-def launches_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[str]:
+def launches_of(function: Callable[..., Any], arguments: Sequence[Any]) -> list[str]:
     """Return the kernels that a call launches."""
     names: list[str] = []
     with recording(lambda kernel, grid, args, options: names.append(kernel.__name__)):
@@ -145,40 +116,46 @@ def launches_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> lis
     return names
 
 
+def ways() -> dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """Return how an operator can be called; commits before there were prepared calls have one way."""
+    found: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {"binder": lambda function: function}
+    with contextlib.suppress(ImportError):
+        from mhc_compile.kernels.gpu.prepared import PreparedOperator
+
+        found["prepared"] = PreparedOperator
+    return found
+
+
 def main() -> int:
-    """Measure and print."""
+    """Measure, print, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1])
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--only", default="", choices=["", *OPERATORS])
+    add_arguments(parser)
     given = parser.parse_args()
-    table = Table(title="microseconds a call on the host, launches mocked", title_justify="left")
-    for heading in ("pass", "tokens"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("launches", "binder", "prepared"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     with mocked():
-        for operator in (given.only,) if given.only else OPERATORS:
-            for backward in (False, True):
-                if backward and operator in ("post_measure", "post_collapse"):
-                    continue
-                for tokens in given.tokens:
-                    name = f"{operator}_backward" if backward else operator
-                    tensors, constants = arguments_of(operator, backward, tokens, given.streams, given.width)
-                    arguments = (*tensors, *constants)
-                    function = kernel_of(name)
-                    prepared = PreparedOperator(function)
-                    times = [
-                        microseconds(lambda call=call, given=arguments: call(*given), given.calls)  # type: ignore[misc]
-                        for call in (function, prepared)
-                    ]
-                    table.add_row(
-                        f"{operator} {'backward' if backward else 'forward'}", str(tokens),
-                        str(len(launches_of(function, arguments))), *(f"{one:.1f}" for one in times),
-                    )  # fmt: skip
-    Console(width=100 if not sys.stdout.isatty() else None).print(table)
+        for name in (given.only, f"{given.only}_backward") if given.only else OPERATORS:
+            for tokens in given.tokens:
+                case = Case(given.streams, torch.bfloat16, tokens, given.width, anchored=True)
+                arguments = arguments_of(name, case, "cpu")
+                function = kernel_of(name)
+                count = str(len(launches_of(function, arguments)))
+                for way, wrap in ways().items():
+                    call = wrap(function)
+                    taken = microseconds(lambda call=call, given=arguments: call(*given), given.calls)  # type: ignore
+                    rows.append((name, str(tokens), count, way, f"{taken:.0f}"))
+    table = Table(
+        "Microseconds a call on the host, launches mocked",
+        ("pass", "tokens", "launches", "way", "µs"),
+        tuple(rows),
+        note="Measured on a shared CPU with launches mocked: the Python of an operator, PyTorch's allocations and the "
+        "binder. Medians of batches. `prepared` is what a model runs.",
+    )
+    keep("launch_cost", table, given)
     return 0
 
 

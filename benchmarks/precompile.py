@@ -40,7 +40,7 @@ def launches_of(shape: Shape, backend: str) -> list[Launch]:
     return found
 
 
-def _identity(launch: Launch) -> tuple[Any, ...]:
+def identity(launch: Launch) -> tuple[Any, ...]:
     """Return what a kernel is compiled from: dtypes, and of numbers what Triton specializes on."""
     kernel, args, options = launch
     given = tuple(
@@ -52,7 +52,7 @@ def _identity(launch: Launch) -> tuple[Any, ...]:
 
 def distinct(shapes: Sequence[Shape], backend: str) -> list[Launch]:
     """Return the launches that compile something of their own, in order."""
-    return list({_identity(one): one for shape in shapes for one in launches_of(shape, backend)}.values())
+    return list({identity(one): one for shape in shapes for one in launches_of(shape, backend)}.values())
 
 
 class _Target:

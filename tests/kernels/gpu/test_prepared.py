@@ -80,6 +80,7 @@ import json
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import launch_cost
+from benchmarks.by_name import Case, arguments_of
 from mhc_compile.kernels.dispatch import kernel_of
 from mhc_compile.kernels.gpu.prepared import PreparedOperator
 
@@ -102,25 +103,19 @@ def seen(launched):
     return found
 
 result, launched, asked = [], [], set()
+case = Case(4, torch.bfloat16, 256, 64, anchored=True)
 with launch_cost.mocked(launched):
-    for name in ("sinkhorn", "post", "pre", "post_pre", "post_collapse", "post_measure", "head"):
-        for backward in (False, True):
-            if backward and name in ("post_collapse", "post_measure"):
-                continue
-            if name == "sinkhorn":
-                logits = torch.zeros(256, 4, 4)
-                tensors, constants = ((logits, logits.clone()) if backward else (logits,)), (20, 0.0)
-            else:
-                tensors, constants = launch_cost.arguments_of(name, backward, 256, 4, 64)
-                tensors = tuple(tensor.clone() for tensor in tensors)
-            call = PreparedOperator(kernel_of(name + "_backward" * backward))
+    for name in ("sinkhorn", "post", "pre", "post_pre", "head"):
+        for name in (name, name + "_backward"):
+            arguments = arguments_of(name, case, "cpu")
+            call = PreparedOperator(kernel_of(name))
             launched.clear()
-            call(*tensors, *constants)
+            call(*arguments)
             first = len(launched)
             asked.clear()
             with Asked():
-                call(*tensors, *constants)
-            result.append([name, backward, seen(launched[:first]), seen(launched[first:]), sorted(asked)])
+                call(*arguments)
+            result.append([name, seen(launched[:first]), seen(launched[first:]), sorted(asked)])
 print(json.dumps(result))
 """
 
@@ -131,9 +126,9 @@ def test_prepared_launches_are_those_of_triton_and_nothing_waits_for_the_device(
     run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     calls = json.loads(run.stdout.splitlines()[-1])
-    assert len(calls) == 12
-    for name, backward, by_triton, direct, asked in calls:
-        assert direct == by_triton, (name, backward)
-        assert 1 <= len(direct) <= 4, (name, backward)
+    assert len(calls) == 10
+    for name, by_triton, direct, asked in calls:
+        assert direct == by_triton, name
+        assert 1 <= len(direct) <= 4, name
         # Allocations by PyTorch, which CUDA graphs capture; nothing is copied, read back or waited for.
         assert asked == ["aten.empty_strided.default"]

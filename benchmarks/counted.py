@@ -1,0 +1,50 @@
+"""Tables that need no GPU: what was counted or compiled, kept beside the results as `results/counted/*.json`.
+
+`--label before` keeps the rows of another commit beside those of this one: a run replaces the rows of its own label and
+version of Triton, and leaves the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from .record import RESULTS, write_json
+from .terminal import Table, show
+
+FOLDER = "counted"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where rows are kept, and under which name."""
+    parser.add_argument("--label", help="keep the rows under this name, such as `after`; left out, they are printed")
+    parser.add_argument("--out", type=Path, default=RESULTS / FOLDER, help="folder of the tables that are kept")
+
+
+def keep(name: str, table: Table, given: argparse.Namespace) -> None:
+    """Print a table, and keep its rows if a label says so."""
+    show(table)
+    if given.label is None:
+        return
+    path = given.out / f"{name}.json"
+    key = [given.label, triton.__version__]
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in before if row[:2] != key] + [[*key, *row] for row in table.rows]
+    content: dict[str, Any] = {
+        "title": table.title, "headings": ["code", "Triton", *table.headings], "note": table.note, "rows": rows,
+    }  # fmt: skip
+    write_json(path, content)
+
+
+def tables(folder: Path) -> list[Table]:
+    """Return the tables kept below a folder of results."""
+    found = []
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        content = json.loads(path.read_text())
+        rows = tuple(tuple(row) for row in content["rows"])
+        found.append(Table(content["title"], tuple(content["headings"]), rows, note=content["note"]))
+    return found
