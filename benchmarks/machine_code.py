@@ -115,10 +115,10 @@ def main() -> int:
     ]
     table = Table(
         f"Machine code of a boundary's kernels, {case.label}, {target.name}",
-        ("pass", "kernel", "programs", "registers", "spilled B", "barriers", "instructions", "in loop", "bytes", "a byte"),
+        ("pass", "kernel", "programs", "registers", "spilled B", "barriers", "instructions", "looped", "bytes", "each"),
         tuple(rows),
-        note="Of a thread. Loop: the longest that moves bytes, or all of the kernel; bytes are those that its loads "
-        "and stores of global memory ask for, from whatever cache; a byte: instructions in the loop over them.",
+        note="Of a thread. Looped: the longest loop that moves bytes, or all of the kernel; bytes are those that its "
+        "loads and stores of global memory ask for, from whatever cache. Each: looped for each of them.",
     )  # fmt: skip
     keep("machine_code", table, given)
     return 0
