@@ -1,7 +1,7 @@
 """Tables that need no GPU: what was counted or compiled, kept beside the results as `results/counted/*.json`.
 
-`--label before` keeps the rows of another commit beside those of this one: a run replaces the rows of its own label and
-version of Triton, and leaves the others.
+`--label before` keeps the rows of another commit beside those of this one: a run replaces what it measured anew of its
+own label and version of Triton, and leaves the rest.
 """
 
 from __future__ import annotations
@@ -25,15 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / FOLDER, help="folder of the tables that are kept")
 
 
-def keep(name: str, table: Table, given: argparse.Namespace) -> None:
-    """Print a table, and keep its rows if a label says so."""
+def keep(name: str, table: Table, given: argparse.Namespace, identity: int = 0) -> None:
+    """Print a table, and keep its rows if a label says so.
+
+    Args:
+        name: of the file.
+        table: what this run found.
+        given: from `add_arguments`.
+        identity: so many cells say which row it is, and rows of other cells stay; 0 replaces all rows of the label.
+    """
     show(table)
     if given.label is None:
         return
     path = given.out / f"{name}.json"
-    key = [given.label, triton.__version__]
+    found = [[given.label, triton.__version__, *row] for row in table.rows]
+    anew = {tuple(row[: 2 + identity]) for row in found}
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in before if row[:2] != key] + [[*key, *row] for row in table.rows]
+    rows = [row for row in before if tuple(row[: 2 + identity]) not in anew] + found
     content: dict[str, Any] = {
         "title": table.title, "headings": ["code", "Triton", *table.headings], "note": table.note, "rows": rows,
     }  # fmt: skip
