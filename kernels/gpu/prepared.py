@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import launch, observed, recording
 
@@ -127,17 +128,28 @@ class Prepared:
         return results[0] if self.alone else tuple(results)
 
 
-def prepare(function: Callable[..., Any], tensors: Sequence[Tensor], constants: tuple[Any, ...]) -> Prepared | None:
-    """Return the calls of `function` on tensors of these shapes and dtypes, None where it launches nothing."""
+class _AllocationsAlone(TorchDispatchMode):
+    """Inside, PyTorch allocates and does nothing else: what it computes between launches would not be repeated."""
+
+    allowed = frozenset((torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse what does not allocate."""
+        if func.overloadpacket not in self.allowed:
+            raise AssertionError(f"an operator of the GPU calls {func} beside its launches, which is not prepared")
+        return func(*args, **(kwargs or {}))
+
+
+def prepare(function: Callable[..., Any], tensors: Sequence[Tensor], constants: tuple[Any, ...]) -> Prepared:
+    """Return the calls of `function` on tensors of these shapes and dtypes, which have tokens."""
     inputs = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
     found: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
-    with recording(
-        lambda kernel, grid, args, options: found.append((kernel, grid, args, options)),
-        "cuda" if torch.version.hip is None else "hip",
-    ):
+
+    def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append((kernel, grid, args, options))
+
+    with recording(record, "cuda" if torch.version.hip is None else "hip"), _AllocationsAlone():
         returned = function(*inputs, *constants)
-    if not found:
-        return None
     outputs = (returned,) if isinstance(returned, Tensor) else tuple(returned)
     known = {id(tensor): place for place, tensor in enumerate((*inputs, *outputs))}
     assert len(known) == len(inputs) + len(outputs), "an operator returns a tensor twice, or one that it was given"
@@ -186,7 +198,8 @@ class PreparedOperator:
         return self.function(*tensors, *constants) if prepared is None else prepared(tensors, pointers)
 
     def _prepare(self, kind: Any, tensors: Sequence[Tensor], constants: tuple[Any, ...]) -> Prepared | None:
-        prepared = prepare(self.function, tensors, constants)
+        # Without tokens nothing is launched, and gradients of parameters are zeros.
+        prepared = prepare(self.function, tensors, constants) if tensors[0].numel() else None
         with self._lock:
             if len(self._kinds) >= _MOST_KEPT:
                 del self._kinds[next(iter(self._kinds))]

@@ -75,6 +75,15 @@ def test_no_tokens_launch_nothing(device):
     assert [grad.abs().sum().item() for grad in grads] == [0.0] * 4
 
 
+def test_an_operator_that_computes_between_launches_is_refused(device):
+    def doubled(streams, branch, post, res):
+        return kernel_of("post")(streams, 2 * branch, post, res)
+
+    tensors, _ = inputs("post", Problem(3, 4, 24), device)
+    with pytest.raises(AssertionError, match=r"aten\.mul\.Tensor beside its launches"):
+        prepared.PreparedOperator(doubled)(*tensors)
+
+
 PROGRAM = """
 import json
 import torch
