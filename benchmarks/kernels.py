@@ -64,12 +64,17 @@ def measure(implementation: Implementation, shape: Shape, options: Options, repe
         "forward_seconds": median_seconds(forwards, options.device, repeats),
         "backward_seconds": median_seconds([one.backward for one in sets], options.device, repeats),
     }
-    if options.device == "cuda" and shape.tokens <= _FEW_TOKENS:
+    if captured(shape, options.device):
         try:
             row["graph_forward_seconds"] = graph_seconds(forwards, repeats)
         except RuntimeError as error:
             row["graph_error"] = first_line(error)
     return row
+
+
+def captured(shape: Shape, device: str) -> bool:
+    """Whether to time a shape within a CUDA graph too."""
+    return device == "cuda" and shape.tokens <= _FEW_TOKENS
 
 
 def _forward(

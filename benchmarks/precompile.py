@@ -43,11 +43,15 @@ def launches_of(shape: Shape, backend: str) -> list[Launch]:
 def identity(launch: Launch) -> tuple[Any, ...]:
     """Return what a kernel is compiled from: dtypes, and of numbers what Triton specializes on."""
     kernel, args, options = launch
-    given = tuple(
-        arg.dtype if isinstance(arg, Tensor) else (type(arg), arg == 1, arg % 16 == 0) if isinstance(arg, int) else 0
-        for arg in args
-    )
-    return kernel.__name__, given, tuple(sorted(options.items()))
+    return kernel.__name__, tuple(map(_kind, kernel.params, args)), tuple(sorted(options.items()))
+
+
+def _kind(parameter: Any, arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.dtype
+    if isinstance(arg, int) and not parameter.do_not_specialize:
+        return arg == 1, arg % 16 == 0
+    return type(arg)
 
 
 def distinct(shapes: Sequence[Shape], backend: str) -> list[Launch]:
