@@ -1,7 +1,7 @@
 """Tables that need no GPU: what was counted or compiled, kept beside the results as `results/counted/*.json`.
 
-`--label before` keeps the rows of another commit beside those of this one: a run replaces what it measured anew of its
-own label and version of Triton, and leaves the rest.
+`--label before` keeps the rows of an earlier commit beside those of this one: a run replaces what it measured anew of
+its own label and version of Triton, and leaves the rest.
 """
 
 from __future__ import annotations
@@ -53,6 +53,6 @@ def tables(folder: Path) -> list[Table]:
     found = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         content = json.loads(path.read_text())
-        rows = tuple(tuple(row) for row in content["rows"])
+        rows = tuple(sorted((tuple(row) for row in content["rows"]), key=lambda row: (row[1], row[0] != "before")))
         found.append(Table(content["title"], tuple(content["headings"]), rows, note=content["note"]))
     return found

@@ -1,6 +1,6 @@
 """Time what a call of a GPU operator costs on the host, with its launches mocked: no GPU is needed, and none is used.
 
-    python -m benchmarks.launch_cost [--calls 2000] [--tokens 256] [--only post_pre] [--label after]
+    python -m benchmarks.launch_cost [--calls 2000] [--tokens 256] [--operators post] [--label after]
 
 Small tensors on the CPU stand in, nothing is compiled, and the launcher that Triton would have compiled does nothing:
 what is left is the Python of the operator, PyTorch's allocations, and the binder, none of which depends on sizes.
@@ -36,7 +36,8 @@ from .counted import add_arguments, keep
 from .terminal import Table
 
 _BATCH = 50
-OPERATORS = ("post_pre", "post_pre_backward", "pre", "pre_backward", "post", "post_backward", "head", "head_backward")
+BOUNDARY = ("post_pre", "post_pre_backward")
+OPERATORS = (*BOUNDARY, "pre", "pre_backward", "post", "post_backward", "head", "head_backward")
 
 
 class MockDriver:
@@ -133,12 +134,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1])
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--only", default="", choices=["", *OPERATORS])
+    parser.add_argument("--operators", nargs="+", default=BOUNDARY, choices=OPERATORS)
     add_arguments(parser)
     given = parser.parse_args()
     rows = []
     with mocked():
-        for name in (given.only, f"{given.only}_backward") if given.only else OPERATORS:
+        for name in given.operators:
             for tokens in given.tokens:
                 case = Case(given.streams, torch.bfloat16, tokens, given.width, anchored=True)
                 arguments = arguments_of(name, case, "cpu")

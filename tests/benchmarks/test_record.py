@@ -162,4 +162,5 @@ def test_rows_of_another_commit_stay_beside_those_of_this_one(tmp_path):
     both = keep("after", ("a", "3"))
     assert both == [("before", "a", "1"), ("before", "b", "2"), ("after", "a", "3")]
     assert keep("after", ("c", "4"), identity=1) == [*both, ("after", "c", "4")]
-    assert keep("before", ("a", "5")) == [*both[2:], ("after", "c", "4"), ("before", "a", "5")]
+    # What was before comes first, whenever it was kept.
+    assert keep("before", ("a", "5")) == [("before", "a", "5"), *both[2:], ("after", "c", "4")]
