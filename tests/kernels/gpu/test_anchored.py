@@ -17,20 +17,10 @@ from tests.kernels.problems import Problem, backward_of, check, double, inputs, 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TAKES_LAYOUT = ("pre", "paper_pre", "post_pre", "head")
-STREAMS = (1, 2, 3, 4, 5, 8)
 
 
 def check_anchored(operator, problem, device):
     check(operator, replace(problem, anchored=True), device)
-
-
-# 65 tokens are shared out over two programs, 33 are not; what 8 streams take is what 5 do.
-@pytest.mark.parametrize("operator", TAKES_LAYOUT)
-@pytest.mark.parametrize(("n", "tokens"), [(n, tokens) for n in STREAMS for tokens in (1, 33 if n == 8 else 65)])
-def test_as_good_as_plain_pytorch(n, tokens, operator, device):
-    # Every launch meets every dtype: the split one, the fused one, and one stream a program from 5 on.
-    dtype = DTYPES[(n // 4 + n + tokens) % 3]
-    check_anchored(operator, Problem(tokens, n, 40, dtype), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
