@@ -12,6 +12,12 @@ constexpr int MOST_ROWS = N * N + 2 * N;
 
 typedef float Lane[CHUNK];
 
+// Where a row lies whose matrix is stored [in, out].
+static inline int stored_transposed(int row) {
+    const int entry = row - 2 * N;
+    return entry < 0 ? row : 2 * N + entry % N * N + entry / N;
+}
+
 // How logits become coefficients.
 struct Mapping {
     const float* scale;
@@ -29,8 +35,11 @@ struct Mapping {
     // Rows of res sum to 1 by construction: column 0 of the anchored matrix is then constant.
     bool exact;
     bool head;
+    // The rows of res, of phi and of bias, are stored [in, out].
+    bool transposed;
 
     int group(int row) const { return row < N ? 0 : row < 2 * N ? 1 : 2; }
+    int stored(int row) const { return transposed ? stored_transposed(row) : row; }
 };
 
 struct Coefficients {
@@ -171,7 +180,7 @@ static void coefficients(const Mapping& mapping, const Lane* products, const flo
     for (int lane = 0; lane < CHUNK; lane += LANES) {
         const Vector inverse = inverse_rms(mapping, squares + lane);
         const auto logit = [&](int row) {
-            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[row];
+            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[mapping.stored(row)];
         };
         Vector pre[N];
         for (int stream = 0; stream < N; stream++)
@@ -228,7 +237,7 @@ static void coefficient_gradients(
         const Vector inverse = inverse_rms(mapping, squares + lane);
         Vector through{};
         const auto logit = [&](int row) {
-            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[row];
+            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[mapping.stored(row)];
         };
         const auto leave = [&](int row, Vector grad_logit) {
             const Vector product = load(products[row] + lane);

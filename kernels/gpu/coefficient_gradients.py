@@ -28,6 +28,7 @@ from .coefficients import (
 )
 from .configurations import Geometry, ceil_div, coefficients_config
 from .launch import empty, launch
+from .phi import stored_row
 from .primitives import split, total
 
 
@@ -98,6 +99,7 @@ def coefficient_gradients_kernel(
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Recompute the coefficients of a tile of tokens and differentiate them."""
@@ -147,7 +149,8 @@ def coefficient_gradients_kernel(
     if 2 * n < ROWS:
         here = inside & live[None, None, :]
         raw = tl.load(kept[None, None, :] + entry, mask=here, other=0.0)
-        logits = affine(raw, entry, inside, inverse_rms[None, None, :], scale + 2, bias)
+        row = stored_row(entry, n, TRANSPOSED)
+        logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
         wanted = here
         if ANCHORED and EXACT_ROWS:
             # Column 0 of the anchored matrix is a constant.
@@ -229,6 +232,7 @@ def coefficient_gradients(
         projection, gate_parts, grad_post, grad_res, scale, bias, *found,
         tokens, geometry.width, iters, norm_eps, eps, gate_parts.shape[0],
         SLOTS=geometry.slots, PIECES=geometry.pieces,
-        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
+        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.order(),
+        **constants,
     )  # fmt: skip
     return found

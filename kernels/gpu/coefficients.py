@@ -17,6 +17,7 @@ from torch import Tensor
 from ..manifolds import MANIFOLDS
 from .configurations import Geometry, ceil_div, coefficients_config
 from .launch import empty, launch
+from .phi import stored_row
 from .primitives import row_softmax, sinkhorn_tile, sinkhorn_tile_backward, total
 
 
@@ -211,6 +212,7 @@ def coefficients_kernel(
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Add up a tile's partial sums, write them as its projection, and post and res of it."""
@@ -236,6 +238,7 @@ def coefficients_kernel(
             row = 2 * n + o * n + i
             raw = sum_parts(sums, row, here, token[None, None, :], tokens, splits, ROWS + 1)
             tl.store(projection + far[None, None, :] * (ROWS + 1) + row, raw, mask=here)
+            row = stored_row(row, n, TRANSPOSED)
             logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
             matrix = matrix_of(logits, iters, eps, n, N, MATRIX, HAS_EPS)
         else:
@@ -273,7 +276,8 @@ def coefficients(
     launch(
         coefficients_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
         sums, scale, bias, *coefficient_outputs, geometry.tokens, geometry.width, iters, norm_eps, eps, sums.shape[0],
-        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
+        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.order(),
+        **constants,
     )  # fmt: skip
 
 

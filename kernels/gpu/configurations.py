@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..orientation import ROWS_FIRST, PhiLayout
+
 
 def next_power_of_2(count: int) -> int:
     """Return the smallest power of two that is not below `count`."""
@@ -39,6 +41,7 @@ class Geometry:
         anchored: the streams are stored as stream 0 and differences from it (see `anchored`).
         element_size: bytes of a stream's element.
         pieces: parts that products split a float32 factor into: two of bfloat16 beside bfloat16 streams, else one.
+        layout: how phi lies in memory.
     """
 
     tokens: int
@@ -48,6 +51,7 @@ class Geometry:
     anchored: bool
     element_size: int
     pieces: int
+    layout: PhiLayout = ROWS_FIRST
 
     @property
     def slots(self) -> int:
@@ -57,6 +61,14 @@ class Geometry:
     def constants(self) -> dict[str, int]:
         """Return the compile-time constants that describe tiles."""
         return {"n": self.n, "ROWS": self.rows, "ANCHORED": self.anchored}
+
+    def order(self) -> dict[str, bool]:
+        """Return the compile-time constant that tells the order of the rows of phi and bias."""
+        return {"TRANSPOSED": self.layout.transposed and self.rows == self.n * (self.n + 2)}
+
+    def phi(self) -> dict[str, bool]:
+        """Return the compile-time constants that describe how phi lies in memory."""
+        return {"COLUMNS": self.layout.columns, **self.order()}
 
     def coefficients(self) -> dict[str, int]:
         """Return the compile-time constants that describe a token's coefficients."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .configurations import Geometry, ceil_div
 from .launch import launch, register_limit
+from .phi import phi_place, stored_row
 from .primitives import total
 
 _BLOCK = 1024
@@ -29,6 +30,8 @@ def parameter_gradients_kernel(
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -53,6 +56,7 @@ def parameter_gradients_kernel(
                     first = acc
                 else:
                     acc += first
+            place = phi_place(tl.program_id(0), o * width + column, width, n, ROWS, COLUMNS, TRANSPOSED)
             tl.store(grad_phi + place, acc, mask=mask)
     elif tl.program_id(1) == 0:
         slot = tl.arange(0, SLOTS)
@@ -65,7 +69,7 @@ def parameter_gradients_kernel(
             place = coefficient_parts + part[:, None] * (2 * ROWS) + slot[None, :]
             bias_sum += total(tl.load(place, mask=mask, other=0.0), 0)
             scale_sum += total(tl.load(place + ROWS, mask=mask, other=0.0), 0)
-        tl.store(grad_bias + slot, bias_sum, mask=used)
+        tl.store(grad_bias + stored_row(slot, n, TRANSPOSED), bias_sum, mask=used)
         tl.store(grad_scale, total(tl.where(slot < n, scale_sum, 0.0), 0))
         if n < ROWS:
             tl.store(grad_scale + 1, total(tl.where((slot >= n) & (slot < 2 * n), scale_sum, 0.0), 0))
@@ -81,7 +85,7 @@ def parameter_gradients(
     Args:
         phi_parts: [splits, rows, n·C].
         coefficient_parts: [programs, 2, rows].
-        phi: [rows, n·C].
+        phi: [rows, n·C], as the geometry's layout says.
         scale: [groups, at most 3].
         bias: [rows].
         geometry: of the call.
@@ -94,6 +98,6 @@ def parameter_gradients(
         parameter_gradients_kernel, (geometry.rows + 1, ceil_div(geometry.width, _BLOCK)),
         phi_parts, coefficient_parts, *grads, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
         SLOTS=geometry.slots, BLOCK=_BLOCK, BLOCK_PROGRAMS=16, num_warps=4,
-        **register_limit(64), **geometry.constants(),
+        **register_limit(64), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]
