@@ -260,7 +260,8 @@ bool finish_backward(const Site& site, const MappingGradient& result, int thread
     return done;
 }
 
-constexpr int ANCHORED = 1, GATED = 2, MIXES = 4, SINKHORN = 8, HEAD = 16, EXACT = 32, ROW = 64, TRANSPOSED = 128, COLUMNS = 256;
+constexpr int ANCHORED = 1, GATED = 2, MIXES = 4, SINKHORN = 8, HEAD = 16, EXACT = 32, ROW = 64, TRANSPOSED = 128, COLUMNS = 256, PERMUTATION = 512,
+              KRONECKER = 1024;
 
 Site site_of(
     const Stored* streams, const float* scale, const float* bias, int64_t tokens, int64_t width, int iters,
@@ -271,10 +272,12 @@ Site site_of(
     site.tokens = tokens;
     site.width = width;
     const bool head = flags & HEAD, mixes = (flags & MIXES) && !head;
-    const int rows = head ? N : mixes ? MOST_ROWS : 2 * N;
+    const bool permutation = (flags & PERMUTATION) && mixes, kronecker = (flags & KRONECKER) && mixes;
+    const int entries = permutation ? PERMUTATIONS : kronecker ? FACTORS : N * N;
+    const int rows = head ? N : mixes ? 2 * N + entries : 2 * N;
     const bool anchored = flags & ANCHORED, transposed = (flags & TRANSPOSED) && mixes;
     site.mapping = {scale,    bias,     width, rows, iters, norm_eps, eps, anchored, bool(flags & GATED),
-                    mixes,    (flags & SINKHORN) && mixes, (flags & ROW) && mixes, bool(flags & EXACT), head,
+                    mixes,    (flags & SINKHORN) && mixes, (flags & ROW) && mixes, permutation, kronecker, bool(flags & EXACT), head,
                     transposed};
     site.phi = {nullptr, width, rows, int(ceil_div(rows, ROWS)) * ROWS, anchored, transposed, bool(flags & COLUMNS)};
     return site;

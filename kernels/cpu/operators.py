@@ -18,6 +18,7 @@ from .build import BuildError, library
 
 # As in operators.cpp.
 _ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT, _ROW, _TRANSPOSED, _COLUMNS = 1, 2, 4, 8, 16, 32, 64, 128, 256
+_MATRICES = {"logits": 0, "sinkhorn": _SINKHORN, "row": _ROW, "permutation": 512, "kronecker": 1024}
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -311,8 +312,7 @@ def _head(anchored: bool, layout: PhiLayout) -> int:
 
 def _flags(manifold: str, eps: float, anchored: bool, layout: PhiLayout) -> int:
     family = MANIFOLDS[manifold]
-    matrix = _SINKHORN * (family.kernel_matrix == "sinkhorn") | _ROW * (family.kernel_matrix == "row")
-    mixing = _MIXES * family.mixes | matrix
+    mixing = _MIXES * family.mixes | _MATRICES[family.kernel_matrix or "logits"]
     stored = _TRANSPOSED * (layout.transposed and family.logits is None) | _COLUMNS * layout.columns
     return _ANCHORED * anchored | _GATED * family.gated | mixing | _EXACT * family.rows_are_exact(eps) | stored
 

@@ -62,13 +62,23 @@ class Geometry:
         """Return the compile-time constants that describe tiles."""
         return {"n": self.n, "ROWS": self.rows, "ANCHORED": self.anchored}
 
-    def order(self) -> dict[str, bool]:
-        """Return the compile-time constant that tells the order of the rows of phi and bias."""
-        return {"TRANSPOSED": self.layout.transposed and self.rows == self.n * (self.n + 2)}
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of phi and bias, those of an n·n matrix, are ordered [in, out]."""
+        return self.layout.transposed and self.rows == self.n * (self.n + 2)
 
     def phi(self) -> dict[str, bool]:
         """Return the compile-time constants that describe how phi lies in memory."""
-        return {"COLUMNS": self.layout.columns, **self.order()}
+        return {"COLUMNS": self.layout.columns, "TRANSPOSED": self.transposed}
+
+    def matrix(self) -> dict[str, int]:
+        """Return the compile-time constants that describe the logits of a token's matrix.
+
+        PADDED is the padded length of a row of logits; 0 where they are [n, n], or there are none.
+        """
+        count = self.rows - 2 * self.n
+        in_row = count > 0 and count != self.n**2
+        return {"TRANSPOSED": self.transposed, "PADDED": next_power_of_2(count) if in_row else 0}
 
     def coefficients(self) -> dict[str, int]:
         """Return the compile-time constants that describe a token's coefficients."""

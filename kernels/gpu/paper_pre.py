@@ -23,6 +23,7 @@ from .coefficients import (
     manifold_constants,
     matrix_index,
     matrix_of,
+    matrix_of_parts,
     sum_parts,
     write_weights,
 )
@@ -55,6 +56,7 @@ def paper_affine_kernel(
     MATRIX: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Scale, shift and squash the projections: post [tokens, n] and the matrix [tokens, n, n].
@@ -79,7 +81,11 @@ def paper_affine_kernel(
     o, i = matrix_index(N)
     inside = (o < n) & (i < n)
     here = inside & live[None, None, :]
-    if 2 * n < ROWS:
+    if PADDED:
+        values = matrix_of_parts(
+            sums, scale, bias, projection, token, live, inverse_rms, tokens, splits, n, N, ROWS, PADDED, MATRIX
+        )
+    elif 2 * n < ROWS:
         row = 2 * n + o * n + i
         raw = sum_parts(sums, row, here, token[None, None, :], tokens, splits, ROWS + 1)
         tl.store(kept[None, None, :] + row, raw, mask=here)
@@ -88,7 +94,8 @@ def paper_affine_kernel(
     else:
         values = tl.where(o == i, 1.0, 0.0) + tl.full([N, N, BLOCK_TOKENS], 0.0, tl.float32)
     if MATRIX != "sinkhorn":
-        values = matrix_of(values, 0, 0.0, n, N, MATRIX, False)
+        if PADDED == 0:
+            values = matrix_of(values, 0, 0.0, n, N, MATRIX, False)
         if ANCHORED:
             values = anchor_matrix(values, n, N, EXACT_ROWS)
     tl.store(matrix + far[None, None, :] * (n * n) + o * n + i, values, mask=here)
@@ -135,7 +142,7 @@ def paper_pre(
             paper_affine_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
             sums, scale, bias, post, matrix, projection, geometry.tokens, geometry.width, norm_eps, sums.shape[0],
             GATED=constants["GATED"], MATRIX=constants["MATRIX"], EXACT_ROWS=constants["EXACT_ROWS"],
-            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.order(),
+            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.matrix(),
         )  # fmt: skip
     gated = MANIFOLDS[manifold].gated
     (layer_input,) = collapse_by(streams, scale, bias, projection, norm_eps, eps, gated, geometry)
