@@ -228,7 +228,12 @@ class _Lowerer:
             phi = emit("reshape", phi, -1, piece.width, piece.n_streams)
             phi = emit("reshape", emit(torch.transpose, phi, 1, 2), -1, flat)
         scale = joined([numbers(part) for part in mapping.scale])
-        return phi, scale, joined([numbers(part) for part in mapping.bias])
+        bias = joined([numbers(part) for part in mapping.bias])
+        if mapping.shift:
+            ones = [emit(torch.narrow, scale, 0, index, 1) for index in range(len(mapping.shift))]
+            shifts = [emit(operator.mul, one, numbers(part)) for one, part in zip(ones, mapping.shift, strict=True)]
+            bias = emit(operator.add, bias, joined(shifts))
+        return phi, scale, bias
 
     def _early(self, leaf: Node) -> Node:
         """Return one of the model's tensors, computed before its place in the graph if need be."""
