@@ -41,6 +41,7 @@ from mhc_compile.kernels.gpu import (
     sinkhorn,
 )
 from mhc_compile.kernels.manifolds import MANIFOLDS
+from mhc_compile.kernels.orientation import ROWS_FIRST, PhiLayout
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -73,12 +74,15 @@ class Case:
     width: int = 4096
     manifold: str = "sinkhorn"
     anchored: bool = False
+    layout: PhiLayout = ROWS_FIRST
 
     @property
     def label(self) -> str:
         """Short name for the table."""
-        layout = " anchored" if self.anchored else ""
-        return f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}{layout}"
+        words = [f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}"]
+        words += ["anchored"] * self.anchored + [self.manifold] * (self.manifold != "sinkhorn")
+        words += ["columns"] * self.layout.columns + ["[in, out]"] * self.layout.transposed
+        return " ".join(words)
 
 
 MAIN_CASES = (Case(4, torch.bfloat16, 8192), Case(4, torch.bfloat16, 16))
@@ -87,6 +91,11 @@ MORE_CASES = (
     Case(8, torch.bfloat16, 16),
     Case(4, torch.float32, 8192),
     Case(4, torch.float32, 16),
+)
+# Matrices that are made of a row of logits.
+ROW_CASES = (
+    Case(4, torch.bfloat16, 8192, manifold="permutation", anchored=True),
+    Case(8, torch.bfloat16, 8192, manifold="kronecker", anchored=True),
 )
 OTHER_CASES = tuple(
     Case(n, dtype, tokens)
@@ -138,9 +147,13 @@ def run_operators(case: Case) -> None:
     streams, branch = make(tokens, n, width, dtype=case.dtype), make(tokens, width, dtype=case.dtype)
     post_weights, res = make(tokens, n), make(tokens, n, n)
     rows = family.rows(n)
-    mapping = (make(rows, n * width), make(family.scales), make(rows))
-    readout = (make(n, n * width), make(1), make(n))
-    constants = (20, 1e-6, 0.0, case.manifold, case.anchored)
+
+    def phi(rows: int) -> torch.Tensor:
+        return make(n * width, rows) if case.layout.columns else make(rows, n * width)
+
+    mapping = (phi(rows), make(family.scales), make(rows))
+    readout = (phi(n), make(1), make(n))
+    constants = (20, 1e-6, 0.0, case.manifold, case.anchored, case.layout)
     projection, read = make(tokens, rows + 1), make(tokens, n + 1)
     measured = (post_weights, res, projection)
     mixing = (streams, branch, post_weights, res)
@@ -157,8 +170,8 @@ def run_operators(case: Case) -> None:
     collapse.collapse(streams, *mapping, *measured, *constants)
     post_measure.post_measure(*mixing, *mapping, *constants)
     post_collapse.post_collapse(*mixing, *mapping, *measured, *constants)
-    head.head(streams, *readout, 1e-6, 0.0, case.anchored)
-    head.head_backward(branch, streams, *readout, read, 1e-6, 0.0, case.anchored)
+    head.head(streams, *readout, 1e-6, 0.0, case.anchored, case.layout)
+    head.head_backward(branch, streams, *readout, read, 1e-6, 0.0, case.anchored, case.layout)
 
 
 def launches(case: Case, target: Target) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -258,8 +271,11 @@ def _work(arguments: argparse.Namespace) -> Iterator[tuple[Target, tuple[Case, .
             if arguments.all or target.name == "sm_90":
                 cases += MORE_CASES
             cases += OTHER_CASES if arguments.all else ()
+            both = tuple(replace(case, layout=PhiLayout(transposed=True, columns=True)) for case in MAIN_CASES)
             # A rewritten model holds its streams anchored, the functional interface as they are.
-            yield target, tuple(replace(case, anchored=anchored) for anchored in (True, False) for case in cases)
+            layouts = tuple(replace(case, anchored=anchored) for anchored in (True, False) for case in cases)
+            # Weights of a model that carries streams itself lie in its own way.
+            yield target, (*layouts, *both, *ROW_CASES)
 
 
 def main() -> int:
