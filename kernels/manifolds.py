@@ -9,7 +9,8 @@ anywhere:
     )
 
 The name is then a value of the option `manifold`. Plain PyTorch runs it. A manifold of this table whose
-`kernel_matrix` is named has device functions in `gpu/coefficients.py` (`matrix_tile`, `matrix_tile_backward`) too.
+`kernel_matrix` is named has device functions too: `matrix_of` or `matrix_of_row` of `gpu/coefficients.py`, and
+`coefficients` of `cpu/coefficients.h`.
 
 Torch is imported only where it is used: the command line reads this table for its help.
 """
