@@ -210,9 +210,7 @@ class _Lowerer:
 
         def numbers(part: Part) -> Node:
             if part.leaf is None:
-                like = tensor_of(held[0])
-                assert like is not None
-                return emit(torch.full, (part.stop - part.start,), part.fill, dtype=torch.float32, device=like.device)
+                return emit("new_full", held[0], (part.stop - part.start,), part.fill, dtype=torch.float32)
             leaf = held[part.leaf]
             result = narrowed(emit("reshape", leaf, -1) if len(_shape(leaf)) != 1 else leaf, part)
             return emit(operator.mul, result, part.factor) if part.factor != 1.0 else result
