@@ -31,6 +31,8 @@ CHOICES = ("auto", "triton", "cpu", "reference")
 
 _KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 _chosen: str | None = None
+# Operators of `gpu`, by function: those whose backward is another's share what is prepared of it.
+_prepared: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 @contextlib.contextmanager
@@ -124,7 +126,7 @@ def run(
     if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
-            return in_layout(kernel_of(name), tensors, constants, phi_at, backward)
+            return in_layout(prepared_kernel_of(name), tensors, constants, phi_at, backward)
     # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
     with torch.autocast(device_type=streams.device.type, enabled=False):
         given = (tensor if index == phi_at else tensor.contiguous() for index, tensor in enumerate(tensors))
@@ -142,6 +144,14 @@ def kernel_of(name: str) -> Callable[..., Any]:
     """Return the Triton implementation of an operator or its backward."""
     module = importlib.import_module(f".gpu.{name.removesuffix('_backward')}", __package__)
     return getattr(module, name)
+
+
+def prepared_kernel_of(name: str) -> Callable[..., Any]:
+    """Return `kernel_of` with its calls prepared: see `gpu.prepared`."""
+    function = kernel_of(name)
+    if function not in _prepared:
+        _prepared[function] = importlib.import_module(".gpu.prepared", __package__).PreparedOperator(function)
+    return _prepared[function]
 
 
 def compiled_of(name: str) -> Callable[..., Any]:

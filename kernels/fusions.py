@@ -64,9 +64,9 @@ CANDIDATES = ("site", "boundary")
 HALVES = {"pre": ("measure", "collapse"), "post_pre": ("post_measure", "post_collapse")}
 
 _MEASURE = ("prepare_phi_kernel", "projection_kernel", "coefficients_kernel")
-_SITE_BACKWARD = (
-    "gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel", "parameter_gradients_kernel",
-)  # fmt: skip
+_WALKS = ("gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel")
+_SITE_BACKWARD = (*_WALKS, "parameter_gradients_kernel")
+_BOUNDARY_BACKWARD = (*_WALKS, "last_gradients_kernel")
 
 # The kernels that each operator and its backward may launch.
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -80,7 +80,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         *_SITE_BACKWARD,
     ),
     "post": ("post_forward_kernel", "post_backward_kernel"),
-    "post_pre": (*_MEASURE, "collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
+    "post_pre": (*_MEASURE, "collapse_kernel", *_BOUNDARY_BACKWARD),
     "post_measure": _MEASURE,
-    "post_collapse": ("collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
+    "post_collapse": ("collapse_kernel", *_BOUNDARY_BACKWARD),
 }  # fmt: skip

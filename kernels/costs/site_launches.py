@@ -10,7 +10,7 @@ from sympy import Expr, Integer, ceiling
 
 from ..gpu import configurations
 from ..gpu.configurations import Geometry
-from .amounts import ELEMENT, STREAMS, TOKENS, WIDTH, ZERO, Traffic
+from .amounts import ANCHORED, ELEMENT, STREAMS, TOKENS, WIDTH, ZERO, Traffic
 
 _n, _C = STREAMS, WIDTH
 MIXING = _n**2 + _n  # what `post` reads: res and post
@@ -124,5 +124,7 @@ class SiteLaunches:
         gates = Traffic((_n + 1) * _C, 2 * self.number("gate_splits") * _n)
         coefficients = Traffic(ZERO, self.kept + self.written + slopes, parts)
         again = (Traffic((_n + 1) * _C, slopes) + self.mixing) * STREAM_LAUNCHES
-        results = Traffic((2 * _n if self.mixes else _n) * _C, phi=2 * self.phi + shares)
+        # The launch that differentiates an anchored stream 0 loads all of phi: the sum of its columns is stream 0's.
+        anchor = ANCHORED * self.rows * (_n - sympy.Min(_n, 4)) * _C
+        results = Traffic((2 * _n if self.mixes else _n) * _C, phi=2 * self.phi + shares + anchor)
         return gates + self.mixing + coefficients + again + results

@@ -14,7 +14,70 @@ from .launch import launch, register_limit
 from .phi import phi_place, stored_row
 from .primitives import total
 
-_BLOCK = 1024
+# Channels of a program, and shares of the coefficients' sums that are added up at a time.
+BLOCK, BLOCK_PROGRAMS = 1024, 16
+
+
+@triton.jit
+def parameter_gradients_block(
+    row: tl.tensor,
+    block: tl.tensor,
+    phi_parts: tl.tensor,
+    coefficient_parts: tl.tensor,
+    grad_phi: tl.tensor,
+    grad_scale: tl.tensor,
+    grad_bias: tl.tensor,
+    width: tl.tensor,
+    splits: tl.tensor,
+    programs: tl.tensor,
+    n: tl.constexpr,
+    ROWS: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
+) -> None:
+    """Add up a row of phi's gradient over a block of C of all streams; scale and bias behind the last row.
+
+    With ANCHORED the parts are of the streams as stored, X_k = Y_k + Y_0: stream 0's is added to the others'.
+    """
+    if row < ROWS:
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        mask = column < width
+        first = tl.full([BLOCK], 0.0, tl.float32)
+        for o in tl.static_range(n):
+            place = row.to(tl.int64) * (n * width) + o * width + column
+            part = phi_parts + place
+            acc = tl.full([BLOCK], 0.0, tl.float32)
+            for _ in range(splits):
+                acc += tl.load(part, mask=mask, other=0.0)
+                part += tl.cast(width, tl.int64) * (n * ROWS)
+            if ANCHORED:
+                if o == 0:
+                    first = acc
+                else:
+                    acc += first
+            place = phi_place(row, o * width + column, width, n, ROWS, COLUMNS, TRANSPOSED)
+            tl.store(grad_phi + place, acc, mask=mask)
+    elif block == 0:
+        slot = tl.arange(0, SLOTS)
+        used = slot < ROWS
+        bias_sum = tl.full([SLOTS], 0.0, tl.float32)
+        scale_sum = tl.full([SLOTS], 0.0, tl.float32)
+        for start in range(0, programs, BLOCK_PROGRAMS):
+            part = start + tl.arange(0, BLOCK_PROGRAMS)
+            mask = (part < programs)[:, None] & used[None, :]
+            place = coefficient_parts + part[:, None] * (2 * ROWS) + slot[None, :]
+            bias_sum += total(tl.load(place, mask=mask, other=0.0), 0)
+            scale_sum += total(tl.load(place + ROWS, mask=mask, other=0.0), 0)
+        tl.store(grad_bias + stored_row(slot, n, TRANSPOSED), bias_sum, mask=used)
+        tl.store(grad_scale, total(tl.where(slot < n, scale_sum, 0.0), 0))
+        if n < ROWS:
+            tl.store(grad_scale + 1, total(tl.where((slot >= n) & (slot < 2 * n), scale_sum, 0.0), 0))
+        if 2 * n < ROWS:
+            tl.store(grad_scale + 2, total(tl.where(slot >= 2 * n, scale_sum, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["splits", "programs"])
@@ -36,45 +99,11 @@ def parameter_gradients_kernel(
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ) -> None:
-    """Add up a row of phi's gradient over a block of C of all streams; scale and bias in the last program.
-
-    With ANCHORED the parts are of the streams as stored, X_k = Y_k + Y_0: stream 0's is added to the others'.
-    """
-    if tl.program_id(0) < ROWS:
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = column < width
-        first = tl.full([BLOCK], 0.0, tl.float32)
-        for o in tl.static_range(n):
-            place = tl.program_id(0).to(tl.int64) * (n * width) + o * width + column
-            part = phi_parts + place
-            acc = tl.full([BLOCK], 0.0, tl.float32)
-            for _ in range(splits):
-                acc += tl.load(part, mask=mask, other=0.0)
-                part += tl.cast(width, tl.int64) * (n * ROWS)
-            if ANCHORED:
-                if o == 0:
-                    first = acc
-                else:
-                    acc += first
-            place = phi_place(tl.program_id(0), o * width + column, width, n, ROWS, COLUMNS, TRANSPOSED)
-            tl.store(grad_phi + place, acc, mask=mask)
-    elif tl.program_id(1) == 0:
-        slot = tl.arange(0, SLOTS)
-        used = slot < ROWS
-        bias_sum = tl.full([SLOTS], 0.0, tl.float32)
-        scale_sum = tl.full([SLOTS], 0.0, tl.float32)
-        for start in range(0, programs, BLOCK_PROGRAMS):
-            part = start + tl.arange(0, BLOCK_PROGRAMS)
-            mask = (part < programs)[:, None] & used[None, :]
-            place = coefficient_parts + part[:, None] * (2 * ROWS) + slot[None, :]
-            bias_sum += total(tl.load(place, mask=mask, other=0.0), 0)
-            scale_sum += total(tl.load(place + ROWS, mask=mask, other=0.0), 0)
-        tl.store(grad_bias + stored_row(slot, n, TRANSPOSED), bias_sum, mask=used)
-        tl.store(grad_scale, total(tl.where(slot < n, scale_sum, 0.0), 0))
-        if n < ROWS:
-            tl.store(grad_scale + 1, total(tl.where((slot >= n) & (slot < 2 * n), scale_sum, 0.0), 0))
-        if 2 * n < ROWS:
-            tl.store(grad_scale + 2, total(tl.where(slot >= 2 * n, scale_sum, 0.0), 0))
+    """Add up all partial gradients, a row of phi's and a block of C a program."""
+    parameter_gradients_block(
+        tl.program_id(0), tl.program_id(1), phi_parts, coefficient_parts, grad_phi, grad_scale, grad_bias,
+        width, splits, programs, n, ROWS, ANCHORED, COLUMNS, TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
+    )  # fmt: skip
 
 
 def parameter_gradients(
@@ -95,9 +124,9 @@ def parameter_gradients(
     """
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (phi, scale, bias)]
     launch(
-        parameter_gradients_kernel, (geometry.rows + 1, ceil_div(geometry.width, _BLOCK)),
+        parameter_gradients_kernel, (geometry.rows + 1, ceil_div(geometry.width, BLOCK)),
         phi_parts, coefficient_parts, *grads, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
-        SLOTS=geometry.slots, BLOCK=_BLOCK, BLOCK_PROGRAMS=16, num_warps=4,
+        SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS, num_warps=4,
         **register_limit(64), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]
