@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from mhc_compile.kernels.dispatch import kernel_of
 from mhc_compile.kernels.manifolds import MANIFOLDS
+from mhc_compile.kernels.orientation import ROWS_FIRST, PhiLayout
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Case:
     width: int = 4096
     manifold: str = "sinkhorn"
     anchored: bool = False
+    layout: PhiLayout = ROWS_FIRST
 
     @property
     def label(self) -> str:
         """Short name for the table."""
-        layout = " anchored" if self.anchored else ""
-        return f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}{layout}"
+        words = [f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}"]
+        words += ["anchored"] * self.anchored + [self.manifold] * (self.manifold != "sinkhorn")
+        words += ["columns"] * self.layout.columns + ["[in, out]"] * self.layout.transposed
+        return " ".join(words)
 
 
 def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
@@ -44,7 +48,7 @@ def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
         **dict.fromkeys(("branch", "layer_input", "output"), lambda: make(tokens, width, dtype=case.dtype)),
         **dict.fromkeys(("post", "next_post"), lambda: make(tokens, n)),
         **dict.fromkeys(("res", "next_res", "logits"), lambda: make(tokens, n, n)),
-        "phi": lambda: make(rows, n * width),
+        "phi": lambda: make(n * width, rows) if case.layout.columns else make(rows, n * width),
         "scale": lambda: make(scales),
         "bias": lambda: make(rows),
         "projection": lambda: make(tokens, rows + 1),
@@ -53,5 +57,6 @@ def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
         "eps": lambda: 0.0,
         "manifold": lambda: case.manifold,
         "anchored": lambda: case.anchored,
+        "layout": lambda: case.layout,
     }
     return [makers[parameter.removeprefix("grad_")]() for parameter in inspect.signature(kernel_of(name)).parameters]

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import boundary, reference
 from .cpu import build
 from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
-from .orientation import in_kernel_order
+from .orientation import in_layout
 
 CHOICES = ("auto", "triton", "cpu", "reference")
 
@@ -122,14 +122,15 @@ def run(
     chosen = implementation(tensors, n_streams, manifold)
     backward = name.endswith("_backward")
     if chosen == "cpu":
-        return in_kernel_order(compiled_of(name), tensors, n_streams, constants, phi_at, backward)
+        return in_layout(compiled_of(name), tensors, constants, phi_at, backward)
     if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
-            return in_kernel_order(prepared_kernel_of(name), tensors, n_streams, constants, phi_at, backward)
+            return in_layout(prepared_kernel_of(name), tensors, constants, phi_at, backward)
     # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
     with torch.autocast(device_type=streams.device.type, enabled=False):
-        return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
+        given = (tensor if index == phi_at else tensor.contiguous() for index, tensor in enumerate(tensors))
+        return reference_of(name)(*given, *constants)
 
 
 def reference_of(name: str) -> Callable[..., Any]:

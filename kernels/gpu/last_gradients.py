@@ -42,6 +42,8 @@ def last_gradients_kernel(
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -59,7 +61,7 @@ def last_gradients_kernel(
     if program < others:
         parameter_gradients_block(
             program // blocks, program % blocks, phi_parts, coefficient_parts, grad_phi, grad_scale, grad_bias,
-            width, splits, programs, n, ROWS, ANCHORED, SLOTS, BLOCK, BLOCK_PROGRAMS,
+            width, splits, programs, n, ROWS, ANCHORED, COLUMNS, TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
         )  # fmt: skip
     else:
         post_backward_tile(
@@ -83,7 +85,7 @@ def last_gradients(
         inputs: streams [*, n, C], branch [*, C], post [*, n] and res [*, n, n], contiguous and with tokens.
         phi_parts: [splits, rows, n·C] partial gradients.
         coefficient_parts: [programs, 2, rows] partial gradients of bias and of each row's scale.
-        parameters: phi [rows, n·C], scale and bias.
+        parameters: phi [rows, n·C], as the geometry's layout says, scale and bias.
         geometry: of the call.
     """
     grads = [torch.empty_like(tensor) for tensor in (*inputs[1:], *parameters)]
@@ -96,6 +98,6 @@ def last_gradients(
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, VECTOR=config.vector,
         num_warps=config.warps, num_stages=1,
-        **register_limit(None if geometry.n <= 4 else 255), **geometry.constants(),
+        **register_limit(None if geometry.n <= 4 else 255), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
     return (grad_mixed, *grads)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .configurations import Geometry, ceil_div
 from .launch import launch, register_limit
+from .phi import phi_place, stored_row
 from .primitives import total
 
 # Channels of a program, and shares of the coefficients' sums that are added up at a time.
@@ -32,6 +33,8 @@ def parameter_gradients_block(
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -56,6 +59,7 @@ def parameter_gradients_block(
                     first = acc
                 else:
                     acc += first
+            place = phi_place(row, o * width + column, width, n, ROWS, COLUMNS, TRANSPOSED)
             tl.store(grad_phi + place, acc, mask=mask)
     elif block == 0:
         slot = tl.arange(0, SLOTS)
@@ -68,7 +72,7 @@ def parameter_gradients_block(
             place = coefficient_parts + part[:, None] * (2 * ROWS) + slot[None, :]
             bias_sum += total(tl.load(place, mask=mask, other=0.0), 0)
             scale_sum += total(tl.load(place + ROWS, mask=mask, other=0.0), 0)
-        tl.store(grad_bias + slot, bias_sum, mask=used)
+        tl.store(grad_bias + stored_row(slot, n, TRANSPOSED), bias_sum, mask=used)
         tl.store(grad_scale, total(tl.where(slot < n, scale_sum, 0.0), 0))
         if n < ROWS:
             tl.store(grad_scale + 1, total(tl.where((slot >= n) & (slot < 2 * n), scale_sum, 0.0), 0))
@@ -89,6 +93,8 @@ def parameter_gradients_kernel(
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -96,7 +102,7 @@ def parameter_gradients_kernel(
     """Add up all partial gradients, a row of phi's and a block of C a program."""
     parameter_gradients_block(
         tl.program_id(0), tl.program_id(1), phi_parts, coefficient_parts, grad_phi, grad_scale, grad_bias,
-        width, splits, programs, n, ROWS, ANCHORED, SLOTS, BLOCK, BLOCK_PROGRAMS,
+        width, splits, programs, n, ROWS, ANCHORED, COLUMNS, TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
     )  # fmt: skip
 
 
@@ -108,7 +114,7 @@ def parameter_gradients(
     Args:
         phi_parts: [splits, rows, n·C].
         coefficient_parts: [programs, 2, rows].
-        phi: [rows, n·C].
+        phi: [rows, n·C], as the geometry's layout says.
         scale: [groups, at most 3].
         bias: [rows].
         geometry: of the call.
@@ -121,6 +127,6 @@ def parameter_gradients(
         parameter_gradients_kernel, (geometry.rows + 1, ceil_div(geometry.width, BLOCK)),
         phi_parts, coefficient_parts, *grads, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS, num_warps=4,
-        **register_limit(64), **geometry.constants(),
+        **register_limit(64), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]

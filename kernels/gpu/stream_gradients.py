@@ -56,6 +56,8 @@ def stream_gradients_kernel(
     ANCHORED: tl.constexpr,
     SLOTS: tl.constexpr,
     PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     MIX: tl.constexpr,
     FIRST: tl.constexpr,
     END: tl.constexpr,
@@ -74,7 +76,10 @@ def stream_gradients_kernel(
     held = ()
     for o in tl.static_range(FIRST, END):
         grad_phi = grad_phi + (tl.full([SLOTS, BLOCK_WIDTH], 0.0, tl.float32),)
-        held = held + (load_phi(phi, slot[:, None], column[None, :], o, width, n, ROWS, ANCHORED, False, PIECES),)
+        factors_of_stream = load_phi(
+            phi, slot[:, None], column[None, :], o, width, n, ROWS, ANCHORED, False, PIECES, COLUMNS, TRANSPOSED
+        )
+        held = held + (factors_of_stream,)
     first = tl.program_id(1) * span
     for start in range(first, tl.minimum(first + span, tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
@@ -140,7 +145,7 @@ def stream_gradients(
 
     Args:
         streams: contiguous [tokens, n, C].
-        phi: [rows, n·C].
+        phi: [rows, n·C], as the geometry's layout says.
         grad_input: [tokens, C] gradient of the collapsed streams.
         found: the gradients of the site's coefficients.
         geometry: of the call.
@@ -166,6 +171,6 @@ def stream_gradients(
             SLOTS=geometry.slots, PIECES=geometry.pieces, MIX=mixing is not None,
             FIRST=first, END=min(first + config.streams, geometry.n),
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            num_stages=1, **warps_for(config.warps), **geometry.constants(), **product_options(),
+            num_stages=1, **warps_for(config.warps), **geometry.constants(), **geometry.phi(), **product_options(),
         )  # fmt: skip
     return grad_streams, phi_parts

@@ -69,6 +69,22 @@ def test_other_manifolds(operator, tokens, manifold, device):
     check(operator, problem, device)
 
 
+# Matrices that are made of a row of logits; anchored ones, too.
+@pytest.mark.parametrize(
+    ("operator", "manifold", "n", "anchored"),
+    [
+        ("pre", "permutation", 4, True),
+        ("paper_pre", "permutation", 3, False),
+        ("post_pre", "permutation", 2, True),
+        ("pre", "kronecker", 8, False),
+        ("paper_pre", "kronecker", 4, True),
+        ("post_pre", "kronecker", 2, False),
+    ],
+)
+def test_manifolds_of_fewer_or_more_logits(operator, manifold, n, anchored, device):
+    check(operator, Problem(37, n, 40, manifold=manifold, anchored=anchored), device)
+
+
 @pytest.mark.parametrize("operator", ["pre", "post_pre"])
 @pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.float32), (37, torch.bfloat16), (150, torch.float16)])
 def test_halves_are_the_whole(operator, tokens, dtype, device):
