@@ -61,7 +61,14 @@ FUSIONS: dict[str, Fusion] = {
 CANDIDATES = ("site", "boundary")
 
 # The halves that a replayed site runs as: what computes an operator's coefficients, and what takes them.
-HALVES = {"pre": ("measure", "collapse"), "post_pre": ("post_measure", "post_collapse")}
+HALVES = {
+    "pre": ("measure", "collapse"),
+    "post_pre": ("post_measure", "post_collapse"),
+    "pre_norm": ("measure", "collapse_norm"),
+    "post_pre_norm": ("post_measure", "post_collapse_norm"),
+}
+# What `fold_norms` makes of an operator whose layer input only a norm reads.
+NORMED = {"pre": "pre_norm", "post_pre": "post_pre_norm"}
 
 _MEASURE = ("prepare_phi_kernel", "projection_kernel", "coefficients_kernel")
 _SITE_BACKWARD = (

@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Behind iters, norm_eps, eps, manifold and anchored: where the constants of a site's operators hold `transposed`.
-_POSITION = 5
-
 
 def in_kernel_order(
     call: Callable[..., Any],
@@ -24,6 +21,7 @@ def in_kernel_order(
     n_streams: int,
     constants: tuple[Any, ...],
     phi_at: int | None,
+    kernel_constants: int | None,
     gradients: bool = False,
 ) -> Any:
     """Call a kernel that knows no `transposed`.
@@ -34,9 +32,11 @@ def in_kernel_order(
         n_streams: n.
         constants: of the call, as the operator's signature has them.
         phi_at: where phi, scale and bias begin among the tensors, None without.
+        kernel_constants: how many of the constants stand before `transposed`, None for all.
         gradients: the kernel returns the gradients of phi, scale and bias last.
     """
-    known, transposed = constants[:_POSITION], any(constants[_POSITION:])
+    count = len(constants) if kernel_constants is None else kernel_constants
+    known, transposed = constants[:count], any(constants[count:])
     if not transposed or phi_at is None or tensors[phi_at].shape[0] == 2 * n_streams:
         return call(*tensors, *known)
     phi, scale, bias = tensors[phi_at : phi_at + 3]
