@@ -27,7 +27,7 @@ this has been measured, or captured, on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,11 @@ class Signature:
     def kernel_constants(self) -> int:
         """How many constants the kernels know: all but `transposed`, which is the last."""
         return len(self.constants) - ("bool transposed=False" in self.constants)
+
+    def shared_with(self, other: Signature, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Return of a call's arguments those that another operator takes, too, in its order."""
+        named = dict(zip((*self.tensors, *self.constants), arguments, strict=False))
+        return tuple(named[name] for name in (*other.tensors, *other.constants) if name in named)
 
     def manifold(self, constants: tuple[Any, ...]) -> str:
         """Return the manifold that a call's constants name; operators that take none are covered by every kernel."""

@@ -131,6 +131,25 @@ def collapse_config(geometry: Geometry) -> CollapseConfig:
 
 
 @dataclass(frozen=True)
+class CollapseNormConfig:
+    """Launch configuration: tokens of a program and channels of a step, warps; `held` where a step is a whole row."""
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    held: bool
+
+
+def collapse_norm_config(geometry: Geometry) -> CollapseNormConfig:
+    """Choose whole rows of up to 16 KB a stream, 16 channels a thread; narrow rows share a tile, wide ones are cut."""
+    longest = 16384 // geometry.element_size
+    row = next_power_of_2(geometry.width)
+    block_width = row if row <= longest else longest // 2
+    block_tokens = max(1, 2048 // block_width)
+    return CollapseNormConfig(block_tokens, block_width, block_tokens * block_width // 512, row <= longest)
+
+
+@dataclass(frozen=True)
 class GatesConfig:
     """Launch configuration: tokens and channels of a step, warps, programs over C, channels a thread adds up."""
 

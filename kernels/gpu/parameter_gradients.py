@@ -1,4 +1,4 @@
-"""Gradients of phi, scale and bias: partial sums added up in a fixed order, no atomics."""
+"""Gradients of phi, scale and bias, and of a norm's weight and bias: partial sums added up in a fixed order, no atomics."""
 
 # ruff: noqa: N803
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .configurations import Geometry, ceil_div
 from .launch import launch, register_limit
-from .primitives import total
+from .norm_gates import Norm
+from .primitives import rounded, total
 
 _BLOCK = 1024
 
@@ -20,20 +21,24 @@ _BLOCK = 1024
 def parameter_gradients_kernel(
     phi_parts: tl.tensor,
     coefficient_parts: tl.tensor,
+    norm_parts: tl.tensor,
     grad_phi: tl.tensor,
     grad_scale: tl.tensor,
     grad_bias: tl.tensor,
+    grad_norm_weight: tl.tensor,
+    grad_norm_bias: tl.tensor,
     width: tl.tensor,
     splits: tl.tensor,
     programs: tl.tensor,
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    CENTERED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ) -> None:
-    """Add up a row of phi's gradient over a block of C of all streams; scale and bias in the last program.
+    """Add up a row of phi's gradient over a block of C of all streams; scale and bias, then those of a norm, come last.
 
     With ANCHORED the parts are of the streams as stored, X_k = Y_k + Y_0: stream 0's is added to the others'.
     """
@@ -54,6 +59,19 @@ def parameter_gradients_kernel(
                 else:
                     acc += first
             tl.store(grad_phi + place, acc, mask=mask)
+    elif tl.program_id(0) > ROWS:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = column < width
+        weight_sum = tl.full([BLOCK], 0.0, tl.float32)
+        bias_sum = tl.full([BLOCK], 0.0, tl.float32)
+        part = norm_parts + column
+        for _ in range(splits):
+            weight_sum += tl.load(part, mask=mask, other=0.0)
+            if CENTERED:
+                bias_sum += tl.load(part + width, mask=mask, other=0.0)
+            part += 2 * tl.cast(width, tl.int64)
+        tl.store(grad_norm_weight + column, rounded(weight_sum, grad_norm_weight.dtype.element_ty), mask=mask)
+        tl.store(grad_norm_bias + column, rounded(bias_sum, grad_norm_bias.dtype.element_ty), mask=mask)
     elif tl.program_id(1) == 0:
         slot = tl.arange(0, SLOTS)
         used = slot < ROWS
@@ -74,8 +92,15 @@ def parameter_gradients_kernel(
 
 
 def parameter_gradients(
-    phi_parts: Tensor, coefficient_parts: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
+    phi_parts: Tensor,
+    coefficient_parts: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    geometry: Geometry,
+    norm: Norm | None = None,
+    norm_parts: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Add up partial gradients.
 
     Args:
@@ -85,15 +110,20 @@ def parameter_gradients(
         scale: [groups, at most 3].
         bias: [rows].
         geometry: of the call.
+        norm: of the layer input, if it has one.
+        norm_parts: [splits, 2, C], with a norm.
 
     Returns:
-        gradients of phi, scale and bias, each with the shape and dtype of its tensor.
+        gradients of phi, scale and bias, then of the norm's weight and bias, each with the shape and dtype of its
+        tensor.
     """
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (phi, scale, bias)]
+    tensors = (phi, scale, bias, *(norm[:2] if norm else ()))
+    grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
     launch(
-        parameter_gradients_kernel, (geometry.rows + 1, ceil_div(geometry.width, _BLOCK)),
-        phi_parts, coefficient_parts, *grads, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
-        SLOTS=geometry.slots, BLOCK=_BLOCK, BLOCK_PROGRAMS=16, num_warps=4,
+        parameter_gradients_kernel, (geometry.rows + (2 if norm else 1), ceil_div(geometry.width, _BLOCK)),
+        phi_parts, coefficient_parts, phi_parts if norm_parts is None else norm_parts, *grads,
+        *(() if norm else grads[1:]), geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
+        CENTERED=norm is not None and norm.centered, SLOTS=geometry.slots, BLOCK=_BLOCK, BLOCK_PROGRAMS=16, num_warps=4,
         **register_limit(64), **geometry.constants(),
     )  # fmt: skip
-    return grads[0], grads[1], grads[2]
+    return grads

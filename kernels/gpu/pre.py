@@ -134,5 +134,5 @@ def backward(
     found = coefficient_gradients(
         projection.contiguous(), gate_parts, grad_post, grad_res, scale, bias, iters, norm_eps, eps, geometry, constants
     )
-    grad_streams, phi_parts = stream_gradients(streams, phi, grad_input, found, geometry)
+    grad_streams, phi_parts, _ = stream_gradients(streams, phi, grad_input, found, geometry)
     return (grad_streams, *parameter_gradients(phi_parts, found.parts, phi, scale, bias, geometry))
