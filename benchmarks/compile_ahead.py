@@ -27,17 +27,22 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+from mhc_compile.kernels.fusions import MOST_NORMED_STREAMS
 from mhc_compile.kernels.gpu import (
     collapse,
+    collapse_norm,
     head,
     launch,
     measure,
     paper_pre,
     post,
     post_collapse,
+    post_collapse_norm,
     post_measure,
     post_pre,
+    post_pre_norm,
     pre,
+    pre_norm,
     sinkhorn,
 )
 from mhc_compile.kernels.manifolds import MANIFOLDS
@@ -157,6 +162,16 @@ def run_operators(case: Case) -> None:
     collapse.collapse(streams, *mapping, *measured, *constants)
     post_measure.post_measure(*mixing, *mapping, *constants)
     post_collapse.post_collapse(*mixing, *mapping, *measured, *constants)
+    for centered in (True, False) if n <= MOST_NORMED_STREAMS else ():
+        norm, statistics = (make(width, dtype=case.dtype), make(width, dtype=case.dtype)), make(tokens, 2)
+        site = (*constants[:4], 1e-5, centered, case.anchored)
+        pre_norm.pre_norm(streams, *norm, *mapping, *site)
+        pre_norm.pre_norm_backward(branch, post_weights, res, streams, *norm, *mapping, projection, statistics, *site)
+        post_pre_norm.post_pre_norm(*mixing, *norm, *mapping, *site)
+        kept = (projection, statistics)
+        post_pre_norm.post_pre_norm_backward(*mixing, *mixing, *norm, *mapping, *kept, *site)
+        collapse_norm.collapse_norm(streams, *norm, *mapping, *measured, *site)
+        post_collapse_norm.post_collapse_norm(*mixing, *norm, *mapping, *measured, *site)
     head.head(streams, *readout, 1e-6, 0.0, case.anchored)
     head.head_backward(branch, streams, *readout, read, 1e-6, 0.0, case.anchored)
 

@@ -39,7 +39,8 @@ class Fusion:
         """Names of the operators that a graph calls; none if they are inlined."""
         if self.inlined:
             return ()
-        return tuple(name for name in (self.pre, self.post_pre, self.post, self.head) if name is not None)
+        joined = (self.post_pre, *(NORMED[name] for name in (self.pre, self.post_pre))) if self.post_pre else ()
+        return (self.pre, *joined, self.post, self.head)
 
     @property
     def kernels(self) -> frozenset[str]:
@@ -69,11 +70,15 @@ HALVES = {
 }
 # What `fold_norms` makes of an operator whose layer input only a norm reads.
 NORMED = {"pre": "pre_norm", "post_pre": "post_pre_norm"}
+# With more streams than these, a norm's backward beside them does not fit the registers.
+MOST_NORMED_STREAMS = 4
 
 _MEASURE = ("prepare_phi_kernel", "projection_kernel", "coefficients_kernel")
 _SITE_BACKWARD = (
     "gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel", "parameter_gradients_kernel",
 )  # fmt: skip
+
+_NORMED_BACKWARD = ("norm_gates_kernel", *_SITE_BACKWARD[1:])
 
 # The kernels that each operator and its backward may launch.
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -90,4 +95,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "post_pre": (*_MEASURE, "collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
     "post_measure": _MEASURE,
     "post_collapse": ("collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
+    "pre_norm": (*_MEASURE, "collapse_norm_kernel", *_NORMED_BACKWARD),
+    "collapse_norm": ("collapse_norm_kernel", *_NORMED_BACKWARD),
+    "post_pre_norm": (*_MEASURE, "collapse_norm_kernel", "post_backward_kernel", *_NORMED_BACKWARD),
+    "post_collapse_norm": ("collapse_norm_kernel", "post_backward_kernel", *_NORMED_BACKWARD),
 }  # fmt: skip

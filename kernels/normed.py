@@ -157,17 +157,13 @@ def pre_norm_backward(
     return grad_streams, *grad_norm, *grad_mapping
 
 
-def post_pre_norm(
-    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def post_pre_norm(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Run a site's `post`, then the next site's `pre_norm`, which `rest` is for; the new streams come first."""
     fresh = reference.post(streams, branch, post, res)
     return (fresh, *pre_norm(fresh, *rest))
 
 
-def post_collapse_norm(
-    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def post_collapse_norm(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Return what `post_pre_norm` returns, given what `post_measure` did; `rest` is for `collapse_norm`."""
     fresh = reference.post(streams, branch, post, res)
     return (fresh, *collapse_norm(fresh, *rest))

@@ -10,9 +10,9 @@ is its backward.
 An operator saves its inputs for the backward, and beside them its projection, n² + 2n + 1 floats a token that it
 returns: nothing is projected again. The other coefficients are recomputed from that.
 
-`pre` and `post_pre` also come with the norm of their layer input (`normed`), and all of them in two halves. `measure` computes the coefficients, which a graph that recomputes always
-keeps; `collapse` takes them, does the rest, and is differentiated as the whole. Run again in a backward it is one pass
-over the streams.
+`pre` and `post_pre` also come with the norm of their layer input (`normed`), and all of these in two halves. `measure`
+computes the coefficients, which a graph that recomputes always keeps; `collapse` takes them, does the rest, and is
+differentiated as the whole. Run again in a backward it is one pass over the streams.
 
 Why `custom_op` and not `triton_op`. `triton_op` lets Inductor see the kernels and emit their launches itself,
 without Python dispatch. It was not taken, for three reasons. Dispatch here depends on the device and on an
@@ -280,9 +280,7 @@ _pre_norm = _operator(
 )
 _post_pre_norm = _operator(
     "post_pre_norm",
-    Signature(
-        (*_MIXING, *_NORMED), _NORMED_SITE, ("fresh", "normed", *_NEXT_MEASURED), kept=(*_KEPT, *_STATISTICS)
-    ),
+    Signature((*_MIXING, *_NORMED), _NORMED_SITE, ("fresh", "normed", *_NEXT_MEASURED), kept=(*_KEPT, *_STATISTICS)),
     _behind_post(_fake_pre_norm, fresh=True),
 )
 
@@ -329,7 +327,10 @@ OPERATORS: dict[str, Operator] = {
         _operator(
             "post_collapse_norm",
             Signature(
-                (*_MIXING, *_NORMED), _NORMED_SITE, _post_pre_norm.signature.outputs, (*_NEXT_MEASURED, *_KEPT),
+                (*_MIXING, *_NORMED),
+                _NORMED_SITE,
+                _post_pre_norm.signature.outputs,
+                (*_NEXT_MEASURED, *_KEPT),
                 _STATISTICS,
             ),
             _behind_post(_fake_collapse_norm, fresh=True),

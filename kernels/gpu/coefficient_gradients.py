@@ -5,7 +5,7 @@ the gradients of the streams and of phi need is left in device memory.
 """
 
 # mypy: disable-error-code="assignment"
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -268,7 +268,8 @@ def coefficient_gradients(
         coefficient_gradients_kernel, (programs,),
         projection, gate_parts, grad_post, grad_res, scale, bias, norm.statistics if norm else projection, *found,
         tokens, geometry.width, iters, norm_eps, eps, gate_parts.shape[0],
-        SLOTS=geometry.slots, PIECES=geometry.pieces, NORM=norm is not None, CENTERED=norm is not None and norm.centered,
+        SLOTS=geometry.slots, PIECES=geometry.pieces,
+        NORM=norm is not None, CENTERED=norm is not None and norm.centered,
         BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
     )  # fmt: skip
     return found

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..manifolds import MANIFOLDS
 from .coefficients import collapse_weights, copy_coefficients, weight_of
 from .configurations import Geometry, ceil_div, collapse_norm_config
-from .launch import empty, geometry_of, launch, product_options, warps_for
+from .launch import empty, geometry_of, launch, warps_for
 from .primitives import rounded, total
-from .stream_tiles import load_streams, mix_stream
+from .stream_tiles import load_row, load_streams, mix
 
 
 @triton.jit
@@ -40,7 +40,6 @@ def _collapsed(
     N: tl.constexpr,
     MIX: tl.constexpr,
     STORE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """Collapse a tile, zero beyond C; with MIX the streams are made by a `post` first, and with STORE written."""
     mask = live[:, None] & (column < width)[None, :]
@@ -50,7 +49,8 @@ def _collapsed(
     collapsed = tl.full(mask.shape, 0.0, tl.float32)
     for i in tl.static_range(n):
         if MIX:
-            stream = mix_stream(tiles, written, post, res, token, live, i, n, PRECISION)
+            # Not `mix_stream`: nothing here takes it in another layout, and it need not stay in registers.
+            stream = rounded(mix(tiles, written, load_row(post, res, token, live, i, n), 0, n), tiles[0].dtype)
             if STORE:
                 tl.store(fresh_streams + base[:, None] * n + i * width + column[None, :], stream, mask=mask)
         else:
@@ -141,7 +141,6 @@ def collapse_norm_kernel(
     HELD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> None:
     """Write the norm of Σ_i pre_i X_i (Eq. 5) of a tile of tokens, and its statistics.
 
@@ -160,8 +159,7 @@ def collapse_norm_kernel(
     column = tl.arange(0, BLOCK_WIDTH)
     if HELD:
         held = _collapsed(
-            streams, branch, post, res, fresh_streams, weights, token, live, base, column, width, n, N, MIX, MIX,
-            PRECISION,
+            streams, branch, post, res, fresh_streams, weights, token, live, base, column, width, n, N, MIX, MIX
         )  # fmt: skip
         mean, spread = _add_block(held, column < width, mean, spread, 0.0, width * 1.0, CENTERED)
         inverse_rms = tl.rsqrt(spread / width + layer_eps)
@@ -172,7 +170,7 @@ def collapse_norm_kernel(
         for start in range(0, width, BLOCK_WIDTH):
             part = _collapsed(
                 streams, branch, post, res, fresh_streams, weights, token, live, base, start + column, width, n, N,
-                MIX, MIX, PRECISION,
+                MIX, MIX,
             )  # fmt: skip
             count = tl.minimum(width - start, BLOCK_WIDTH) * 1.0
             mean, spread = _add_block(part, start + column < width, mean, spread, start * 1.0, count, CENTERED)
@@ -180,7 +178,7 @@ def collapse_norm_kernel(
         for start in range(0, width, BLOCK_WIDTH):
             part = _collapsed(
                 streams, branch, post, res, fresh_streams, weights, token, live, base, start + column, width, n, N,
-                MIX, False, PRECISION,
+                MIX, False,
             )  # fmt: skip
             _store_normed(
                 part, mean, inverse_rms, norm_weight, norm_bias, normed, base, start + column, live, width, CENTERED
@@ -239,7 +237,7 @@ def collapse_norm_by(
             geometry.tokens, geometry.width, norm_eps, eps, layer_eps,
             GATED=gated, CENTERED=centered, MIX=mixing is not None, COPY=measured is not None, HELD=config.held,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            **warps_for(config.warps), **geometry.coefficients(), **product_options(),
+            **warps_for(config.warps), **geometry.coefficients(),
         )  # fmt: skip
     return (normed, *copies, statistics)
 

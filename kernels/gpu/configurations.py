@@ -188,12 +188,13 @@ class StreamGradientsConfig:
     streams: int
 
 
-def stream_gradients_config(geometry: Geometry) -> StreamGradientsConfig:
+def stream_gradients_config(geometry: Geometry, normed: bool = False) -> StreamGradientsConfig:
     """Choose blocks of C that keep phi's gradient in registers, and splits that fill the device.
 
-    Up to 4 streams are one launch; beyond, phi's factors and gradient of all do not fit.
+    Up to 4 streams are one launch; beyond, phi's factors and gradient of all do not fit. With a norm's backward beside
+    them, 2 where a block is narrow.
     """
     roomy = geometry.slots <= 32 and geometry.pieces == 2
     width = 64 if roomy else 16
     splits = programs_wanted(ceil_div(geometry.width, width), min(64, ceil_div(geometry.tokens, 64)))
-    return StreamGradientsConfig(16, width, 8, splits, 4)
+    return StreamGradientsConfig(16, width, 8, splits, 4 if roomy or not normed else 2)

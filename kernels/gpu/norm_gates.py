@@ -7,7 +7,7 @@ split as in `gates`, (n + 1)C elements a token.
 """
 
 # mypy: disable-error-code="assignment,misc,index"
-# ruff: noqa: N803, RUF005
+# ruff: noqa: N803, N806, RUF005
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of phi, scale and bias, and of a norm's weight and bias: partial sums added up in a fixed order, no atomics."""
+"""Gradients of phi, scale and bias, and of a norm's: partial sums added up in a fixed order, no atomics."""
 
 # ruff: noqa: N803
 

@@ -125,9 +125,7 @@ def norm_backward(
         projection, parts, grads[1], grads[2], scale, bias, iters, norm_eps, eps, geometry,
         manifold_constants(manifold, eps), norm,
     )  # fmt: skip
-    grad_streams, phi_parts, norm_parts = stream_gradients(
-        streams, phi, grads[0], found, geometry, norm=norm, **made
-    )
+    grad_streams, phi_parts, norm_parts = stream_gradients(streams, phi, grads[0], found, geometry, norm=norm, **made)
     grad_phi, grad_scale, grad_bias, *grad_norm = parameter_gradients(
         phi_parts, found.parts, phi, scale, bias, geometry, norm, norm_parts
     )

@@ -72,8 +72,8 @@ def stream_gradients_kernel(
     """Write the gradient of streams FIRST … END - 1, and a share of phi's in terms of the streams as stored.
 
     With ANCHORED a difference's gradient is its stream's, and that of stream 0 the sum of all streams'. With NORM the
-    gradient that comes in is that of the normed layer input, which is made again, and that of the norm's weight and bias
-    is written, too.
+    gradient that comes in is that of the normed layer input, which is made again, and the first launch writes that of
+    the norm's weight and bias, too.
     """
     column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = (column < width)[None, :]
@@ -191,7 +191,7 @@ def stream_gradients(
         [tokens, n, C] gradient in the streams' dtype; partial gradients in float32, [splits, rows, n·C] of phi and
         [splits, 2, C] of the norm's weight and bias, empty without a norm.
     """
-    config = stream_gradients_config(geometry)
+    config = stream_gradients_config(geometry, norm is not None)
     span = ceil_div(ceil_div(geometry.tokens, config.splits), config.block_tokens) * config.block_tokens
     splits = ceil_div(geometry.tokens, span)
     grad_streams = torch.empty_like(streams)
