@@ -18,7 +18,7 @@ FUSIONS = ("auto", *fusions.FUSIONS)
 GRAPH_BREAKS = ("carry", "collapse", "error")
 RECOMPUTES = ("auto", "none")
 # Rewriting passes that a model runs without, too.
-OPTIONAL_PASSES = ("lower_native", "fuse_boundaries", "annotate_recompute", "mark_cacheable")
+OPTIONAL_PASSES = ("lower_native", "fuse_boundaries", "fold_norms", "annotate_recompute", "mark_cacheable")
 
 # The options that decide which parameters exist and what they mean. The rest may change from one
 # compilation to the next without touching a checkpoint.
