@@ -1,7 +1,8 @@
 """The operators whose collapse is normalized, in plain PyTorch: `pre` and `post_pre` with the norm of the layer input.
 
 In a pre-norm block nobody but a norm reads the layer input: these return the normed value in its place, so that the
-layer input itself never goes to memory. A norm is LayerNorm (`centered`) or RMSNorm, which reads no `norm_bias`.
+layer input itself never goes to memory, and is not rounded to the streams' dtype on the way. A norm is LayerNorm
+(`centered`) or RMSNorm, which reads no `norm_bias`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ from .reference import accumulation_dtype
 def norm(
     layer_input: Tensor, norm_weight: Tensor, norm_bias: Tensor, layer_eps: float, centered: bool
 ) -> tuple[Tensor, Tensor]:
-    """Normalize [*, C] as LayerNorm or RMSNorm does, in the accumulation dtype.
+    """Normalize [*, C] as LayerNorm or RMSNorm does.
 
     Returns:
-        the normed value [*, C] in the dtype of `layer_input`; its statistics [*, 2], the mean (0 for RMSNorm) and the
-        factor 1/RMS, in the accumulation dtype.
+        the normed value [*, C]; its statistics [*, 2], the mean (0 for RMSNorm) and the factor 1/RMS; both in the dtype
+        of `layer_input`.
     """
-    wide = layer_input.to(accumulation_dtype(layer_input))
-    mean = wide.mean(-1, keepdim=True) if centered else torch.zeros_like(wide[..., :1])
-    away = wide - mean
+    mean = layer_input.mean(-1, keepdim=True) if centered else torch.zeros_like(layer_input[..., :1])
+    away = layer_input - mean
     inverse_rms = torch.rsqrt(away.square().mean(-1, keepdim=True) + layer_eps)
-    normed = away * inverse_rms * norm_weight.to(wide.dtype)
+    normed = away * inverse_rms * norm_weight.to(away.dtype)
     if centered:
-        normed = normed + norm_bias.to(wide.dtype)
-    return normed.to(layer_input.dtype), torch.cat([mean, inverse_rms], dim=-1)
+        normed = normed + norm_bias.to(away.dtype)
+    return normed, torch.cat([mean, inverse_rms], dim=-1)
 
 
 def norm_backward(
@@ -43,9 +43,9 @@ def norm_backward(
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `norm` with respect to the layer input [*, C], the weight [C] and the bias [C]."""
-    dtype = accumulation_dtype(layer_input)
+    dtype = layer_input.dtype
     grad, (mean, inverse_rms) = grad_normed.to(dtype), statistics.split(1, dim=-1)
-    away = (layer_input.to(dtype) - mean) * inverse_rms
+    away = (layer_input - mean) * inverse_rms
     through = grad * norm_weight.to(dtype)
     grad_away = through - away * (through * away).mean(-1, keepdim=True)
     if centered:
@@ -53,11 +53,7 @@ def norm_backward(
     flat = grad.flatten(0, -2)
     grad_weight = (flat * away.flatten(0, -2)).sum(0)
     grad_bias = flat.sum(0) if centered else torch.zeros_like(grad_weight)
-    return (
-        (inverse_rms * grad_away).to(layer_input.dtype),
-        grad_weight.to(norm_weight.dtype),
-        grad_bias.to(norm_bias.dtype),
-    )
+    return inverse_rms * grad_away, grad_weight.to(norm_weight.dtype), grad_bias.to(norm_bias.dtype)
 
 
 def pre_norm(
@@ -97,9 +93,9 @@ def pre_norm(
         and the norm's statistics [*, 2], the last two not differentiable.
     """
     site = (iters, norm_eps, eps, manifold, *layout)
-    layer_input, post, res, projection = reference.pre(streams, phi, scale, bias, *site)
+    layer_input, post, res, projection = reference.pre(_wide(streams), phi, scale, bias, *site)
     normed, statistics = norm(layer_input, norm_weight, norm_bias, layer_eps, centered)
-    return normed, post, res, projection, statistics.detach()
+    return normed.to(streams.dtype), post, res, projection, statistics.detach()
 
 
 def collapse_norm(
@@ -122,9 +118,9 @@ def collapse_norm(
 ) -> tuple[Tensor, ...]:
     """Return what `pre_norm` returns, given what `measure` did; see `reference.collapse`."""
     site = (iters, norm_eps, eps, manifold, *layout)
-    layer_input, *copies = reference.collapse(streams, phi, scale, bias, post, res, projection, *site)
+    layer_input, *copies = reference.collapse(_wide(streams), phi, scale, bias, post, res, projection, *site)
     normed, statistics = norm(layer_input, norm_weight, norm_bias, layer_eps, centered)
-    return normed, *copies, statistics.detach()
+    return normed.to(streams.dtype), *copies, statistics.detach()
 
 
 def pre_norm_backward(
@@ -149,12 +145,12 @@ def pre_norm_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `pre_norm` with respect to its six tensors, given its projection and statistics."""
     site = (iters, norm_eps, eps, manifold, *layout)
-    nothing = projection.new_empty(0)
-    layer_input, *_ = reference.collapse(streams, phi, scale, bias, nothing, nothing, projection, *site)
+    wide, nothing = _wide(streams), projection.new_empty(0)
+    layer_input, *_ = reference.collapse(wide, phi, scale, bias, nothing, nothing, projection, *site)
     grad_input, *grad_norm = norm_backward(grad_normed, layer_input, norm_weight, norm_bias, statistics, centered)
     grads = (grad_input, grad_post, grad_res)
-    grad_streams, *grad_mapping = reference.pre_backward(*grads, streams, phi, scale, bias, projection, *site)
-    return grad_streams, *grad_norm, *grad_mapping
+    grad_streams, *grad_mapping = reference.pre_backward(*grads, wide, phi, scale, bias, projection, *site)
+    return grad_streams.to(streams.dtype), *grad_norm, *grad_mapping
 
 
 def post_pre_norm(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -184,3 +180,7 @@ def post_pre_norm_backward(
     fresh = reference.post(streams, branch, post, res)
     through, *others = pre_norm_backward(grad_normed, grad_next_post, grad_next_res, fresh, *rest)
     return (*reference.post_backward(grad_fresh + through, streams, branch, post, res), *others)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor))
