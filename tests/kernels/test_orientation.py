@@ -41,12 +41,12 @@ def test_gradients_are_those_of_autograd():
 def test_a_kernel_without_the_flag_is_given_its_rows_and_gives_gradients_back():
     tensors = (STREAMS, *PARAMETERS)
     wanted = reference.pre(*tensors, *CONSTANTS, True)
-    torch.testing.assert_close(in_kernel_order(reference.pre, tensors, N, (*CONSTANTS, True), 1), wanted)
+    torch.testing.assert_close(in_kernel_order(reference.pre, tensors, N, (*CONSTANTS, True), 1, 5), wanted)
     site = (STREAMS, BRANCH, wanted.post, wanted.res, *PARAMETERS)
     *outputs, projection = boundary.post_pre(*site, *CONSTANTS, True)
     given = (*(_draw(*output.shape) for output in outputs), *site, projection)
     torch.testing.assert_close(
-        in_kernel_order(boundary.post_pre_backward, given, N, (*CONSTANTS, True), 8, gradients=True),
+        in_kernel_order(boundary.post_pre_backward, given, N, (*CONSTANTS, True), 8, 5, gradients=True),
         boundary.post_pre_backward(*given, *CONSTANTS, True),
     )
 
