@@ -3,7 +3,8 @@
 The step of the plain model is taken as its matrix products at the rate that the GPU reaches in training, three times
 the forward's; mHC adds the traffic of its operators at the rate of a copy, less what the plain residual adds move.
 Whatever else a step does (norms, activations, optimizer, communication) is in neither, so a real share is smaller, and
-gaps between launches come on top where tokens are few.
+gaps between launches come on top where tokens are few. Nor is what `fold_norms` saves of the model's own norms, 2C
+elements a token and site in the forward and 3C in the backward.
 """
 
 from __future__ import annotations

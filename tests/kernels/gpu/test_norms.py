@@ -11,8 +11,8 @@ from mhc_compile.kernels.gpu.configurations import CollapseNormConfig
 from tests.kernels.problems import NORMED, Problem, check_backward, check_forward, check_halves, inputs, run_backward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Tiles of many tokens and of one, more than one split of C, phi as it is and prepared.
-SHAPES = ((3, 4, 80), (140, 4, 24), (9, 3, 17), (2, 7, 40), (5, 1, 33), (3, 2, 2100))
+# Tiles of many tokens, more than one split of C.
+SHAPES = ((3, 4, 80), (40, 4, 24), (9, 3, 17), (2, 7, 24), (5, 1, 33))
 
 
 def _check(operator, problem, device):
@@ -29,12 +29,17 @@ def test_as_good_as_plain_pytorch(operator, tokens, n, width, device):
         _check(operator, Problem(tokens, n, width, dtype, centered=centered, anchored=anchored), device)
 
 
+def test_a_token_of_its_own(device):
+    for centered in (True, False):
+        check_forward("pre_norm", Problem(2, 2, 2100, torch.bfloat16, centered=centered, anchored=True), device)
+
+
 @pytest.mark.parametrize("operator", NORMED)
 @pytest.mark.parametrize("centered", [True, False])
 def test_rows_too_wide_for_registers(operator, centered, device, monkeypatch):
     monkeypatch.setattr(collapse_norm, "collapse_norm_config", lambda geometry: CollapseNormConfig(2, 64, 4, False))
     for dtype in (torch.float32, torch.bfloat16):
-        _check(operator, Problem(5, 4, 200, dtype, centered=centered, anchored=True), device)
+        _check(operator, Problem(3, 4, 130, dtype, centered=centered, anchored=True), device)
 
 
 @pytest.mark.parametrize("manifold", ["none", "identity", "row"])
