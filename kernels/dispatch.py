@@ -32,6 +32,8 @@ CHOICES = ("auto", "triton", "cpu", "reference")
 
 _KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 _chosen: str | None = None
+# Operators of `gpu`, by function: those whose backward is another's share what is prepared of it.
+_prepared: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 @contextlib.contextmanager
@@ -128,7 +130,7 @@ def run(
     if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
-            return in_kernel_order(kernel_of(name), *order)
+            return in_kernel_order(prepared_kernel_of(name), *order)
     # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
     with torch.autocast(device_type=streams.device.type, enabled=False):
         return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
@@ -145,6 +147,14 @@ def kernel_of(name: str) -> Callable[..., Any]:
     """Return the Triton implementation of an operator or its backward."""
     module = importlib.import_module(f".gpu.{name.removesuffix('_backward')}", __package__)
     return getattr(module, name)
+
+
+def prepared_kernel_of(name: str) -> Callable[..., Any]:
+    """Return `kernel_of` with its calls prepared: see `gpu.prepared`."""
+    function = kernel_of(name)
+    if function not in _prepared:
+        _prepared[function] = importlib.import_module(".gpu.prepared", __package__).PreparedOperator(function)
+    return _prepared[function]
 
 
 def compiled_of(name: str) -> Any:

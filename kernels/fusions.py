@@ -74,11 +74,11 @@ NORMED = {"pre": "pre_norm", "post_pre": "post_pre_norm"}
 MOST_NORMED_STREAMS = 4
 
 _MEASURE = ("prepare_phi_kernel", "projection_kernel", "coefficients_kernel")
-_SITE_BACKWARD = (
-    "gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel", "parameter_gradients_kernel",
-)  # fmt: skip
+_WALKS = ("gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel")
+_SITE_BACKWARD = (*_WALKS, "parameter_gradients_kernel")
+_BOUNDARY_BACKWARD = (*_WALKS, "last_gradients_kernel")
 
-_NORMED_BACKWARD = ("norm_gates_kernel", *_SITE_BACKWARD[1:])
+_NORMED_WALKS = ("norm_gates_kernel", *_WALKS[1:])
 
 # The kernels that each operator and its backward may launch.
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -92,11 +92,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
         *_SITE_BACKWARD,
     ),
     "post": ("post_forward_kernel", "post_backward_kernel"),
-    "post_pre": (*_MEASURE, "collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
+    "post_pre": (*_MEASURE, "collapse_kernel", *_BOUNDARY_BACKWARD),
     "post_measure": _MEASURE,
-    "post_collapse": ("collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
-    "pre_norm": (*_MEASURE, "collapse_norm_kernel", *_NORMED_BACKWARD),
-    "collapse_norm": ("collapse_norm_kernel", *_NORMED_BACKWARD),
-    "post_pre_norm": (*_MEASURE, "collapse_norm_kernel", "post_backward_kernel", *_NORMED_BACKWARD),
-    "post_collapse_norm": ("collapse_norm_kernel", "post_backward_kernel", *_NORMED_BACKWARD),
+    "post_collapse": ("collapse_kernel", *_BOUNDARY_BACKWARD),
+    "pre_norm": (*_MEASURE, "collapse_norm_kernel", *_NORMED_WALKS, "parameter_gradients_kernel"),
+    "collapse_norm": ("collapse_norm_kernel", *_NORMED_WALKS, "parameter_gradients_kernel"),
+    "post_pre_norm": (*_MEASURE, "collapse_norm_kernel", *_NORMED_WALKS, "last_gradients_kernel"),
+    "post_collapse_norm": ("collapse_norm_kernel", *_NORMED_WALKS, "last_gradients_kernel"),
 }  # fmt: skip

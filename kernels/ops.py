@@ -20,9 +20,9 @@ override, and an operator must also run as plain PyTorch; Inductor would have to
 heuristics depend on the number of tokens, so tracing them would guard on it and compile again at each
 boundary between configurations; opaque, one graph serves every number of tokens. And `opcheck` fails on a
 `triton_op` under Triton's interpreter, so that the registration could not be tested without a GPU. The price
-is a Python call for each operator, which CUDA graphs (`mode="reduce-overhead"`) should remove: the kernels
-allocate through PyTorch, never wait for the device and launch the same grids for the same shapes. None of
-this has been measured, or captured, on a GPU yet.
+is a Python call for each operator, which `gpu.prepared` keeps short, and which CUDA graphs
+(`mode="reduce-overhead"`) should remove: the kernels allocate through PyTorch, never wait for the device and
+launch the same grids for the same shapes. None of this has been measured, or captured, on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,10 +1,17 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# The workers share the cores already: more threads in each, and processes that wait to compile, are only in the way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+
+# Tracing makes millions of small objects, and the default collects after every 700.
+gc.set_threshold(100_000, 50, 100)
 
 # Without a GPU the kernels run in Triton's interpreter. The variable is read when a kernel is first imported, which
 # any test module may do.

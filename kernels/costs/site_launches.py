@@ -10,7 +10,7 @@ from sympy import Expr, Integer, ceiling
 
 from ..gpu import configurations
 from ..gpu.configurations import Geometry
-from .amounts import ELEMENT, STREAMS, TOKENS, WIDTH, ZERO, Traffic
+from .amounts import ANCHORED, ELEMENT, STREAMS, TOKENS, WIDTH, ZERO, Traffic
 
 _n, _C = STREAMS, WIDTH
 MIXING = _n**2 + _n  # what `post` reads: res and post
@@ -144,7 +144,9 @@ class SiteLaunches:
         gates = Traffic((_n + 1) * _C, 2 * self.number("gate_splits") * (2 * _n + 1 if self.normed else _n))
         coefficients = Traffic(ZERO, self.kept + self.written + slopes, parts)
         again = (Traffic((_n + 1) * _C, slopes) + self.mixing) * self.stream_launches
-        results = Traffic((2 * _n if self.mixes else _n) * _C, phi=2 * self.phi + shares)
+        # The launch that differentiates an anchored stream 0 loads all of phi: the sum of its columns is stream 0's.
+        anchor = ANCHORED * self.rows * (_n - sympy.Min(_n, 4)) * _C
+        results = Traffic((2 * _n if self.mixes else _n) * _C, phi=2 * self.phi + shares + anchor)
         if self.normed:
             gates += self.norm + Traffic(ZERO, _n + 1)  # makes the layer input again
             # Of the statistics 1/RMS, and the mean that `coefficient_gradients` leaves.

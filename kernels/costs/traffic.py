@@ -82,7 +82,7 @@ def _post_pre(normed: bool = False) -> Passes:
             backward,
             site.backward() + first.backward.ours,
             2 * first.forward.flops + first.backward.flops + second.backward.flops,
-            4 + site.stream_launches,
+            3 + site.stream_launches,
         ),
     )
 
@@ -230,12 +230,13 @@ def chain(fusion: str) -> Passes:
 
 
 def evaluate(expression: Expr, **values: int) -> float:
-    """Put numbers in: tokens, n_streams, width, sites, interval, element_size, iters.
+    """Put numbers in: tokens, n_streams, width, sites, interval, element_size, iters; anchored is 1 if left out.
 
     Raises:
         ValueError: a symbol of the expression has no value; the message names it.
     """
     names = {str(symbol): symbol for symbol in sympy.sympify(expression).free_symbols}
+    values = {"anchored": 1, **values}
     missing = sorted(names.keys() - values.keys())
     if missing:
         raise ValueError(f"the cost depends on {', '.join(missing)}: pass a number for each")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..manifolds import MANIFOLDS
 from .coefficients import collapse_weights, copy_coefficients, weight_of
 from .configurations import Geometry, ceil_div, collapse_config
-from .launch import empty, geometry_of, launch, product_options
+from .launch import empty, geometry_of, launch, product_options, register_limit
 from .primitives import rounded
 from .stream_tiles import load_streams, mix_stream
 
@@ -125,7 +125,7 @@ def collapse_by(
             *(copies or nothing), geometry.tokens, geometry.width, norm_eps, eps,
             GATED=gated, MIX=mixing is not None, COPY=measured is not None,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
-            **geometry.coefficients(), **product_options(),
+            **register_limit(255 if mixing else 64), **geometry.coefficients(), **product_options(),
         )  # fmt: skip
     return (layer_input, *copies)
 

@@ -19,10 +19,9 @@ from .coefficient_gradients import coefficient_gradients
 from .coefficients import manifold_constants
 from .collapse import collapse_by
 from .gates import gates
+from .last_gradients import last_gradients
 from .launch import geometry_of
 from .measure import measure_by
-from .parameter_gradients import parameter_gradients
-from .post import post_backward_in_place
 from .stream_gradients import stream_gradients
 
 
@@ -132,5 +131,6 @@ def post_pre_backward(
     grad_mixed, phi_parts, _ = stream_gradients(
         streams, phi, grad_input, found, geometry, mixing=mixing, grad_fresh=grad_fresh.contiguous()
     )
-    grads = post_backward_in_place(grad_mixed, streams, branch, post, res)
-    return (*grads, *parameter_gradients(phi_parts, found.parts, phi, scale, bias, geometry))
+    return last_gradients(
+        grad_mixed, (streams, branch, post, res), phi_parts, found.parts, (phi, scale, bias), geometry
+    )

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..manifolds import MANIFOLDS
 from .coefficients import manifold_constants
 from .collapse_norm import collapse_norm_by
+from .last_gradients import last_gradients
 from .launch import geometry_of
 from .measure import measure_by
 from .norm_gates import Norm
-from .post import post_backward_in_place
-from .pre_norm import norm_backward
+from .pre_norm import norm_walks
 
 
 def post_pre_norm(
@@ -87,9 +87,13 @@ def post_pre_norm_backward(
         tensor.contiguous() for tensor in (streams, branch, post, res, phi, scale, bias)
     )
     grads = tuple(grad.contiguous() for grad in (grad_normed, grad_next_post, grad_next_res))
-    grad_mixed, *others = norm_backward(
-        grads, streams, Norm(norm_weight, norm_bias, statistics, centered).contiguous(), (phi, scale, bias),
-        projection.contiguous(), iters, norm_eps, eps, manifold, geometry,
+    norm = Norm(norm_weight, norm_bias, statistics, centered).contiguous()
+    grad_mixed, phi_parts, coefficient_parts, norm_parts = norm_walks(
+        grads, streams, norm, (phi, scale, bias), projection.contiguous(), iters, norm_eps, eps, manifold, geometry,
         mixing=(branch, post, res), grad_fresh=grad_fresh.contiguous(),
     )  # fmt: skip
-    return (*post_backward_in_place(grad_mixed, streams, branch, post, res), *others)
+    *grad_mixing, grad_phi, grad_scale, grad_bias, grad_weight, grad_shift = last_gradients(
+        grad_mixed, (streams, branch, post, res), phi_parts, coefficient_parts, (phi, scale, bias), geometry, norm,
+        norm_parts,
+    )  # fmt: skip
+    return (*grad_mixing, grad_weight, grad_shift, grad_phi, grad_scale, grad_bias)

@@ -80,12 +80,16 @@ def pre_norm_backward(
     grads = tuple(grad.contiguous() for grad in (grad_normed, grad_post, grad_res))
     norm = Norm(norm_weight, norm_bias, statistics, centered).contiguous()
     mapping = (phi.contiguous(), scale.contiguous(), bias.contiguous())
-    return norm_backward(
+    grad_streams, phi_parts, coefficient_parts, norm_parts = norm_walks(
         grads, streams.contiguous(), norm, mapping, projection.contiguous(), iters, norm_eps, eps, manifold, geometry
     )
+    grad_phi, grad_scale, grad_bias, *grad_norm = parameter_gradients(
+        phi_parts, coefficient_parts, *mapping, geometry, norm, norm_parts
+    )
+    return grad_streams, *grad_norm, grad_phi, grad_scale, grad_bias
 
 
-def norm_backward(
+def norm_walks(
     grads: tuple[Tensor, ...],
     streams: Tensor,
     norm: Norm,
@@ -97,8 +101,8 @@ def norm_backward(
     manifold: str,
     geometry: Geometry,
     **made: Any,
-) -> tuple[Tensor, ...]:
-    """Differentiate `pre_norm`, also behind a `post`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the two walks of the backward of `pre_norm`, also behind a `post`.
 
     Args:
         grads: of the normed layer input, post and res; contiguous, as all tensors.
@@ -114,19 +118,16 @@ def norm_backward(
         made: `mixing` and `grad_fresh` of streams that a `post` makes; see `stream_gradients`.
 
     Returns:
-        gradients of the streams that are collapsed, of the norm's weight and bias, of phi, scale and bias.
+        the gradient of the streams that are collapsed; partial gradients of phi, of scale and bias, and of the norm.
     """
     phi, scale, bias = mapping
-    gated = MANIFOLDS[manifold].gated
     parts = norm_gates(
-        streams, grads[0], norm, projection, scale, bias, norm_eps, eps, gated, geometry, made.get("mixing")
-    )
+        streams, grads[0], norm, projection, scale, bias, norm_eps, eps, MANIFOLDS[manifold].gated, geometry,
+        made.get("mixing"),
+    )  # fmt: skip
     found = coefficient_gradients(
         projection, parts, grads[1], grads[2], scale, bias, iters, norm_eps, eps, geometry,
         manifold_constants(manifold, eps), norm,
     )  # fmt: skip
     grad_streams, phi_parts, norm_parts = stream_gradients(streams, phi, grads[0], found, geometry, norm=norm, **made)
-    grad_phi, grad_scale, grad_bias, *grad_norm = parameter_gradients(
-        phi_parts, found.parts, phi, scale, bias, geometry, norm, norm_parts
-    )
-    return grad_streams, *grad_norm, grad_phi, grad_scale, grad_bias
+    return grad_streams, phi_parts, found.parts, norm_parts

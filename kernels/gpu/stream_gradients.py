@@ -189,14 +189,14 @@ def stream_gradients(
 
     Returns:
         [tokens, n, C] gradient in the streams' dtype; partial gradients in float32, [splits, rows, n·C] of phi and
-        [splits, 2, C] of the norm's weight and bias, empty without a norm.
+        [splits, 2, C] of the norm's weight and bias (without a norm, phi's again).
     """
     config = stream_gradients_config(geometry, norm is not None)
     span = ceil_div(ceil_div(geometry.tokens, config.splits), config.block_tokens) * config.block_tokens
     splits = ceil_div(geometry.tokens, span)
     grad_streams = torch.empty_like(streams)
     phi_parts = empty(streams, splits, geometry.rows, geometry.n * geometry.width)
-    norm_parts = empty(streams, splits if norm else 0, 2, geometry.width)
+    norm_parts = empty(streams, splits, 2, geometry.width) if norm else phi_parts
     nothing = (found.factors, found.factors)
     for first in range(0, geometry.n, config.streams):
         launch(
@@ -204,7 +204,7 @@ def stream_gradients(
             streams, *(mixing or (streams, *nothing)),
             streams if grad_fresh is None else grad_fresh, grad_input, phi, found.slopes, found.factors,
             *((norm.weight, norm.statistics) if norm else nothing), grad_streams, phi_parts,
-            norm_parts if norm else phi_parts, geometry.tokens, geometry.width, span,
+            norm_parts, geometry.tokens, geometry.width, span,
             SLOTS=geometry.slots, PIECES=geometry.pieces,
             NORM=norm is not None, CENTERED=norm is not None and norm.centered, MIX=mixing is not None,
             FIRST=first, END=min(first + config.streams, geometry.n),

@@ -85,7 +85,8 @@ def test_a_chain_of_boundaries_has_one_end_of_each_kind():
 @pytest.mark.parametrize(("operator", "tokens", "width", "n", "anchored"), [
     ("post_pre", 40, 96, 4, True), ("post_pre", 150, 64, 2, False), ("pre", 130, 96, 4, True),
     ("head", 20, 40, 3, True), ("post_measure", 20, 96, 4, True), ("collapse", 20, 96, 4, True),
-    ("post", 20, 96, 4, True), ("post_pre_norm", 40, 96, 4, True), ("collapse_norm", 130, 64, 2, True),
+    ("post", 20, 96, 4, True), ("pre", 20, 64, 6, True), ("pre", 20, 64, 6, False),
+    ("post_pre_norm", 40, 96, 4, True), ("collapse_norm", 130, 64, 2, True),
 ])  # fmt: skip
 def test_our_traffic_is_what_the_kernels_move(operator, tokens, width, n, anchored):
     """Bytes counted in the interpreter at the launches of a device."""

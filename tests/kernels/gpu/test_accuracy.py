@@ -47,14 +47,22 @@ SHAPES = (
 @pytest.mark.parametrize(("tokens", "n", "width"), SHAPES)
 def test_forward_is_as_good_as_plain_pytorch(operator, tokens, n, width, device):
     dtype = DTYPES[(tokens + n) % 3]
-    check_forward(operator, Problem(tokens, n, width, dtype), device)
+    check_forward(operator, Problem(tokens, n, width, dtype, anchored=True), device)
 
 
 @pytest.mark.parametrize("operator", WITH_BACKWARD)
 @pytest.mark.parametrize(("tokens", "n", "width"), SHAPES)
 def test_backward_is_as_good_as_plain_pytorch(operator, tokens, n, width, device):
     dtype = DTYPES[(tokens + n) % 3]
-    check_backward(operator, Problem(tokens, n, width, dtype), device)
+    check_backward(operator, Problem(tokens, n, width, dtype, anchored=True), device)
+
+
+@pytest.mark.parametrize("operator", ["pre", "paper_pre", "post_pre", "head"])
+@pytest.mark.parametrize("tokens", [1, 65])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_streams_as_they_are(n, tokens, operator, device):
+    # The tests above hold them anchored, as rewritten graphs do; the functional interface does not.
+    check(operator, Problem(tokens, n, 40, DTYPES[(n // 4 + n + tokens) % 3]), device)
 
 
 # test_anchored.py does the same for the operators that take a layout.
