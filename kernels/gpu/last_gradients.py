@@ -102,8 +102,9 @@ def last_gradients(
     grads = [torch.empty_like(tensor) for tensor in tensors]
     config = backward_config(geometry.width, geometry.n, geometry.element_size)
     blocks = ceil_div(geometry.width, BLOCK)
+    adding = blocks * (geometry.rows + (2 if norm else 1))
     launch(
-        last_gradients_kernel, (blocks * (geometry.rows + (2 if norm else 1)) + ceil_div(geometry.tokens, config.block_tokens),),
+        last_gradients_kernel, (adding + ceil_div(geometry.tokens, config.block_tokens),),
         grad_mixed, *inputs, phi_parts, coefficient_parts, phi_parts if norm_parts is None else norm_parts, *grads,
         *(() if norm else grads[-2:]),
         geometry.tokens, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0], blocks,
