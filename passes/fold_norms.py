@@ -11,6 +11,7 @@ a norm is left to the inner compiler.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,8 +129,8 @@ def _emit(graph: Graph, site: Node, norm: _Norm, values: dict[Node, Node], const
     given = dict(zip((*plain.tensors, *plain.constants), site.args, strict=False))
     example = _layer_example(site)
     given |= {
-        "norm_weight": norm.weight or _constant(graph, torch.ones, example, constants, values),
-        "norm_bias": norm.bias or _constant(graph, torch.zeros, example, constants, values),
+        "norm_weight": norm.weight or _constant(graph, torch.ones, example, constants),
+        "norm_bias": norm.bias or _constant(graph, torch.zeros, example, constants),
         "float layer_eps": norm.eps,
         "bool centered": norm.centered,
     }
@@ -152,8 +153,8 @@ def _constant(graph: Graph, make: Any, example: Tensor, constants: dict[Any, Nod
     width, keywords = int(example.shape[-1]), {"dtype": example.dtype, "device": example.device}
     key = (make, width, *keywords.values())
     if key not in constants:
-        first = next(node for node in graph.nodes if node.op != "placeholder")
-        with graph.inserting_before(first):
+        first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+        with graph.inserting_before(first) if first is not None else contextlib.nullcontext():
             constants[key] = graph.call_function(make, ((width,),), keywords)
         constants[key].meta["example_value"] = make((width,), **keywords)
     return constants[key]
@@ -192,7 +193,7 @@ def _functional(value: Node) -> _Norm | None:
 
 def _written_out(value: Node) -> _Norm | None:
     """Match `weight * (x * rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))`, with casts in between."""
-    same = [value, *(user for user in value.users if op_name(user) in CAST_NAMES)]
+    same = [value, *(user for user in value.users if _is_cast(user, value))]
     squares = [user for member in same for user in member.users if _is_square(user, member)]
     mean = _only_user(squares[0]) if len(squares) == 1 else None
     raised = _only_user(mean) if mean is not None and _is_mean_of_last(mean) else None
@@ -203,12 +204,12 @@ def _written_out(value: Node) -> _Norm | None:
         return None
     if any(user not in (*same[1:], squares[0], product) for member in same for user in member.users):
         return None
-    casts = [*_casts_behind(product)]
+    casts = [*_casts_behind(product, value)]
     scaled = _only_user([product, *casts][-1])
     weight = _partner(scaled, [product, *casts][-1]) if scaled is not None else None
     if scaled is None or weight is None:
         return None
-    ends = [*_casts_behind(scaled)] if _dtype(scaled) != _dtype(value) else []
+    ends = [*_casts_behind(scaled, value)] if _dtype(scaled) != _dtype(value) else []
     nodes = (*same[1:], squares[0], mean, raised, inverse, product, *casts, scaled, *ends)
     return _Norm(weight, None, float(eps), False, tuple(node for node in nodes if node is not None))
 
@@ -217,10 +218,18 @@ def _only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _casts_behind(node: Node) -> Iterator[Node]:
-    """Yield casts of a value, each the only reader of the one before."""
+def _is_cast(node: Node, value: Node) -> bool:
+    """Return whether a node casts to the dtype of `value` or to one that holds more: no rounding to integers, say."""
+    plain, cast = tensor_of(value), tensor_of(node)
+    if op_name(node) not in CAST_NAMES or plain is None or cast is None:
+        return False
+    return cast.dtype in (plain.dtype, torch.float32, torch.float64) and cast.device == plain.device
+
+
+def _casts_behind(node: Node, value: Node) -> Iterator[Node]:
+    """Yield casts of a node, each the only reader of the one before."""
     user = _only_user(node)
-    while user is not None and op_name(user) in CAST_NAMES and user.args[0] is node:
+    while user is not None and _is_cast(user, value) and user.args[0] is node:
         yield user
         node, user = user, _only_user(user)
 

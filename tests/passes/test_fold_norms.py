@@ -151,11 +151,21 @@ def _a_statistic_that_is_read(norm, linear, x):
     return linear(norm.weight * (x * inverse)) * inverse
 
 
+def _integers(norm, linear, x):
+    x = (3 * x).to(torch.int32)
+    return linear(norm.weight * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+
+def _rounded_between(norm, linear, x):
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return linear(norm.weight * (x * scale).to(torch.int32))
+
+
 @pytest.mark.parametrize(
     "branch",
     [
         _other_reader, _two_norms, _two_dimensions, _default_epsilon, _a_weight_of_the_data, _another_power,
-        _over_tokens, _a_statistic_that_is_read,
+        _over_tokens, _a_statistic_that_is_read, _integers, _rounded_between,
     ],
 )  # fmt: skip
 def test_what_is_no_norm_alone_stays(branch, called):
