@@ -148,7 +148,7 @@ def _layer_example(site: Node) -> Tensor:
     return example
 
 
-def _constant(graph: Graph, make: Any, example: Tensor, constants: dict[Any, Node], values: dict[Node, Node]) -> Node:
+def _constant(graph: Graph, make: Any, example: Tensor, constants: dict[Any, Node]) -> Node:
     """Return the weight or bias of a norm without: one node for all norms of a width, at the graph's beginning."""
     width, keywords = int(example.shape[-1]), {"dtype": example.dtype, "device": example.device}
     key = (make, width, *keywords.values())

@@ -119,11 +119,11 @@ def test_models_compute_what_the_oracle_says(kind, called):
 
 
 def _other_reader(norm, linear, x):
-    return linear(norm(x)) + 0.1 * torch.sin(x)
+    return linear(norm(x) * torch.sigmoid(x))
 
 
 def _two_norms(norm, linear, x):
-    return linear(norm(x)) + linear(F.rms_norm(x, (WIDTH,), eps=1e-5))
+    return linear(norm(x) * F.rms_norm(x, (WIDTH,), eps=1e-5))
 
 
 def _two_dimensions(norm, linear, x):
@@ -148,7 +148,7 @@ def _over_tokens(norm, linear, x):
 
 def _a_statistic_that_is_read(norm, linear, x):
     inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return linear(norm.weight * (x * inverse)) * inverse
+    return linear(norm.weight * (x * inverse) - inverse)
 
 
 def _integers(norm, linear, x):
