@@ -19,7 +19,7 @@ MANY = 8192
 
 def rows(moved: traffic.Traffic, n: int = 4, tokens: int = MANY, width: int = WIDTH) -> float:
     """Stream traffic in units of C elements a token."""
-    return traffic.evaluate(moved.streams, n_streams=n, width=width, tokens=tokens) / width
+    return traffic.evaluate(moved.streams, n_streams=n, width=width, tokens=tokens, element_size=2) / width
 
 
 # arXiv 2512.24880, Table 2: elements read and written a token, C = 1 beside the coefficients' n² + 2n.
