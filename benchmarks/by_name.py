@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from mhc_compile.kernels.dispatch import kernel_of
 from mhc_compile.kernels.manifolds import MANIFOLDS
+from mhc_compile.kernels.orientation import ROWS_FIRST, PhiLayout
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class Case:
     manifold: str = "sinkhorn"
     anchored: bool = False
     centered: bool = True
+    layout: PhiLayout = ROWS_FIRST
 
     @property
     def label(self) -> str:
         """Short name for the table."""
-        layout = " anchored" if self.anchored else ""
-        return f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}{layout}"
+        words = [f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}"]
+        words += ["anchored"] * self.anchored + [self.manifold] * (self.manifold != "sinkhorn")
+        words += ["columns"] * self.layout.columns + ["[in, out]"] * self.layout.transposed
+        return " ".join(words)
 
 
 def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
@@ -49,7 +53,7 @@ def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
         "statistics": lambda: make(tokens, 2),
         "layer_eps": lambda: 1e-5,
         "centered": lambda: case.centered,
-        "phi": lambda: make(rows, n * width),
+        "phi": lambda: make(n * width, rows) if case.layout.columns else make(rows, n * width),
         "scale": lambda: make(scales),
         "bias": lambda: make(rows),
         "projection": lambda: make(tokens, rows + 1),
@@ -58,5 +62,6 @@ def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
         "eps": lambda: 0.0,
         "manifold": lambda: case.manifold,
         "anchored": lambda: case.anchored,
+        "layout": lambda: case.layout,
     }
     return [makers[parameter.removeprefix("grad_")]() for parameter in inspect.signature(kernel_of(name)).parameters]

@@ -30,6 +30,7 @@ from mhc_compile.kernels.dispatch import kernel_of
 from mhc_compile.kernels.fusions import MOST_NORMED_STREAMS
 from mhc_compile.kernels.gpu import launch
 from mhc_compile.kernels.ops import OPERATORS
+from mhc_compile.kernels.orientation import PhiLayout
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -61,6 +62,11 @@ MORE_CASES = (
     Case(8, torch.bfloat16, 16),
     Case(4, torch.float32, 8192),
     Case(4, torch.float32, 16),
+)
+# Matrices that are made of a row of logits.
+ROW_CASES = (
+    Case(4, torch.bfloat16, 8192, manifold="permutation", anchored=True),
+    Case(8, torch.bfloat16, 8192, manifold="kronecker", anchored=True),
 )
 OTHER_CASES = tuple(
     Case(n, dtype, tokens)
@@ -204,14 +210,16 @@ def _print(rows: list[Row]) -> None:
 def cases_for(target: Target, everything: bool) -> tuple[Case, ...]:
     """Return what to compile: what a rewritten model of the usual n and dtype runs, and on one target more.
 
-    A rewritten model holds its streams anchored, the functional interface as they are.
+    A rewritten model holds its streams anchored, the functional interface as they are, and the weights of a model that
+    carries streams itself lie in its own way.
     """
     cases = MAIN_CASES + (MORE_CASES if everything or target.name == "sm_90" else ())
     plain = MAIN_CASES if target.name == "sm_90" else ()
     if everything:
         cases += OTHER_CASES
         plain = cases
-    return (*(replace(case, anchored=True) for case in cases), *plain)
+    native = (replace(case, layout=PhiLayout(transposed=True, columns=True)) for case in MAIN_CASES)
+    return (*(replace(case, anchored=True) for case in cases), *plain, *native, *ROW_CASES)
 
 
 def main() -> int:

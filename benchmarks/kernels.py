@@ -27,7 +27,7 @@ from .terminal import say, track
 from .timing import copies_to_rotate, copy_bandwidth, graph_seconds, median_seconds
 
 # With fewer tokens a call is bound by its launches, which a CUDA graph takes away.
-_FEW_TOKENS = 64
+_FEW_TOKENS = 256
 
 
 def shapes_to_measure(quick: bool, device: str) -> list[Shape]:
@@ -39,7 +39,13 @@ def shapes_to_measure(quick: bool, device: str) -> list[Shape]:
     grid = [(8192, 4096, 4, narrow), (1, 4096, 4, narrow)]
     if not quick:
         grid += [(64, 4096, 4, narrow), (8192, 2560, 4, narrow), (8192, 7168, 4, narrow), (32768, 4096, 4, narrow)]
-        grid += [(16, 4096, 4, narrow), (1024, 4096, 4, narrow), (8192, 4096, 2, narrow), (8192, 4096, 8, narrow)]
+        grid += [
+            (1024, 4096, 4, narrow),
+            (256, 4096, 4, narrow),
+            (16, 4096, 4, narrow),
+            (8192, 4096, 2, narrow),
+            (8192, 4096, 8, narrow),
+        ]
         grid += [(8192, 4096, 4, torch.float32), (8192, 4096, 4, torch.float16)]
     shapes = []
     for tokens, width, n, dtype in grid:

@@ -81,7 +81,7 @@ def plan_for(options: Options) -> Plan:
     tiny = Setting(64, 4, 2, 64, vocabulary=256, dtype="float32")
     if options.device == "cpu":
         if options.quick:
-            return Plan((replace(tiny, layers=2),), "aot_eager", 2, tiny, ())
+            return Plan((replace(tiny, layers=1),), "aot_eager", 2, tiny, ())
         return Plan((tiny,), "inductor", 10, tiny, (2, 4, 8, 16))
     wide = Setting(4096, 4, 2, 4096)
     if options.quick:

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import boundary, normed, reference
 from .cpu import build
 from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
-from .orientation import in_kernel_order
+from .orientation import SITE_CONSTANTS, in_layout
 
 CHOICES = ("auto", "triton", "cpu", "reference")
 
@@ -108,7 +108,7 @@ def run(
     manifold: str,
     *constants: Any,
     phi_at: int | None = None,
-    kernel_constants: int | None = None,
+    kernel_constants: int = SITE_CONSTANTS,
 ) -> Any:
     """Call operator `name` (or `name_backward`) in the implementation that fits.
 
@@ -119,21 +119,22 @@ def run(
         manifold: a name of `MANIFOLDS`.
         constants: of the call.
         phi_at: where phi, scale and bias begin among the tensors, None without.
-        kernel_constants: how many of the constants the kernels know, None for all.
+        kernel_constants: how many of the constants come before `transposed`.
     """
     streams = tensors[0]
     chosen = implementation(tensors, n_streams, manifold)
-    order = (tensors, n_streams, constants, phi_at, kernel_constants, name.endswith("_backward"))
+    given = (tensors, constants, phi_at, name.endswith("_backward"), kernel_constants)
     compiled = compiled_of(name) if chosen == "cpu" else None
     if compiled is not None:
-        return in_kernel_order(compiled, *order)
+        return in_layout(compiled, *given)
     if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
-            return in_kernel_order(prepared_kernel_of(name), *order)
+            return in_layout(prepared_kernel_of(name), *given)
     # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
     with torch.autocast(device_type=streams.device.type, enabled=False):
-        return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
+        plain = (tensor if index == phi_at else tensor.contiguous() for index, tensor in enumerate(tensors))
+        return reference_of(name)(*plain, *constants)
 
 
 def reference_of(name: str) -> Callable[..., Any]:

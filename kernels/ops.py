@@ -37,6 +37,7 @@ from torch.library import CustomOpDef
 
 from .dispatch import reference_of, run
 from .manifolds import MANIFOLDS
+from .orientation import like_phi
 from .reference import accumulation_dtype
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -199,7 +200,9 @@ def _define(name: str, signature: Signature, fake: Callable[..., Outputs]) -> Cu
     position = next(index for index, given in enumerate(signature.tensors) if not given.startswith("grad_"))
 
     def call(*arguments: Any) -> Outputs:
-        tensors, constants = arguments[:count], arguments[count:]
+        # What a call leaves to its defaults does not come: all of them are False.
+        missing = (False,) * (count + len(signature.constants) - len(arguments))
+        tensors, constants = arguments[:count], (*arguments[count:], *missing)
         n_streams = tensors[position].shape[-2]
         result = run(
             name, tensors, n_streams, signature.manifold(constants), *constants,
@@ -220,7 +223,10 @@ def _operator(
 
     def fake_backward(*arguments: Any) -> Outputs:
         inputs = arguments[outputs:][:count]
-        return _like(inputs[0]) if count == 1 else tuple(_like(tensor) for tensor in inputs)
+        if count == 1:
+            return _like(inputs[0])
+        named = zip(signature.inputs, inputs, strict=True)
+        return tuple(like_phi(tensor) if name == "phi" else _like(tensor) for name, tensor in named)
 
     forward = _define(name, signature, fake)
     gradients = backward or _define(f"{name}_backward", signature.backward, fake_backward)

@@ -21,6 +21,7 @@ from .coefficients import (
     gate_index,
     matrix_backward,
     matrix_index,
+    matrix_of_row_backward,
     read_weights,
     release_matrix_gradient,
     sigmoid,
@@ -29,6 +30,7 @@ from .coefficients import (
 from .configurations import Geometry, ceil_div, coefficients_config
 from .launch import empty, launch
 from .norm_gates import Norm
+from .phi import stored_row
 from .primitives import split, total
 
 
@@ -131,6 +133,8 @@ def coefficient_gradients_kernel(
     EXACT_ROWS: tl.constexpr,
     NORM: tl.constexpr,
     CENTERED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Recompute the coefficients of a tile of tokens and differentiate them; with NORM from sums of `norm_gates`."""
@@ -184,8 +188,6 @@ def coefficient_gradients_kernel(
         )
     if 2 * n < ROWS:
         here = inside & live[None, None, :]
-        raw = tl.load(kept[None, None, :] + entry, mask=here, other=0.0)
-        logits = affine(raw, entry, inside, inverse_rms[None, None, :], scale + 2, bias)
         wanted = here
         if ANCHORED and EXACT_ROWS:
             # Column 0 of the anchored matrix is a constant.
@@ -194,15 +196,33 @@ def coefficient_gradients_kernel(
         grad = tl.load(place, mask=wanted, other=0.0).to(tl.float32)
         if ANCHORED:
             grad = release_matrix_gradient(grad, n, N, EXACT_ROWS)
-        grad = matrix_backward(grad, logits, iters, eps, n, N, MATRIX, HAS_EPS)
-        grad = tl.where(here, grad, 0.0)
-        bias_matrix = total(grad, 2)
-        scale_matrix = total(grad * raw * inverse_rms[None, None, :], 2)
-        product = _leave(
-            grad, raw, entry, here, inverse_rms[None, None, :], scale + 2, slopes, far[None, None, :], tokens,
-            SLOTS, PIECES,
-        )  # fmt: skip
-        through += total(total(product, 0), 0)
+        if PADDED:
+            row = gate_index(PADDED)
+            used = (row < ROWS - 2 * n) & live[None, :]
+            raw = tl.load(kept[None, :] + 2 * n + row, mask=used, other=0.0)
+            logits = affine(raw, 2 * n + row, row < ROWS - 2 * n, inverse_rms[None, :], scale + 2, bias)
+            grad = matrix_of_row_backward(grad, logits, n, N, ROWS, PADDED, MATRIX)
+            grad = tl.where(used, grad, 0.0)
+            bias_matrix = total(grad, 1)
+            scale_matrix = total(grad * raw * inverse_rms[None, :], 1)
+            product = _leave(
+                grad, raw, 2 * n + row, used, inverse_rms[None, :], scale + 2, slopes, far[None, :], tokens, SLOTS,
+                PIECES,
+            )  # fmt: skip
+            through += total(product, 0)
+        else:
+            raw = tl.load(kept[None, None, :] + entry, mask=here, other=0.0)
+            row = stored_row(entry, n, TRANSPOSED)
+            logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
+            grad = matrix_backward(grad, logits, iters, eps, n, N, MATRIX, HAS_EPS)
+            grad = tl.where(here, grad, 0.0)
+            bias_matrix = total(grad, 2)
+            scale_matrix = total(grad * raw * inverse_rms[None, None, :], 2)
+            product = _leave(
+                grad, raw, entry, here, inverse_rms[None, None, :], scale + 2, slopes, far[None, None, :], tokens,
+                SLOTS, PIECES,
+            )  # fmt: skip
+            through += total(total(product, 0), 0)
     cube = inverse_rms * inverse_rms * inverse_rms
     tl.store(factors + tokens.to(tl.int64) * n + token, -through * cube / (n * width), mask=live)
     if ROWS < SLOTS:
@@ -218,7 +238,11 @@ def coefficient_gradients_kernel(
     if n < ROWS:
         tl.store(part + n + j, bias_post, mask=j < n)
         tl.store(part + ROWS + n + j, scale_post, mask=j < n)
-    if 2 * n < ROWS:
+    if PADDED:
+        row = tl.arange(0, PADDED)
+        tl.store(part + 2 * n + row, bias_matrix, mask=row < ROWS - 2 * n)
+        tl.store(part + ROWS + 2 * n + row, scale_matrix, mask=row < ROWS - 2 * n)
+    elif 2 * n < ROWS:
         o, i = j[:, None], j[None, :]
         inside = (o < n) & (i < n)
         tl.store(part + 2 * n + o * n + i, bias_matrix, mask=inside)
@@ -270,6 +294,7 @@ def coefficient_gradients(
         tokens, geometry.width, iters, norm_eps, eps, gate_parts.shape[0],
         SLOTS=geometry.slots, PIECES=geometry.pieces,
         NORM=norm is not None, CENTERED=norm is not None and norm.centered,
-        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
+        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.matrix(),
+        **constants,
     )  # fmt: skip
     return found

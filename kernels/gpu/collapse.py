@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import collapse_weights, copy_coefficients, weight_of
 from .configurations import Geometry, ceil_div, collapse_config
 from .launch import empty, geometry_of, launch, product_options, register_limit
@@ -143,9 +144,11 @@ def collapse(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return `pre`'s layer input, and copies of post and res; see `reference.collapse`, which has the arguments."""
     return collapse_by(
         streams.contiguous(), scale.contiguous(), bias.contiguous(), projection.contiguous(), norm_eps, eps,
-        MANIFOLDS[manifold].gated, geometry_of(streams, phi, anchored), measured=(post.contiguous(), res.contiguous()),
+        MANIFOLDS[manifold].gated, geometry_of(streams, phi, anchored, layout),
+        measured=(post.contiguous(), res.contiguous()),
     )  # fmt: skip

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import collapse_weights, copy_coefficients, weight_of
 from .configurations import Geometry, ceil_div, collapse_norm_config
 from .launch import empty, geometry_of, launch, warps_for
@@ -259,10 +260,11 @@ def collapse_norm(
     layer_eps: float,
     centered: bool,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return what `pre_norm` returns, given what `measure` did; see `normed.collapse_norm`, which has the arguments."""
     return collapse_norm_by(
         streams.contiguous(), (norm_weight.contiguous(), norm_bias.contiguous()), scale.contiguous(),
         bias.contiguous(), projection.contiguous(), norm_eps, eps, layer_eps, centered, MANIFOLDS[manifold].gated,
-        geometry_of(streams, phi, anchored), measured=(post.contiguous(), res.contiguous()),
+        geometry_of(streams, phi, anchored, layout), measured=(post.contiguous(), res.contiguous()),
     )  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..orientation import ROWS_FIRST, PhiLayout
+
 
 def next_power_of_2(count: int) -> int:
     """Return the smallest power of two that is not below `count`."""
@@ -39,6 +41,7 @@ class Geometry:
         anchored: the streams are stored as stream 0 and differences from it (see `anchored`).
         element_size: bytes of a stream's element.
         pieces: parts that products split a float32 factor into: two of bfloat16 beside bfloat16 streams, else one.
+        layout: how phi lies in memory.
     """
 
     tokens: int
@@ -48,6 +51,7 @@ class Geometry:
     anchored: bool
     element_size: int
     pieces: int
+    layout: PhiLayout = ROWS_FIRST
 
     @property
     def slots(self) -> int:
@@ -57,6 +61,24 @@ class Geometry:
     def constants(self) -> dict[str, int]:
         """Return the compile-time constants that describe tiles."""
         return {"n": self.n, "ROWS": self.rows, "ANCHORED": self.anchored}
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of phi and bias, those of an n·n matrix, are ordered [in, out]."""
+        return self.layout.transposed and self.rows == self.n * (self.n + 2)
+
+    def phi(self) -> dict[str, bool]:
+        """Return the compile-time constants that describe how phi lies in memory."""
+        return {"COLUMNS": self.layout.columns, "TRANSPOSED": self.transposed}
+
+    def matrix(self) -> dict[str, int]:
+        """Return the compile-time constants that describe the logits of a token's matrix.
+
+        PADDED is the padded length of a row of logits; 0 where they are [n, n], or there are none.
+        """
+        count = self.rows - 2 * self.n
+        in_row = count > 0 and count != self.n**2
+        return {"TRANSPOSED": self.transposed, "PADDED": next_power_of_2(count) if in_row else 0}
 
     def coefficients(self) -> dict[str, int]:
         """Return the compile-time constants that describe a token's coefficients."""

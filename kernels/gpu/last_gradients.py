@@ -48,6 +48,8 @@ def last_gradients_kernel(
     ANCHORED: tl.constexpr,
     NORM: tl.constexpr,
     CENTERED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -67,7 +69,7 @@ def last_gradients_kernel(
         parameter_gradients_block(
             program // blocks, program % blocks, phi_parts, coefficient_parts, norm_parts, grad_phi, grad_scale,
             grad_bias, grad_norm_weight, grad_norm_bias, width, splits, programs, n, ROWS, ANCHORED, NORM, CENTERED,
-            SLOTS, BLOCK, BLOCK_PROGRAMS,
+            COLUMNS, TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
         )  # fmt: skip
     else:
         post_backward_tile(
@@ -93,7 +95,7 @@ def last_gradients(
         inputs: streams [*, n, C], branch [*, C], post [*, n] and res [*, n, n], contiguous and with tokens.
         phi_parts: [splits, rows, n·C] partial gradients.
         coefficient_parts: [programs, 2, rows] partial gradients of bias and of each row's scale.
-        parameters: phi [rows, n·C], scale and bias.
+        parameters: phi [rows, n·C], as the geometry's layout says, scale and bias.
         geometry: of the call.
         norm: of the layer input, if it has one.
         norm_parts: [splits, 2, C] partial gradients, with a norm.
@@ -112,6 +114,6 @@ def last_gradients(
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, VECTOR=config.vector,
         num_warps=config.warps, num_stages=1,
-        **register_limit(None if geometry.n <= 4 else 255), **geometry.constants(),
+        **register_limit(None if geometry.n <= 4 else 255), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
     return (grad_mixed, *grads)

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..orientation import ROWS_FIRST, PhiLayout
 from .configurations import Geometry
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
@@ -30,12 +31,12 @@ class _Recording(threading.local):
 _recording = _Recording()
 
 
-def geometry_of(streams: Tensor, phi: Tensor, anchored: bool) -> Geometry:
-    """Return the geometry of [*, n, C] streams and their phi."""
+def geometry_of(streams: Tensor, phi: Tensor, anchored: bool, layout: PhiLayout = ROWS_FIRST) -> Geometry:
+    """Return the geometry of [*, n, C] streams and their phi, which lies as `layout` says."""
     n, width = streams.shape[-2:]
     pieces = 2 if streams.dtype == torch.bfloat16 else 1
     tokens = streams.shape[:-2].numel()
-    return Geometry(tokens, n, width, phi.shape[0], anchored, streams.element_size(), pieces)
+    return Geometry(tokens, n, width, layout.rows(phi), anchored, streams.element_size(), pieces, layout)
 
 
 def product_options() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .configurations import Geometry, ceil_div
 from .launch import launch, register_limit
 from .norm_gates import Norm
+from .phi import phi_place, stored_row
 from .primitives import rounded, total
 
 # Channels of a program, and shares of the coefficients' sums that are added up at a time.
@@ -38,6 +39,8 @@ def parameter_gradients_block(
     ANCHORED: tl.constexpr,
     NORM: tl.constexpr,
     CENTERED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -62,6 +65,7 @@ def parameter_gradients_block(
                     first = acc
                 else:
                     acc += first
+            place = phi_place(row, o * width + column, width, n, ROWS, COLUMNS, TRANSPOSED)
             tl.store(grad_phi + place, acc, mask=mask)
     elif row > ROWS:
         if NORM:
@@ -88,7 +92,7 @@ def parameter_gradients_block(
             place = coefficient_parts + part[:, None] * (2 * ROWS) + slot[None, :]
             bias_sum += total(tl.load(place, mask=mask, other=0.0), 0)
             scale_sum += total(tl.load(place + ROWS, mask=mask, other=0.0), 0)
-        tl.store(grad_bias + slot, bias_sum, mask=used)
+        tl.store(grad_bias + stored_row(slot, n, TRANSPOSED), bias_sum, mask=used)
         tl.store(grad_scale, total(tl.where(slot < n, scale_sum, 0.0), 0))
         if n < ROWS:
             tl.store(grad_scale + 1, total(tl.where((slot >= n) & (slot < 2 * n), scale_sum, 0.0), 0))
@@ -114,6 +118,8 @@ def parameter_gradients_kernel(
     ANCHORED: tl.constexpr,
     NORM: tl.constexpr,
     CENTERED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -121,8 +127,8 @@ def parameter_gradients_kernel(
     """Add up all partial gradients, a row of phi's and a block of C a program."""
     parameter_gradients_block(
         tl.program_id(0), tl.program_id(1), phi_parts, coefficient_parts, norm_parts, grad_phi, grad_scale, grad_bias,
-        grad_norm_weight, grad_norm_bias, width, splits, programs, n, ROWS, ANCHORED, NORM, CENTERED, SLOTS, BLOCK,
-        BLOCK_PROGRAMS,
+        grad_norm_weight, grad_norm_bias, width, splits, programs, n, ROWS, ANCHORED, NORM, CENTERED, COLUMNS,
+        TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
     )  # fmt: skip
 
 
@@ -141,7 +147,7 @@ def parameter_gradients(
     Args:
         phi_parts: [splits, rows, n·C].
         coefficient_parts: [programs, 2, rows].
-        phi: [rows, n·C].
+        phi: [rows, n·C], as the geometry's layout says.
         scale: [groups, at most 3].
         bias: [rows].
         geometry: of the call.
@@ -160,6 +166,6 @@ def parameter_gradients(
         *(() if norm else grads[1:]), geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
         NORM=norm is not None, CENTERED=norm is not None and norm.centered,
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS, num_warps=4,
-        **register_limit(64), **geometry.constants(),
+        **register_limit(64), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
     return tuple(grads)

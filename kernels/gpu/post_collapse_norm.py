@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .collapse_norm import collapse_norm_by
 from .launch import geometry_of
 
@@ -30,13 +31,14 @@ def post_collapse_norm(
     layer_eps: float,
     centered: bool,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return what `post_pre_norm` returns, given what `post_measure` did; see `normed.post_collapse_norm`."""
     fresh = torch.empty_like(streams, memory_format=torch.contiguous_format)
     made = collapse_norm_by(
         streams.contiguous(), (norm_weight.contiguous(), norm_bias.contiguous()), scale.contiguous(),
         bias.contiguous(), projection.contiguous(), norm_eps, eps, layer_eps, centered, MANIFOLDS[manifold].gated,
-        geometry_of(streams, phi, anchored),
+        geometry_of(streams, phi, anchored, layout),
         mixing=(branch.contiguous(), post.contiguous(), res.contiguous()), fresh_streams=fresh,
         measured=(next_post.contiguous(), next_res.contiguous()),
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficient_gradients import coefficient_gradients
 from .coefficients import manifold_constants
 from .collapse import collapse_by
@@ -38,6 +39,7 @@ def post_pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Run a site's `post` and the next site's `pre`; see `boundary.post_pre`.
 
@@ -54,12 +56,13 @@ def post_pre(
         eps: as in `reference.pre`.
         manifold: a name of `MANIFOLDS` that the kernels cover.
         anchored: the streams given are anchored, and so is all that is returned.
+        layout: how phi lies in memory.
 
     Returns:
         the new streams [*, n, C] and layer_input [*, C] in the streams' dtype; post [*, n], res [*, n, n] and the
         projection [*, rows + 1] of the next site in float32.
     """
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     streams, branch, post, res, phi, scale, bias = (
         tensor.contiguous() for tensor in (streams, branch, post, res, phi, scale, bias)
     )
@@ -91,6 +94,7 @@ def post_pre_backward(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `post_pre`.
 
@@ -112,12 +116,13 @@ def post_pre_backward(
         eps: as in `post_pre`.
         manifold: as in `post_pre`.
         anchored: as in `post_pre`.
+        layout: as in `post_pre`.
 
     Returns:
         the gradients of its seven tensors, each with the shape and dtype of its tensor.
     """
     inputs = (streams, branch, post, res, phi, scale, bias)
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     if geometry.tokens == 0:
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     streams, branch, post, res, phi, scale, bias = (tensor.contiguous() for tensor in inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import manifold_constants
 from .collapse_norm import collapse_norm_by
 from .last_gradients import last_gradients
@@ -36,9 +37,10 @@ def post_pre_norm(
     layer_eps: float,
     centered: bool,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Run a site's `post` and the next site's `pre_norm`; see `normed.post_pre_norm`, which has the arguments."""
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     streams, norm_weight, norm_bias, phi, scale, bias = (
         tensor.contiguous() for tensor in (streams, norm_weight, norm_bias, phi, scale, bias)
     )
@@ -77,10 +79,11 @@ def post_pre_norm_backward(
     layer_eps: float,
     centered: bool,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `post_pre_norm`'s nine tensors; see `normed.post_pre_norm_backward`."""
     tensors = (streams, branch, post, res, norm_weight, norm_bias, phi, scale, bias)
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     if geometry.tokens == 0:
         return tuple(torch.zeros_like(tensor) for tensor in tensors)
     streams, branch, post, res, phi, scale, bias = (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficient_gradients import coefficient_gradients
 from .coefficients import manifold_constants
 from .collapse_norm import collapse_norm_by
@@ -37,9 +38,10 @@ def pre_norm(
     layer_eps: float,
     centered: bool,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Compute a site's coefficients and its normed layer input; see `normed.pre_norm`, which has the arguments."""
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     streams, norm_weight, norm_bias, phi, scale, bias = (
         tensor.contiguous() for tensor in (streams, norm_weight, norm_bias, phi, scale, bias)
     )
@@ -71,10 +73,11 @@ def pre_norm_backward(
     layer_eps: float,
     centered: bool,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `pre_norm`'s six tensors; see `normed.pre_norm_backward`, which has the arguments."""
     tensors = (streams, norm_weight, norm_bias, phi, scale, bias)
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     if geometry.tokens == 0:
         return tuple(torch.zeros_like(tensor) for tensor in tensors)
     grads = tuple(grad.contiguous() for grad in (grad_normed, grad_post, grad_res))

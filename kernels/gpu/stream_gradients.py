@@ -62,6 +62,8 @@ def stream_gradients_kernel(
     PIECES: tl.constexpr,
     NORM: tl.constexpr,
     CENTERED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     MIX: tl.constexpr,
     FIRST: tl.constexpr,
     END: tl.constexpr,
@@ -82,7 +84,10 @@ def stream_gradients_kernel(
     held = ()
     for o in tl.static_range(FIRST, END):
         grad_phi = grad_phi + (tl.full([SLOTS, BLOCK_WIDTH], 0.0, tl.float32),)
-        held = held + (load_phi(phi, slot[:, None], column[None, :], o, width, n, ROWS, ANCHORED, False, PIECES),)
+        factors_of_stream = load_phi(
+            phi, slot[:, None], column[None, :], o, width, n, ROWS, ANCHORED, False, PIECES, COLUMNS, TRANSPOSED
+        )
+        held = held + (factors_of_stream,)
     if NORM:
         gain = tl.load(norm_weight + column, mask=column < width, other=0.0).to(tl.float32)
         grad_gain = tl.full([BLOCK_TOKENS, BLOCK_WIDTH], 0.0, tl.float32)
@@ -177,7 +182,7 @@ def stream_gradients(
 
     Args:
         streams: contiguous [tokens, n, C].
-        phi: [rows, n·C].
+        phi: [rows, n·C], as the geometry's layout says.
         grad_input: [tokens, C] gradient of the collapsed streams, of their norm where there is one.
         found: the gradients of the site's coefficients.
         geometry: of the call.
@@ -209,6 +214,6 @@ def stream_gradients(
             NORM=norm is not None, CENTERED=norm is not None and norm.centered, MIX=mixing is not None,
             FIRST=first, END=min(first + config.streams, geometry.n),
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
-            num_stages=1, **warps_for(config.warps), **geometry.constants(), **product_options(),
+            num_stages=1, **warps_for(config.warps), **geometry.constants(), **geometry.phi(), **product_options(),
         )  # fmt: skip
     return grad_streams, phi_parts, norm_parts

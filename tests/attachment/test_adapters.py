@@ -1,5 +1,7 @@
 """peft and mHC parameters, in either order: trained, saved with the adapter, switched with it."""
 
+import copy
+import functools
 import warnings
 
 import pytest
@@ -10,8 +12,10 @@ from safetensors.torch import load_file
 import mhc_compile
 from mhc_compile import MHCWarning
 
-from ..models import QUICK, llama, token_ids
+from ..models import llama, token_ids
 
+# Adapters change which parameters a graph is given, before anything compiles it.
+QUICK = {"inner": "eager"}
 LORA = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
 
 
@@ -19,10 +23,15 @@ def adaptable():
     return llama(num_hidden_layers=1)
 
 
-def attached():
+@functools.cache
+def _attached():
     model = adaptable()
     mhc_compile.attach(model, input_ids=token_ids())
     return model
+
+
+def attached():
+    return copy.deepcopy(_attached())
 
 
 def perturb(model, seed=3):

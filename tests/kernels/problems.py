@@ -132,7 +132,7 @@ def differentiable(operator: str, outputs: Sequence[Tensor]) -> tuple[Tensor, ..
 def run_backward(
     operator: str, arguments: Sequence[Tensor], constants: Sequence[Any], function_of: FunctionOf = kernel_of
 ) -> tuple[Tensor, ...]:
-    """Run an operator's backward with what its forward kept for it.
+    """Run an operator's backward with what its forward keeps for it.
 
     Args:
         operator: its name.
@@ -140,29 +140,44 @@ def run_backward(
         constants: of the operator.
         function_of: the implementation.
     """
-    signature = TABLE[operator].signature
-    grads = arguments[: len(signature.outputs)]
-    tensors = arguments[-len(signature.inputs) :]
-    kept = many(function_of(operator)(*tensors, *constants))[len(signature.outputs) :]
-    return many(function_of(f"{operator}_backward")(*grads, *tensors, *kept, *constants))
+    tensors = arguments[-len(TABLE[operator].signature.inputs) :]
+    outputs = many(function_of(operator)(*tensors, *constants))
+    return backward_of(operator, arguments, outputs, tensors, constants, function_of)
 
 
-def check_forward(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
+def backward_of(
+    operator: str,
+    grads: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    constants: Sequence[Any],
+    function_of: FunctionOf = kernel_of,
+) -> tuple[Tensor, ...]:
+    """Run an operator's backward with what its forward, whose `outputs` these are, kept for it; see `run_backward`."""
+    count = len(TABLE[operator].signature.outputs)
+    return many(function_of(f"{operator}_backward")(*grads[:count], *tensors, *outputs[count:], *constants))
+
+
+def check(
+    operator: str,
+    problem: Problem,
+    device: str = "cpu",
+    function_of: FunctionOf = kernel_of,
+    backward: bool = True,
+) -> None:
+    """Check an implementation of an operator, and of its backward if it has one of its own and it is wanted."""
     tensors, constants = inputs(operator, problem, device)
+    exact = double(tensors)
     ours = many(function_of(operator)(*tensors, *constants))
     plain = many(reference_of(operator)(*tensors, *constants))
-    truth = many(reference_of(operator)(*double(tensors), *constants))
+    truth = many(reference_of(operator)(*exact, *constants))
     assert_as_good(ours, plain, truth, problem.dtype, f"{operator} {problem}")
-
-
-def check_backward(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
-    tensors, constants = inputs(operator, problem, device)
-    outputs = many(reference_of(operator)(*tensors, *constants))
-    grads = output_grads(differentiable(operator, outputs), problem)
-    ours = run_backward(operator, (*grads, *tensors), constants, function_of)
-    plain = run_backward(operator, (*grads, *tensors), constants, reference_of)
-    truth = run_backward(operator, double((*grads, *tensors)), constants, reference_of)
-    assert_as_good(ours, plain, truth, problem.dtype, f"{operator}_backward {problem}")
+    if backward and operator in (*WITH_BACKWARD, *NORMED):
+        grads = output_grads(differentiable(operator, plain), problem)
+        ours = backward_of(operator, grads, ours, tensors, constants, function_of)
+        plain = backward_of(operator, grads, plain, tensors, constants, reference_of)
+        truth = backward_of(operator, double(grads), truth, exact, constants, reference_of)
+        assert_as_good(ours, plain, truth, problem.dtype, f"{operator}_backward {problem}")
 
 
 def check_halves(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
@@ -178,13 +193,6 @@ def check_halves(operator: str, problem: Problem, device: str = "cpu", function_
     for name, ours in zip(names, (*again, measured[-1]), strict=True):
         wanted = wanted_of[name]
         torch.testing.assert_close(ours, wanted, rtol=torch.finfo(ours.dtype).eps, atol=2e-6)
-
-
-def check(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
-    """Check an implementation of an operator, and of its backward if it has one of its own."""
-    check_forward(operator, problem, device, function_of)
-    if operator in WITH_BACKWARD:
-        check_backward(operator, problem, device, function_of)
 
 
 @dataclass(frozen=True)
