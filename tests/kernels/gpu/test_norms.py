@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mhc_compile.kernels.dispatch import kernel_of, reference_of
+from mhc_compile.kernels.dispatch import choosing, kernel_of, reference_of
 from mhc_compile.kernels.gpu import collapse_norm
 from mhc_compile.kernels.gpu.configurations import CollapseNormConfig
+from mhc_compile.kernels.ops import OPERATORS
 
 from tests.kernels.problems import NORMED, Problem, check, check_halves, inputs, run_backward
 
@@ -79,3 +80,21 @@ def test_strided_inputs(operator, device):
         kernel_of(operator)(*strided, *constants), kernel_of(operator)(*tensors, *constants), strict=True
     ):
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("operator", NORMED)
+def test_phi_as_it_lies(operator, columns, device):
+    """Rows of res ordered [in, out], phi columns first: what the constants before `transposed` are, is known."""
+    tensors, constants = inputs(operator, Problem(3, 4, 16, anchored=True), device)
+    phi = tensors[-3]
+    lying = phi.T.contiguous().T if columns else phi
+    found = []
+    for choice in ("triton", "reference"):
+        leaves = [tensor.detach().requires_grad_() for tensor in (*tensors[:-3], lying, *tensors[-2:])]
+        with choosing(choice):
+            outputs = OPERATORS[operator].forward(*leaves, *constants, True)
+            count = len(OPERATORS[operator].signature.outputs)
+            sum(output.square().sum() for output in outputs[:count]).backward()
+        found.append([*outputs, *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
