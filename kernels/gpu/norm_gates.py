@@ -41,7 +41,8 @@ class Norm(NamedTuple):
 
     def contiguous(self) -> Norm:
         """Return the same, each tensor contiguous."""
-        return Norm(*(tensor.contiguous() for tensor in self[:3]), self.centered)
+        weight, bias, statistics = (tensor.contiguous() for tensor in (self.weight, self.bias, self.statistics))
+        return Norm(weight, bias, statistics, self.centered)
 
 
 @triton.jit
