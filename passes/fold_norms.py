@@ -67,8 +67,9 @@ def fold_norms(graph_module: GraphModule) -> GraphModule:
             values[node] = _emit(graph, node, folded[node], values, constants)
         elif node not in inside:
             values[node] = copy_node(graph, node, values.__getitem__)
-            if node.target is operator.getitem and node.args[0] in folded and _is_layer_input(node):
-                values[folded[node.args[0]].nodes[-1]] = values[node]
+            site = node.args[0] if node.args else None
+            if isinstance(site, Node) and site in folded and _is_layer_input(node):
+                values[folded[site].nodes[-1]] = values[node]
     return module_like(graph_module, graph)
 
 
@@ -126,7 +127,7 @@ def _emit(graph: Graph, site: Node, norm: _Norm, values: dict[Node, Node], const
     """Emit a site's operator with the norm in it."""
     name = _FOLDED[site.target]
     plain, normed = ops.OPERATORS[name].signature, ops.OPERATORS[NORMED[name]].signature
-    given = dict(zip((*plain.tensors, *plain.constants), site.args, strict=False))
+    given: dict[str, Any] = dict(zip((*plain.tensors, *plain.constants), site.args, strict=False))
     example = _layer_example(site)
     given |= {
         "norm_weight": norm.weight or _constant(graph, torch.ones, example, constants),
@@ -182,7 +183,7 @@ def _functional(value: Node) -> _Norm | None:
     names = _ARGUMENTS.get(op_name(node)) if node is not None else None
     if node is None or names is None or len(node.args) > len(names):
         return None
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     centered = "bias" in names
     eps = given.get("eps", 1e-5 if centered else None)
     # Without an epsilon RMSNorm takes that of a dtype, which depends on how it is run.
@@ -200,7 +201,7 @@ def _written_out(value: Node) -> _Norm | None:
     eps = _added_number(raised) if raised is not None else None
     inverse = _only_user(raised) if raised is not None and eps is not None else None
     product = _only_user(inverse) if inverse is not None and op_name(inverse) == "rsqrt" else None
-    if product is None or _partner(product, inverse) not in same:
+    if product is None or eps is None or _partner(product, inverse) not in same:
         return None
     if any(user not in (*same[1:], squares[0], product) for member in same for user in member.users):
         return None
@@ -242,7 +243,7 @@ def _is_square(node: Node, value: Node) -> bool:
 
 
 def _is_mean_of_last(node: Node) -> bool:
-    arguments = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
+    arguments: dict[str, Any] = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
     dim = arguments.get("dim")
     dims = dim if isinstance(dim, list | tuple) else (dim,)
     last = len(shape_of(node)) - 1
