@@ -271,5 +271,8 @@ def _recurrent_depth():
 def test_a_stream_out_of_no_grad_loses_no_gradient(fusion, recompute):
     """A `post` in the last frozen round and a `pre` in the first trained one may not become one operator."""
     options = {"fusion": fusion, "recompute": recompute}
-    model, attached = copy.deepcopy(_recurrent_depth())
-    assert_exact(model, (features(),), config=CONFIG, options=options, seeds=(None, 0), double=True, attached=attached)
+    model, attached = _recurrent_depth()
+    assert_exact(
+        copy.deepcopy(model), (features(),), config=CONFIG, options=options, seeds=(None, 0), double=True,
+        attached=attached,
+    )  # fmt: skip

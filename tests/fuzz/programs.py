@@ -1,9 +1,7 @@
 """Random residual programs as Python source, with the number of sites that each line truly has.
 
 A program is the forward of a module with a fixed toolbox: mixers a to d, norms n and m, projections p and q, a learned
-`gain` per feature and a learned `damp`. Features lie last ([batch, tokens, 8]) or, with convolutions, first. Half of
-the tools are modules; the others are functions of the program's own parameters, which Dynamo traces in a fraction of
-the time.
+`gain` per feature and a learned `damp`. Features lie last ([batch, tokens, 8]) or, with convolutions, first.
 """
 
 from __future__ import annotations
@@ -15,11 +13,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 WIDTH = 8
 MIXERS, NORMS, PROJECTIONS = "abcd", "nm", "pq"
-MODULES, FUNCTIONS = "abnp", "cdmq"
 
 HEADER = """\
 import torch
@@ -41,13 +37,10 @@ class Toolbox(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("stem", "readout", *MODULES, *FUNCTIONS):
-            made = self.norm() if name in NORMS else self.mixer()
-            if name in FUNCTIONS:
-                self.register_parameter(f"{name}_weight", made.weight)
-                self.register_parameter(f"{name}_bias", made.bias)
-            else:
-                self.add_module(name, made)
+        for name in ("stem", "readout", *MIXERS, *PROJECTIONS):
+            self.add_module(name, self.mixer())
+        for name in NORMS:
+            self.add_module(name, self.norm())
         self.gain = nn.Parameter(0.5 + torch.rand(self.per_feature()))
         self.table = nn.Parameter(torch.rand(self.shape[1:]))
         self.damp = nn.Parameter(torch.tensor([0.5]))
@@ -57,24 +50,6 @@ class Toolbox(nn.Module):
 
     def norm(self) -> nn.Module:
         return nn.LayerNorm(WIDTH)
-
-    def mixed(self, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.linear(value, weight, bias)
-
-    def normed(self, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(value, (WIDTH,), weight, bias)
-
-    def c(self, value: torch.Tensor) -> torch.Tensor:
-        return self.mixed(value, self.c_weight, self.c_bias)
-
-    def d(self, value: torch.Tensor) -> torch.Tensor:
-        return self.mixed(value, self.d_weight, self.d_bias)
-
-    def q(self, value: torch.Tensor) -> torch.Tensor:
-        return self.mixed(value, self.q_weight, self.q_bias)
-
-    def m(self, value: torch.Tensor) -> torch.Tensor:
-        return self.normed(value, self.m_weight, self.m_bias)
 
     def per_feature(self) -> tuple[int, ...]:
         return (WIDTH,)
@@ -94,12 +69,6 @@ class FeaturesFirst(Toolbox):
 
     def norm(self) -> nn.Module:
         return nn.GroupNorm(2, WIDTH)
-
-    def mixed(self, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.conv1d(value, weight, bias, padding=1)
-
-    def normed(self, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(value, 2, weight, bias)
 
     def per_feature(self) -> tuple[int, ...]:
         return (WIDTH, 1)

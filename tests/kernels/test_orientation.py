@@ -29,8 +29,8 @@ def choice(request):
         if why is not None:
             pytest.skip(f"no C++ here: {why}")
     else:
-        launch = pytest.importorskip("mhc_compile.kernels.gpu.launch")
-        if not launch.interpreted():
+        primitives = pytest.importorskip("mhc_compile.kernels.gpu.primitives")
+        if not primitives.INTERPRETED.value:
             pytest.skip("needs Triton's interpreter")
     return request.param
 
