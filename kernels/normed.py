@@ -92,7 +92,7 @@ def pre_norm(
         the normed layer input [*, C] in the streams' dtype; post [*, n], res [*, n, n], the projection [*, rows + 1]
         and the norm's statistics [*, 2], the last two not differentiable.
     """
-    site = (iters, norm_eps, eps, manifold, *layout)
+    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *layout)
     layer_input, post, res, projection = reference.pre(_wide(streams), phi, scale, bias, *site)
     normed, statistics = norm(layer_input, norm_weight, norm_bias, layer_eps, centered)
     return normed.to(streams.dtype), post, res, projection, statistics.detach()
@@ -117,7 +117,7 @@ def collapse_norm(
     *layout: bool,
 ) -> tuple[Tensor, ...]:
     """Return what `pre_norm` returns, given what `measure` did; see `reference.collapse`."""
-    site = (iters, norm_eps, eps, manifold, *layout)
+    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *layout)
     layer_input, *copies = reference.collapse(_wide(streams), phi, scale, bias, post, res, projection, *site)
     normed, statistics = norm(layer_input, norm_weight, norm_bias, layer_eps, centered)
     return normed.to(streams.dtype), *copies, statistics.detach()
@@ -144,7 +144,7 @@ def pre_norm_backward(
     *layout: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `pre_norm` with respect to its six tensors, given its projection and statistics."""
-    site = (iters, norm_eps, eps, manifold, *layout)
+    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *layout)
     wide, nothing = _wide(streams), projection.new_empty(0)
     layer_input, *_ = reference.collapse(wide, phi, scale, bias, nothing, nothing, projection, *site)
     grad_input, *grad_norm = norm_backward(grad_normed, layer_input, norm_weight, norm_bias, statistics, centered)

@@ -99,7 +99,7 @@ def _is_layer_input(node: Node) -> bool:
     site = node.args[0] if node.target is operator.getitem else None
     if not isinstance(site, Node) or site.target not in _FOLDED:
         return False
-    return node.args[1] == ops.OPERATORS[_FOLDED[site.target]].signature.results.index("layer_input")
+    return bool(node.args[1] == ops.OPERATORS[_FOLDED[site.target]].signature.results.index("layer_input"))
 
 
 def _is_covered(site: Node, layer_input: Node, norm: _Norm) -> bool:
@@ -151,7 +151,7 @@ def _layer_example(site: Node) -> Tensor:
 
 def _constant(graph: Graph, make: Any, example: Tensor, constants: dict[Any, Node]) -> Node:
     """Return the weight or bias of a norm without: one node for all norms of a width, at the graph's beginning."""
-    width, keywords = int(example.shape[-1]), {"dtype": example.dtype, "device": example.device}
+    width, keywords = int(example.shape[-1]), dict[str, Any](dtype=example.dtype, device=example.device)
     key = (make, width, *keywords.values())
     if key not in constants:
         first = next((node for node in graph.nodes if node.op != "placeholder"), None)
