@@ -23,6 +23,7 @@ class Case:
     width: int = 4096
     manifold: str = "sinkhorn"
     anchored: bool = False
+    centered: bool = True
     layout: PhiLayout = ROWS_FIRST
 
     @property
@@ -45,9 +46,13 @@ def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
     rows, scales = (n, 1) if name.startswith("head") else (family.rows(n), family.scales)
     makers: dict[str, Callable[[], Any]] = {
         **dict.fromkeys(("streams", "fresh"), lambda: make(tokens, n, width, dtype=case.dtype)),
-        **dict.fromkeys(("branch", "layer_input", "output"), lambda: make(tokens, width, dtype=case.dtype)),
+        **dict.fromkeys(("branch", "layer_input", "normed", "output"), lambda: make(tokens, width, dtype=case.dtype)),
         **dict.fromkeys(("post", "next_post"), lambda: make(tokens, n)),
         **dict.fromkeys(("res", "next_res", "logits"), lambda: make(tokens, n, n)),
+        **dict.fromkeys(("norm_weight", "norm_bias"), lambda: make(width, dtype=case.dtype)),
+        "statistics": lambda: make(tokens, 2),
+        "layer_eps": lambda: 1e-5,
+        "centered": lambda: case.centered,
         "phi": lambda: make(n * width, rows) if case.layout.columns else make(rows, n * width),
         "scale": lambda: make(scales),
         "bias": lambda: make(rows),

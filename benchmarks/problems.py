@@ -80,6 +80,13 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
         return (streams, *mapping), site
     if shape.operator == "collapse":
         return (streams, *mapping, *many(OPERATORS["measure"].forward(streams, *mapping, *site))), site
+    norm = (normal(width).to(shape.dtype), normal(width).to(shape.dtype))
+    normed_site = (*site[:4], NORM_EPS, False, *site[4:])
+    if shape.operator == "pre_norm":
+        return (streams, *norm, *mapping), normed_site
+    if shape.operator == "collapse_norm":
+        measured = many(OPERATORS["measure"].forward(streams, *mapping, *site))
+        return (streams, *norm, *mapping, *measured), normed_site
     if shape.operator == "head":
         return (streams, *mapping), (NORM_EPS, 0.0, shape.anchored)
     coefficients = (normal(tokens, n).sigmoid() * 2, normal(tokens, n, n).softmax(-1))
@@ -87,6 +94,10 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
     if shape.operator == "post":
         return (streams, branch, *coefficients), ()
     tensors = (streams, branch, *coefficients, *mapping)
+    if shape.operator in ("post_pre_norm", "post_collapse_norm"):
+        halved = shape.operator == "post_collapse_norm"
+        measured = many(OPERATORS["post_measure"].forward(*tensors, *site)) if halved else ()
+        return (*tensors[:4], *norm, *mapping, *measured), normed_site
     if shape.operator == "post_collapse":
         tensors = (*tensors, *many(OPERATORS["post_measure"].forward(*tensors, *site)))
     return tensors, site
@@ -134,7 +145,7 @@ def excess(mine: Tensor, theirs: Tensor, true: Tensor, size: float, held: torch.
 
 def held_dtype(shape: Shape, index: int) -> torch.dtype | None:
     """Return `excess`'s `held` of a gradient: a boundary holds that of its new streams in their dtype."""
-    behind_post = shape.operator in ("post_pre", "post_collapse")
+    behind_post = shape.operator in ("post_pre", "post_collapse", "post_pre_norm", "post_collapse_norm")
     return shape.dtype if behind_post and index in (2, 3) else None
 
 
@@ -159,7 +170,7 @@ def check(shape: Shape, device: str) -> list[str]:
         inputs = len(operator.signature.inputs)
         plain = reference_of(operator.backward._name)
         results = tuple(
-            many(call(*into, *held[:inputs], *_projection(operator, held, made), *constants))
+            many(call(*into, *held[:inputs], *saved(operator, held, made), *constants))
             for call, into, held, made in (
                 (operator.backward, grads, tensors, outputs[0]),
                 (plain, grads, tensors, outputs[1]),
@@ -170,11 +181,11 @@ def check(shape: Shape, device: str) -> list[str]:
     return problems
 
 
-def _projection(operator: Operator, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return what an operator's backward takes beside its inputs."""
+def saved(operator: Operator, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return what an operator's backward takes beside its inputs, of its tensors and outputs."""
     signature = operator.signature
-    kept = outputs[len(signature.outputs) :] if signature.kept else tensors[len(signature.inputs) :]
-    return kept[-1:]
+    named = dict(zip((*signature.tensors, *signature.results), (*tensors, *outputs), strict=True))
+    return tuple(named[name] for name in signature.saved)
 
 
 def _excesses(

@@ -30,11 +30,14 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from .counted import add_arguments, keep
-from .problems import Shape, make_inputs, many
+from .problems import Shape, make_inputs, many, saved
 from .terminal import Table, show
 
 TOLERANCE = 0.03
-OPERATORS_COUNTED = ("post_pre", "post_collapse", "post_measure", "pre", "collapse", "measure", "post", "head")
+OPERATORS_COUNTED = (
+    "post_pre", "post_pre_norm", "post_collapse", "post_collapse_norm", "post_measure", "pre", "pre_norm", "collapse",
+    "collapse_norm", "measure", "post", "head",
+)  # fmt: skip
 
 
 @dataclass
@@ -133,9 +136,7 @@ def count(shape: Shape) -> tuple[list[Counted], list[Counted]]:
             outputs = many(kernel_of(shape.operator)(*tensors, *known))
         if operator.backward is None:
             return forward, []
-        kept = outputs[outputs_count:] if operator.signature.kept else tensors[inputs_count:][-1:]
-        if shape.operator == "post":
-            kept = ()
+        kept = saved(operator, tensors, outputs)
         backward = operator.backward._name
         with counting() as after:
             kernel_of(backward)(*outputs[:outputs_count], *tensors[:inputs_count], *kept, *known)

@@ -154,6 +154,25 @@ def collapse_config(geometry: Geometry) -> CollapseConfig:
 
 
 @dataclass(frozen=True)
+class CollapseNormConfig:
+    """Launch configuration: tokens of a program and channels of a step, warps; `held` where a step is a whole row."""
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    held: bool
+
+
+def collapse_norm_config(geometry: Geometry) -> CollapseNormConfig:
+    """Choose whole rows of up to 16 KB a stream, 16 channels a thread; narrow rows share a tile, wide ones are cut."""
+    longest = 16384 // geometry.element_size
+    row = next_power_of_2(geometry.width)
+    block_width = row if row <= longest else longest // 2
+    block_tokens = max(1, 2048 // block_width)
+    return CollapseNormConfig(block_tokens, block_width, block_tokens * block_width // 512, row <= longest)
+
+
+@dataclass(frozen=True)
 class GatesConfig:
     """Launch configuration: tokens and channels of a step, warps, programs over C, channels a thread adds up."""
 
@@ -192,12 +211,13 @@ class StreamGradientsConfig:
     streams: int
 
 
-def stream_gradients_config(geometry: Geometry) -> StreamGradientsConfig:
+def stream_gradients_config(geometry: Geometry, normed: bool = False) -> StreamGradientsConfig:
     """Choose blocks of C that keep phi's gradient in registers, and splits that fill the device.
 
-    Up to 4 streams are one launch; beyond, phi's factors and gradient of all do not fit.
+    Up to 4 streams are one launch; beyond, phi's factors and gradient of all do not fit. With a norm's backward beside
+    them, 2 where a block is narrow.
     """
     roomy = geometry.slots <= 32 and geometry.pieces == 2
     width = 64 if roomy else 16
     splits = programs_wanted(ceil_div(geometry.width, width), min(64, ceil_div(geometry.tokens, 64)))
-    return StreamGradientsConfig(16, width, 8, splits, 4)
+    return StreamGradientsConfig(16, width, 8, splits, 4 if roomy or not normed else 2)

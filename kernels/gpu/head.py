@@ -44,7 +44,7 @@ def head_backward(
     eps: float,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the gradients of `head`.
 
     Args:

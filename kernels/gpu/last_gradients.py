@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .configurations import Geometry, ceil_div
 from .launch import launch, register_limit
+from .norm_gates import Norm
 from .parameter_gradients import BLOCK, BLOCK_PROGRAMS, parameter_gradients_block
 from .post import backward_config, post_backward_tile
 
@@ -28,12 +29,15 @@ def last_gradients_kernel(
     res: tl.tensor,
     phi_parts: tl.tensor,
     coefficient_parts: tl.tensor,
+    norm_parts: tl.tensor,
     grad_branch: tl.tensor,
     grad_post: tl.tensor,
     grad_res: tl.tensor,
     grad_phi: tl.tensor,
     grad_scale: tl.tensor,
     grad_bias: tl.tensor,
+    grad_norm_weight: tl.tensor,
+    grad_norm_bias: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
     splits: tl.tensor,
@@ -42,6 +46,8 @@ def last_gradients_kernel(
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTERED: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -53,15 +59,17 @@ def last_gradients_kernel(
 ) -> None:
     """Add up parameters' gradients in ROWS + 1 times `blocks` programs, and differentiate `post` in the others.
 
+    With NORM, `blocks` programs more add up those of the norm.
     The gradient of the streams is written over that of the mixed ones: a program loads a tile of all n before it
     writes it.
     """
     program = tl.program_id(0)
-    others = blocks * (ROWS + 1)
+    others = blocks * (ROWS + 2 if NORM else ROWS + 1)
     if program < others:
         parameter_gradients_block(
-            program // blocks, program % blocks, phi_parts, coefficient_parts, grad_phi, grad_scale, grad_bias,
-            width, splits, programs, n, ROWS, ANCHORED, COLUMNS, TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
+            program // blocks, program % blocks, phi_parts, coefficient_parts, norm_parts, grad_phi, grad_scale,
+            grad_bias, grad_norm_weight, grad_norm_bias, width, splits, programs, n, ROWS, ANCHORED, NORM, CENTERED,
+            COLUMNS, TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
         )  # fmt: skip
     else:
         post_backward_tile(
@@ -77,8 +85,10 @@ def last_gradients(
     coefficient_parts: Tensor,
     parameters: tuple[Tensor, Tensor, Tensor],
     geometry: Geometry,
+    norm: Norm | None = None,
+    norm_parts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of streams, branch, post, res, phi, scale and bias.
+    """Return the gradients of streams, branch, post, res, phi, scale and bias, then of a norm's weight and bias.
 
     Args:
         grad_mixed: [*, n, C] gradient of the streams after `post`; that of the streams before it is written over it.
@@ -87,14 +97,20 @@ def last_gradients(
         coefficient_parts: [programs, 2, rows] partial gradients of bias and of each row's scale.
         parameters: phi [rows, n·C], as the geometry's layout says, scale and bias.
         geometry: of the call.
+        norm: of the layer input, if it has one.
+        norm_parts: [splits, 2, C] partial gradients, with a norm.
     """
-    grads = [torch.empty_like(tensor) for tensor in (*inputs[1:], *parameters)]
+    tensors = (*inputs[1:], *parameters, *(norm[:2] if norm else ()))
+    grads = [torch.empty_like(tensor) for tensor in tensors]
     config = backward_config(geometry.width, geometry.n, geometry.element_size)
     blocks = ceil_div(geometry.width, BLOCK)
+    adding = blocks * (geometry.rows + (2 if norm else 1))
     launch(
-        last_gradients_kernel, (blocks * (geometry.rows + 1) + ceil_div(geometry.tokens, config.block_tokens),),
-        grad_mixed, *inputs, phi_parts, coefficient_parts, *grads,
+        last_gradients_kernel, (adding + ceil_div(geometry.tokens, config.block_tokens),),
+        grad_mixed, *inputs, phi_parts, coefficient_parts, phi_parts if norm_parts is None else norm_parts, *grads,
+        *(() if norm else grads[-2:]),
         geometry.tokens, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0], blocks,
+        NORM=norm is not None, CENTERED=norm is not None and norm.centered,
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, VECTOR=config.vector,
         num_warps=config.warps, num_stages=1,

@@ -1,4 +1,4 @@
-"""Gradients of phi, scale and bias: partial sums added up in a fixed order, no atomics."""
+"""Gradients of phi, scale and bias, and of a norm's: partial sums added up in a fixed order, no atomics."""
 
 # ruff: noqa: N803
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .configurations import Geometry, ceil_div
 from .launch import launch, register_limit
+from .norm_gates import Norm
 from .phi import phi_place, stored_row
-from .primitives import total
+from .primitives import rounded, total
 
 # Channels of a program, and shares of the coefficients' sums that are added up at a time.
 BLOCK, BLOCK_PROGRAMS = 1024, 16
@@ -24,22 +25,27 @@ def parameter_gradients_block(
     block: tl.tensor,
     phi_parts: tl.tensor,
     coefficient_parts: tl.tensor,
+    norm_parts: tl.tensor,
     grad_phi: tl.tensor,
     grad_scale: tl.tensor,
     grad_bias: tl.tensor,
+    grad_norm_weight: tl.tensor,
+    grad_norm_bias: tl.tensor,
     width: tl.tensor,
     splits: tl.tensor,
     programs: tl.tensor,
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTERED: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ) -> None:
-    """Add up a row of phi's gradient over a block of C of all streams; scale and bias behind the last row.
+    """Add up a row of phi's gradient over a block of C of all streams; scale and bias, then a norm's, come last.
 
     With ANCHORED the parts are of the streams as stored, X_k = Y_k + Y_0: stream 0's is added to the others'.
     """
@@ -61,6 +67,20 @@ def parameter_gradients_block(
                     acc += first
             place = phi_place(row, o * width + column, width, n, ROWS, COLUMNS, TRANSPOSED)
             tl.store(grad_phi + place, acc, mask=mask)
+    elif row > ROWS:
+        if NORM:
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            mask = column < width
+            weight_sum = tl.full([BLOCK], 0.0, tl.float32)
+            bias_sum = tl.full([BLOCK], 0.0, tl.float32)
+            part = norm_parts + column
+            for _ in range(splits):
+                weight_sum += tl.load(part, mask=mask, other=0.0)
+                if CENTERED:
+                    bias_sum += tl.load(part + width, mask=mask, other=0.0)
+                part += 2 * tl.cast(width, tl.int64)
+            tl.store(grad_norm_weight + column, rounded(weight_sum, grad_norm_weight.dtype.element_ty), mask=mask)
+            tl.store(grad_norm_bias + column, rounded(bias_sum, grad_norm_bias.dtype.element_ty), mask=mask)
     elif block == 0:
         slot = tl.arange(0, SLOTS)
         used = slot < ROWS
@@ -84,15 +104,20 @@ def parameter_gradients_block(
 def parameter_gradients_kernel(
     phi_parts: tl.tensor,
     coefficient_parts: tl.tensor,
+    norm_parts: tl.tensor,
     grad_phi: tl.tensor,
     grad_scale: tl.tensor,
     grad_bias: tl.tensor,
+    grad_norm_weight: tl.tensor,
+    grad_norm_bias: tl.tensor,
     width: tl.tensor,
     splits: tl.tensor,
     programs: tl.tensor,
     n: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTERED: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -101,14 +126,22 @@ def parameter_gradients_kernel(
 ) -> None:
     """Add up all partial gradients, a row of phi's and a block of C a program."""
     parameter_gradients_block(
-        tl.program_id(0), tl.program_id(1), phi_parts, coefficient_parts, grad_phi, grad_scale, grad_bias,
-        width, splits, programs, n, ROWS, ANCHORED, COLUMNS, TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
+        tl.program_id(0), tl.program_id(1), phi_parts, coefficient_parts, norm_parts, grad_phi, grad_scale, grad_bias,
+        grad_norm_weight, grad_norm_bias, width, splits, programs, n, ROWS, ANCHORED, NORM, CENTERED, COLUMNS,
+        TRANSPOSED, SLOTS, BLOCK, BLOCK_PROGRAMS,
     )  # fmt: skip
 
 
 def parameter_gradients(
-    phi_parts: Tensor, coefficient_parts: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
+    phi_parts: Tensor,
+    coefficient_parts: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    geometry: Geometry,
+    norm: Norm | None = None,
+    norm_parts: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Add up partial gradients.
 
     Args:
@@ -118,15 +151,21 @@ def parameter_gradients(
         scale: [groups, at most 3].
         bias: [rows].
         geometry: of the call.
+        norm: of the layer input, if it has one.
+        norm_parts: [splits, 2, C], with a norm.
 
     Returns:
-        gradients of phi, scale and bias, each with the shape and dtype of its tensor.
+        gradients of phi, scale and bias, then of the norm's weight and bias, each with the shape and dtype of its
+        tensor.
     """
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (phi, scale, bias)]
+    tensors = (phi, scale, bias, *(norm[:2] if norm else ()))
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
     launch(
-        parameter_gradients_kernel, (geometry.rows + 1, ceil_div(geometry.width, BLOCK)),
-        phi_parts, coefficient_parts, *grads, geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
+        parameter_gradients_kernel, (geometry.rows + (2 if norm else 1), ceil_div(geometry.width, BLOCK)),
+        phi_parts, coefficient_parts, phi_parts if norm_parts is None else norm_parts, *grads,
+        *(() if norm else grads[1:]), geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
+        NORM=norm is not None, CENTERED=norm is not None and norm.centered,
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS, num_warps=4,
         **register_limit(64), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
-    return grads[0], grads[1], grads[2]
+    return tuple(grads)

@@ -133,7 +133,7 @@ def post_pre_backward(
         grad_next_post.contiguous(), grad_next_res.contiguous(), scale, bias,
         iters, norm_eps, eps, geometry, manifold_constants(manifold, eps),
     )  # fmt: skip
-    grad_mixed, phi_parts = stream_gradients(
+    grad_mixed, phi_parts, _ = stream_gradients(
         streams, phi, grad_input, found, geometry, mixing=mixing, grad_fresh=grad_fresh.contiguous()
     )
     return last_gradients(

@@ -80,7 +80,7 @@ def pre_backward(
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the gradients of `pre`.
 
     Args:
@@ -117,7 +117,7 @@ def backward(
     constants: dict[str, Any],
     anchored: bool,
     layout: PhiLayout,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Differentiate `pre` or `head`; arguments and results are those of `pre_backward`.
 
     Args:
@@ -133,13 +133,12 @@ def backward(
     """
     geometry = geometry_of(tensors[0], tensors[1], anchored, layout)
     if geometry.tokens == 0:
-        zeros = [torch.zeros_like(tensor) for tensor in tensors]
-        return zeros[0], zeros[1], zeros[2], zeros[3]
+        return tuple(torch.zeros_like(tensor) for tensor in tensors)
     streams, phi, scale, bias = (tensor.contiguous() for tensor in tensors)
     grad_input, grad_post, grad_res = (grad.contiguous() for grad in grads)
     gate_parts = gates(streams, grad_input, geometry)
     found = coefficient_gradients(
         projection.contiguous(), gate_parts, grad_post, grad_res, scale, bias, iters, norm_eps, eps, geometry, constants
     )
-    grad_streams, phi_parts = stream_gradients(streams, phi, grad_input, found, geometry)
+    grad_streams, phi_parts, _ = stream_gradients(streams, phi, grad_input, found, geometry)
     return (grad_streams, *parameter_gradients(phi_parts, found.parts, phi, scale, bias, geometry))

@@ -4,7 +4,8 @@ The step of the plain model is taken as its matrix products at the rate that the
 the forward's; mHC adds the counted traffic of its kernels at the share of a copy's rate that they are taken to reach,
 less what the plain residual adds move. Beside it stands what no kernel could do better: the least traffic at that rate.
 Whatever else a step does (norms, activations, optimizer, communication) is in neither, so a real share is smaller, and
-gaps between launches come on top where tokens are few.
+gaps between launches come on top where tokens are few. Nor is what `fold_norms` saves of the model's own norms, 2C
+elements a token and site in the forward and 3C in the backward.
 """
 
 from __future__ import annotations

@@ -115,11 +115,14 @@ def test_twenty_token_counts_compile_once():
         "projection_kernel": 2 * 4,
         "coefficients_kernel": 2,
         "collapse_kernel": 4,
+        "collapse_norm_kernel": 6,
         "gates_kernel": 2,
-        "coefficient_gradients_kernel": 2,
-        "stream_gradients_kernel": 3,
-        "parameter_gradients_kernel": 2,
-        "last_gradients_kernel": 1,
+        "norm_gates_kernel": 4,
+        # Without a norm and with each of the two.
+        "coefficient_gradients_kernel": 4,
+        "stream_gradients_kernel": 7,
+        "parameter_gradients_kernel": 4,
+        "last_gradients_kernel": 3,
     }
     compiled, atomic = _compile(PROGRAM, counts, list(uses))
     assert compiled == uses

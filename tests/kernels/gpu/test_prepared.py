@@ -114,7 +114,7 @@ def seen(launched):
 result, launched, asked = [], [], set()
 case = Case(4, torch.bfloat16, 256, 64, anchored=True)
 with launch_cost.mocked(launched):
-    for name in ("sinkhorn", "post", "pre", "post_pre", "head"):
+    for name in ("sinkhorn", "post", "pre", "post_pre", "post_pre_norm", "head"):
         for name in (name, name + "_backward"):
             arguments = arguments_of(name, case, "cpu")
             call = PreparedOperator(kernel_of(name))
@@ -135,7 +135,7 @@ def test_prepared_launches_are_those_of_triton_and_nothing_waits_for_the_device(
     run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     calls = json.loads(run.stdout.splitlines()[-1])
-    assert len(calls) == 10
+    assert len(calls) == 12
     for name, by_triton, direct, asked in calls:
         assert direct == by_triton, name
         assert 1 <= len(direct) <= 4, name
