@@ -2,7 +2,8 @@
 # make test     everything there is to check: lint, types, tests, kernels compiled ahead for GPUs that are not there
 # make bench    every benchmark in its quick form on the CPU; `python -m benchmarks all --device cuda` measures a GPU
 # make matrix   the core tests on every supported PyTorch and Python that can be installed here (hours, gigabytes)
-# make lint | format | types | kernels | clean
+# make kernels  every kernel compiled ahead, on the newest Triton and on the lowest that is supported
+# make lint | format | types | clean
 #
 # Each target makes the environment that it needs in .venv. To use an environment that exists already (a GPU
 # machine's, a container's), with the package and its extras installed there: make test VENV=none PYTHON=python
@@ -15,16 +16,22 @@ PYTEST_ARGS ?= -n 2
 TORCH_CPU := torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# The lowest Triton that pyproject.toml allows lies in a folder of its own, before the environment's own in the path.
+TRITON_LOW := $(shell sed -n 's/.*"triton>=\([0-9.]*\);.*/\1/p' pyproject.toml)
+TRITON_LOW_HOME := $(VENV)/triton-$(TRITON_LOW)
+
 ifeq ($(VENV),none)
 PY := $(PYTHON)
 TYPES_PY := $(PYTHON)
 DEMO_READY :=
 TEST_READY :=
+TRITON_LOW_READY :=
 else
 PY := $(VENV)/bin/python
 TYPES_PY := $(abspath $(VENV)/bin/python)
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
+TRITON_LOW_READY := $(TRITON_LOW_HOME)/.ready
 endif
 
 # passes/ and kernels/ import as mhc_compile.passes and mhc_compile.kernels, which tools that read files cannot know from
@@ -54,8 +61,11 @@ bench: $(TEST_READY)
 matrix: $(TEST_READY)
 	$(PY) -m tests.matrix
 
-kernels: $(TEST_READY)
+kernels: $(TEST_READY) $(TRITON_LOW_READY)
 	$(PY) -m benchmarks.compile_ahead
+ifneq ($(TRITON_LOW_READY),)
+	PYTHONPATH=$(TRITON_LOW_HOME) $(PY) -m benchmarks.compile_ahead
+endif
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .
@@ -93,6 +103,11 @@ $(VENV)/.test-ready: $(VENV)/.torch-ready
 	@echo "installing mhc-compile and what its tests need"
 	$(PY) -m pip install -qq -e ".[demo,test,lint]"
 	@touch $@ $(VENV)/.demo-ready
+
+$(TRITON_LOW_READY): $(VENV)/.torch-ready
+	rm -rf $(TRITON_LOW_HOME)
+	$(PY) -m pip install -qq --no-deps --target $(TRITON_LOW_HOME) "triton==$(TRITON_LOW).*"
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis

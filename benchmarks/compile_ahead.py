@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,23 +26,17 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from mhc_compile.kernels.gpu import (
-    collapse,
-    head,
-    launch,
-    measure,
-    paper_pre,
-    post,
-    post_collapse,
-    post_measure,
-    post_pre,
-    pre,
-    sinkhorn,
-)
-from mhc_compile.kernels.manifolds import MANIFOLDS
+from mhc_compile.kernels.dispatch import kernel_of
+from mhc_compile.kernels.fusions import MOST_NORMED_STREAMS
+from mhc_compile.kernels.gpu import launch
+from mhc_compile.kernels.ops import OPERATORS
+from mhc_compile.kernels.orientation import PhiLayout
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
+
+from .by_name import Case, arguments_of
+from .precompile import Launch, identity
 
 
 @dataclass(frozen=True)
@@ -63,30 +56,17 @@ TARGETS = (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """Shapes to launch with."""
-
-    n: int
-    dtype: torch.dtype
-    tokens: int
-    width: int = 4096
-    manifold: str = "sinkhorn"
-    anchored: bool = False
-
-    @property
-    def label(self) -> str:
-        """Short name for the table."""
-        layout = " anchored" if self.anchored else ""
-        return f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}{layout}"
-
-
 MAIN_CASES = (Case(4, torch.bfloat16, 8192), Case(4, torch.bfloat16, 16))
 MORE_CASES = (
     Case(8, torch.bfloat16, 8192),
     Case(8, torch.bfloat16, 16),
     Case(4, torch.float32, 8192),
     Case(4, torch.float32, 16),
+)
+# Matrices that are made of a row of logits.
+ROW_CASES = (
+    Case(4, torch.bfloat16, 8192, manifold="permutation", anchored=True),
+    Case(8, torch.bfloat16, 8192, manifold="kronecker", anchored=True),
 )
 OTHER_CASES = tuple(
     Case(n, dtype, tokens)
@@ -129,41 +109,18 @@ class _Driver:
 
 def run_operators(case: Case) -> None:
     """Call every operator, forward and backward, with meta tensors of the case's shapes."""
-    family = MANIFOLDS[case.manifold]
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    tokens, n, width = case.tokens, case.n, case.width
-    streams, branch = make(tokens, n, width, dtype=case.dtype), make(tokens, width, dtype=case.dtype)
-    post_weights, res = make(tokens, n), make(tokens, n, n)
-    rows = family.rows(n)
-    mapping = (make(rows, n * width), make(family.scales), make(rows))
-    readout = (make(n, n * width), make(1), make(n))
-    constants = (20, 1e-6, 0.0, case.manifold, case.anchored)
-    projection, read = make(tokens, rows + 1), make(tokens, n + 1)
-    measured = (post_weights, res, projection)
-    mixing = (streams, branch, post_weights, res)
-    sinkhorn.sinkhorn(res, 20, 0.0)
-    sinkhorn.sinkhorn_backward(res, res, 20, 0.0)
-    pre.pre(streams, *mapping, *constants)
-    paper_pre.paper_pre(streams, *mapping, *constants)
-    pre.pre_backward(branch, post_weights, res, streams, *mapping, projection, *constants)
-    post.post(*mixing)
-    post.post_backward(streams, *mixing)
-    post_pre.post_pre(*mixing, *mapping, *constants)
-    post_pre.post_pre_backward(*mixing, *mixing, *mapping, projection, *constants)
-    measure.measure(streams, *mapping, *constants)
-    collapse.collapse(streams, *mapping, *measured, *constants)
-    post_measure.post_measure(*mixing, *mapping, *constants)
-    post_collapse.post_collapse(*mixing, *mapping, *measured, *constants)
-    head.head(streams, *readout, 1e-6, 0.0, case.anchored)
-    head.head_backward(branch, streams, *readout, read, 1e-6, 0.0, case.anchored)
+    backwards = (operator.backward._name for operator in OPERATORS.values() if operator.backward is not None)
+    for name in dict.fromkeys((*OPERATORS, *backwards)):
+        if "norm" not in name:
+            kernel_of(name)(*arguments_of(name, case))
+        elif case.n <= MOST_NORMED_STREAMS:
+            for centered in (True, False):
+                kernel_of(name)(*arguments_of(name, replace(case, centered=centered)))
 
 
-def launches(case: Case, target: Target) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return (kernel, arguments, options) of every launch that the operators make for a case."""
-    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+def launches(case: Case, target: Target) -> list[Launch]:
+    """Return every launch that the operators make for a case."""
+    found: list[Launch] = []
     with launch.recording(
         lambda kernel, grid, args, options: found.append((kernel, args, options)), target.gpu.backend
     ):
@@ -176,14 +133,13 @@ def compile_all(target: Target, cases: tuple[Case, ...], only: str = "", part: i
     triton.runtime.driver.set_active(_Driver(target))
     rows: list[Row] = []
     seen: set[str] = set()
-    for case in cases:
-        for index, (kernel, args, options) in enumerate(launches(case, target)):
-            if index % parts != part or only not in kernel.__name__:
-                continue
-            compiled = kernel.warmup(*args, grid=(1,), **options)
-            if compiled.hash not in seen:
-                seen.add(compiled.hash)
-                rows.append(_describe(compiled, kernel.__name__, case, target, options))
+    made = [(case, one) for case in cases for one in launches(case, target) if only in one[0].__name__]
+    different = {identity(one): (case, one) for case, one in reversed(made)}
+    for case, (kernel, args, options) in list(reversed(different.values()))[part::parts]:
+        compiled = kernel.warmup(*args, grid=(1,), **options)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            rows.append(_describe(compiled, kernel.__name__, case, target, options))
     return rows
 
 
@@ -251,21 +207,25 @@ def _print(rows: list[Row]) -> None:
     Console(width=132 if not sys.stdout.isatty() else None).print(table)
 
 
-def _work(arguments: argparse.Namespace) -> Iterator[tuple[Target, tuple[Case, ...]]]:
-    for target in TARGETS:
-        if arguments.target in ("", target.name):
-            cases: tuple[Case, ...] = MAIN_CASES
-            if arguments.all or target.name == "sm_90":
-                cases += MORE_CASES
-            cases += OTHER_CASES if arguments.all else ()
-            # A rewritten model holds its streams anchored, the functional interface as they are.
-            yield target, tuple(replace(case, anchored=anchored) for anchored in (True, False) for case in cases)
+def cases_for(target: Target, everything: bool) -> tuple[Case, ...]:
+    """Return what to compile: what a rewritten model of the usual n and dtype runs, and on one target more.
+
+    A rewritten model holds its streams anchored, the functional interface as they are, and the weights of a model that
+    carries streams itself lie in its own way.
+    """
+    cases = MAIN_CASES + (MORE_CASES if everything or target.name == "sm_90" else ())
+    plain = MAIN_CASES if target.name == "sm_90" else ()
+    if everything:
+        cases += OTHER_CASES
+        plain = cases
+    native = (replace(case, layout=PhiLayout(transposed=True, columns=True)) for case in MAIN_CASES)
+    return (*(replace(case, anchored=True) for case in cases), *plain, *native, *ROW_CASES)
 
 
 def main() -> int:
     """Compile, print the table, and return 1 if a kernel spills or does not fit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--all", action="store_true", help="every n and dtype, on every target (minutes)")
+    parser.add_argument("--all", action="store_true", help="every n, dtype and layout, on every target (many minutes)")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--target", default="", choices=["", *(target.name for target in TARGETS)])
     parser.add_argument("--bad", action="store_true", help="print only what spills or does not fit")
@@ -275,8 +235,9 @@ def main() -> int:
     pool_of = ProcessPoolExecutor if arguments.jobs > 1 else ThreadPoolExecutor
     with pool_of(arguments.jobs) as pool:
         tasks = [
-            pool.submit(compile_all, target, cases, arguments.kernel, part, 4)
-            for target, cases in _work(arguments)
+            pool.submit(compile_all, target, cases_for(target, arguments.all), arguments.kernel, part, 4)
+            for target in TARGETS
+            if arguments.target in ("", target.name)
             for part in range(4)
         ]
         for task in tasks:
@@ -284,7 +245,7 @@ def main() -> int:
     rows.sort(key=lambda row: (row.kernel, row.case, [target.name for target in TARGETS].index(row.target)))
     _print([row for row in rows if not (arguments.bad and row.fits)])
     bad = [row for row in rows if not row.fits]
-    print(f"{len(rows)} kernels compiled, {len(bad)} spill or do not fit")
+    print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {len(bad)} spill or do not fit")
     return 1 if bad or not rows else 0
 
 

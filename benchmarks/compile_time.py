@@ -52,7 +52,7 @@ def cases(quick: bool) -> list[Case]:
     longer than all the rest.
     """
     if quick:
-        return [Case(PLAIN, 2), Case("site", 2), Case("site", 2, by_block=True)]
+        return [Case(PLAIN, 2), Case("site", 2, by_block=True)]
     by_block = [Case(fusion, layers, True) for layers in (4, 32) for fusion in (PLAIN, "site")]
     depths = [Case(fusion, layers) for layers in (4, 16, 32) for fusion in (PLAIN, "site")]
     return [*depths[:2], Case("boundary", 4), *depths[2:4], *by_block, Case("inductor", 4), *depths[4:]]

@@ -14,7 +14,7 @@ from mhc_compile.kernels.ops import OPERATORS
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from .problems import Shape, excess, held_dtype, make_inputs, many
+from .problems import Shape, excess, held_dtype, make_inputs, many, sizes_of
 
 Implementation = Callable[..., Any]
 INDUCTOR = "inductor"
@@ -99,9 +99,10 @@ def problems_of(implementation: Implementation, shape: Shape, device: str) -> li
         ("output", (mine.outputs, theirs.outputs, true.outputs)),
         ("gradient", (mine.backward(), theirs.backward(), true.backward())),
     ):
-        for index, (ours, plains, exact) in enumerate(zip(*results, strict=True)):
+        sizes = sizes_of([exact.detach() for exact in results[2]])
+        for index, (ours, plains, exact, size) in enumerate(zip(*results, sizes, strict=True)):
             held = held_dtype(shape, index) if what == "gradient" else None
-            wrong = excess(ours.detach(), plains.detach(), exact.detach(), held)
+            wrong = excess(ours.detach(), plains.detach(), exact.detach(), size, held)
             if wrong:
                 found.append(f"{what} {index} {wrong}")
     return found

@@ -63,7 +63,7 @@ class Size:
 
 
 FULL = Size(64, 4, 64, 8, 0.05, (0.2, 0.5, 1.0), 5)
-QUICK = Size(32, 4, 16, 4, 0.02, (0.5,), 2)
+QUICK = Size(32, 4, 16, 4, 0.01, (0.5,), 1)
 
 
 def run(options: Options, record: Record) -> None:

@@ -20,9 +20,10 @@ from .adapters import ADAPTERS, Adapter
 from .figures import Panel, bars
 from .implementations import implementations_of, prepare
 from .kernels_report import total
+from .precompile import precompile
 from .problems import Shape, make_inputs
 from .record import Benchmark, Options, Record, in_time, run_as_script
-from .terminal import Table, microseconds, say, track
+from .terminal import WRONG, Table, microseconds, say, track
 from .timing import copies_to_rotate, copy_bandwidth, median_seconds
 
 # Other packages round phi to bf16 or the projection to TF32: 3 digits. A transposed matrix is off by a whole one.
@@ -94,9 +95,7 @@ def compare(shape: Shape, adapter: Adapter, options: Options, record: Record, ba
         return
     try:
         error = largest_error(adapter, shape, options.device)
-        if not error <= _TOLERANCE:
-            record.skip(where, f"its results differ from the definition by {error:.1%}: not comparable")
-            return
+        problems = [] if error <= _TOLERANCE else [f"its results differ from the definition by {error:.1%}"]
         seconds = {}
         if options.device == "cuda":
 
@@ -108,9 +107,8 @@ def compare(shape: Shape, adapter: Adapter, options: Options, record: Record, ba
         # Another package's error is news about that package, and no failure of this one.
         record.skip(where, f"{type(problem).__name__}: {(str(problem).strip() or '-').splitlines()[0]}")
         return
-    record.add(
-        **shape.to_dict(), implementation=adapter.name, error=error, **seconds, **_shares(shape, seconds, bandwidth)
-    )
+    shares = _shares(shape, seconds, bandwidth)
+    record.add(**shape.to_dict(), implementation=adapter.name, error=error, problems=problems, **seconds, **shares)
 
 
 def _shares(shape: Shape, seconds: dict[str, float], bandwidth: float) -> dict[str, float]:
@@ -131,6 +129,8 @@ def run(options: Options, record: Record) -> None:
     record.fact(tolerance=_TOLERANCE, copy_bytes_per_second=bandwidth if cuda else None)
     wanted = [adapter for adapter in ADAPTERS if options.wants(adapter.name)]
     present = [adapter for adapter in wanted if adapter.installed]
+    if cuda and present:
+        precompile(shapes_for(options))
     for shape in track(shapes_for(options), "peers"):
         if cuda and present:
             ours = next(iter(implementations_of(shape.operator).items()))
@@ -151,7 +151,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     cells, best = [], set()
     for index, row in enumerate(rows):
         same = [other for other in rows if _shape(other) == _shape(row) and "forward_seconds" in other]
-        if row in same and len(same) > 1 and row is min(same, key=total):
+        right = [other for other in same if not other.get("problems")]
+        if row in right and len(same) > 1 and row is min(right, key=total):
             best.add(index)
         ours = next((other for other in same if other["implementation"].startswith("ours")), None)
         cells.append(_cells(row, ours))
@@ -162,8 +163,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         tuple(cells),
         frozenset(best),
         "Error: largest of outputs and gradients against float64, as a share; up to "
-        f"{result['facts']['tolerance']:.0%} counts as the same operator, since peers round phi or its product. Share: "
-        "of the copy bandwidth, by least traffic. To ours: forward and backward together; above 1 is slower than ours.",
+        f"{result['facts']['tolerance']:.0%} counts as the same operator, since peers round phi or its product; "
+        f"{WRONG}: it is another, and the time is not comparable. Share: of the copy bandwidth, by least traffic. To "
+        "ours: forward and backward together; above 1 is slower than ours.",
     )
     return [table]
 
@@ -178,14 +180,15 @@ def _cells(row: dict[str, Any], ours: dict[str, Any] | None) -> tuple[str, ...]:
     for way in ("forward", "backward"):
         times += [microseconds(row[f"{way}_seconds"]), f"{row[f'{way}_share_of_copy']:.0%}"] if timed else ["–", "–"]
     error = row.get("error")
-    names = (row["operator"], row["implementation"], str(row["tokens"]), str(row["width"]), row["dtype"])
+    mark = f" {WRONG}" if row.get("problems") else ""
+    names = (row["operator"], row["implementation"] + mark, str(row["tokens"]), str(row["width"]), row["dtype"])
     ratio = f"{total(row) / total(ours):.2f}" if timed and ours else "–"
     return (*names, "–" if error is None else f"{error:.1e}", *times, ratio)
 
 
 def figures(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
     """Draw forward and backward together, relative to ours, at the first shape of each operator."""
-    rows = [row for row in result["rows"] if "forward_seconds" in row]
+    rows = [row for row in result["rows"] if "forward_seconds" in row and not row.get("problems")]
     first = {row["operator"]: (row["tokens"], row["width"]) for row in reversed(rows)}
     rows = [row for row in rows if first[row["operator"]] == (row["tokens"], row["width"])]
     if not rows:

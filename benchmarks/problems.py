@@ -61,9 +61,9 @@ class Shape:
 
 
 def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Return the operator's random tensors and its constants."""
+    """Return the operator's random tensors and its constants; on the device "meta" they have no memory."""
     # Drawn on the device: 8192 tokens of 4 x 4096 take seconds to draw on a CPU.
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device)
@@ -80,6 +80,13 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
         return (streams, *mapping), site
     if shape.operator == "collapse":
         return (streams, *mapping, *many(OPERATORS["measure"].forward(streams, *mapping, *site))), site
+    norm = (normal(width).to(shape.dtype), normal(width).to(shape.dtype))
+    normed_site = (*site[:4], NORM_EPS, False, *site[4:])
+    if shape.operator == "pre_norm":
+        return (streams, *norm, *mapping), normed_site
+    if shape.operator == "collapse_norm":
+        measured = many(OPERATORS["measure"].forward(streams, *mapping, *site))
+        return (streams, *norm, *mapping, *measured), normed_site
     if shape.operator == "head":
         return (streams, *mapping), (NORM_EPS, 0.0, shape.anchored)
     coefficients = (normal(tokens, n).sigmoid() * 2, normal(tokens, n, n).softmax(-1))
@@ -87,6 +94,10 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
     if shape.operator == "post":
         return (streams, branch, *coefficients), ()
     tensors = (streams, branch, *coefficients, *mapping)
+    if shape.operator in ("post_pre_norm", "post_collapse_norm"):
+        halved = shape.operator == "post_collapse_norm"
+        measured = many(OPERATORS["post_measure"].forward(*tensors, *site)) if halved else ()
+        return (*tensors[:4], *norm, *mapping, *measured), normed_site
     if shape.operator == "post_collapse":
         tensors = (*tensors, *many(OPERATORS["post_measure"].forward(*tensors, *site)))
     return tensors, site
@@ -97,19 +108,31 @@ def many(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def excess(mine: Tensor, theirs: Tensor, true: Tensor, held: torch.dtype | None = None) -> str | None:
+def sizes_of(results: Sequence[Tensor]) -> list[float]:
+    """Return the largest entries of an operator's true outputs or gradients, which their errors are measured by.
+
+    Where gradients of scale and bias come last, scale's sums the terms of bias's, which cancel: it errs by as much as
+    they do.
+    """
+    sizes = [max(true.abs().max().item(), 1e-3) if true.numel() else 0.0 for true in results]
+    if len(results) >= 4 and results[-1].dim() == 1:
+        sizes[-2] = max(sizes[-2:])
+    return sizes
+
+
+def excess(mine: Tensor, theirs: Tensor, true: Tensor, size: float, held: torch.dtype | None = None) -> str | None:
     """Return what is wrong with a result, None if nothing is.
 
     Args:
         mine: the result.
         theirs: plain PyTorch's in the same dtype: the error that is allowed, and one rounding of that dtype more.
         true: the result in float64.
+        size: of its entries, from `sizes_of`.
         held: dtype of an intermediate that the result is a product with, where it is narrower.
     """
     if not mine.numel():
         return None
     error, allowed = ((part.double() - true).abs().max().item() for part in (mine, theirs))
-    size = max(true.abs().max().item(), 1e-3)
     # Sums are taken in another order, and products with bfloat16 streams take float32 factors in 16 bits: 64 roundings
     # of float32 each.
     slack = 128 * torch.finfo(torch.float32).eps * size
@@ -122,7 +145,7 @@ def excess(mine: Tensor, theirs: Tensor, true: Tensor, held: torch.dtype | None 
 
 def held_dtype(shape: Shape, index: int) -> torch.dtype | None:
     """Return `excess`'s `held` of a gradient: a boundary holds that of its new streams in their dtype."""
-    behind_post = shape.operator in ("post_pre", "post_collapse")
+    behind_post = shape.operator in ("post_pre", "post_collapse", "post_pre_norm", "post_collapse_norm")
     return shape.dtype if behind_post and index in (2, 3) else None
 
 
@@ -139,12 +162,15 @@ def check(shape: Shape, device: str) -> list[str]:
     )
     problems = _excesses(f"{shape}: forward", outputs)
     if operator.backward is not None:
-        grads = tuple(torch.randn_like(out) for out in outputs[0][:count])
+        generator = torch.Generator(device).manual_seed(1)
+        grads = tuple(
+            torch.randn(out.shape, generator=generator, device=device).to(out.dtype) for out in outputs[0][:count]
+        )
         wide = tuple(grad.double() for grad in grads)
         inputs = len(operator.signature.inputs)
         plain = reference_of(operator.backward._name)
         results = tuple(
-            many(call(*into, *held[:inputs], *_projection(operator, held, made), *constants))
+            many(call(*into, *held[:inputs], *saved(operator, held, made), *constants))
             for call, into, held, made in (
                 (operator.backward, grads, tensors, outputs[0]),
                 (plain, grads, tensors, outputs[1]),
@@ -155,17 +181,18 @@ def check(shape: Shape, device: str) -> list[str]:
     return problems
 
 
-def _projection(operator: Operator, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return what an operator's backward takes beside its inputs."""
+def saved(operator: Operator, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return what an operator's backward takes beside its inputs, of its tensors and outputs."""
     signature = operator.signature
-    kept = outputs[len(signature.outputs) :] if signature.kept else tensors[len(signature.inputs) :]
-    return kept[-1:]
+    named = dict(zip((*signature.tensors, *signature.results), (*tensors, *outputs), strict=True))
+    return tuple(named[name] for name in signature.saved)
 
 
 def _excesses(
     what: str, results: tuple[tuple[Tensor, ...], ...], held: Sequence[torch.dtype | None] | None = None
 ) -> list[str]:
-    found = (excess(*each, dtype) for *each, dtype in zip(*results, held or [None] * len(results[0]), strict=True))
+    rest = (sizes_of(results[2]), held or [None] * len(results[0]))
+    found = (excess(*each) for each in zip(*results, *rest, strict=True))
     return [f"{what}, output {index} {wrong}" for index, wrong in enumerate(found) if wrong]
 
 

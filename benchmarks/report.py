@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import figures
+from . import counted, figures
 from .record import Benchmark
 from .terminal import markdown, say
 
-MODULES = ("kernels", "peers", "training_step", "compile_time", "native", "overlap", "stability")
+MODULES = ("checks", "kernels", "peers", "training_step", "compile_time", "native", "overlap", "stability")
 _BEGIN = "<!-- Below this line: written by `python -m benchmarks report`. Edit benchmarks/introduction.md instead. -->"
 
 
@@ -32,7 +32,8 @@ def rebuild(folder: Path) -> Path:
     Raises:
         SystemExit: there are no results.
     """
-    groups = [(place, load(place)) for place in sorted((folder / "results").iterdir()) if place.is_dir()]
+    places = [place for place in sorted((folder / "results").iterdir()) if place.is_dir()]
+    groups = [(place, load(place)) for place in places if place.name != counted.FOLDER]
     groups = [(place, results) for place, results in groups if results]
     if not groups:
         raise SystemExit(f"{folder / 'results'} holds no results: run `python -m benchmarks all --device cpu` first.")
@@ -44,6 +45,9 @@ def rebuild(folder: Path) -> Path:
     parts = [(Path(__file__).parent / "introduction.md").read_text().rstrip(), _BEGIN]
     for place, results in groups:
         parts += _hardware_section(folder, place, results, drawing)
+    tables = counted.tables(folder / "results")
+    if tables:
+        parts += ["## Counted and compiled, no GPU needed", *map(markdown, tables)]
     page = folder / "README.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page

@@ -206,8 +206,11 @@ def recorded_mixing() -> Iterator[list[Tensor]]:
     def run(name: str, *arguments: Any, **keywords: Any) -> Any:
         results = dispatch(name, *arguments, **keywords)
         # What is replayed in a backward is another operator.
-        if name in ("pre", "measure", "post_pre", "post_measure"):
-            matrices.append(results[-2].detach())
+        if name in ("pre", "measure", "post_pre", "post_measure", "pre_norm", "post_pre_norm"):
+            names = ops.OPERATORS[name].signature.results
+            matrices.append(
+                next(made for key, made in zip(names, results, strict=True) if key.endswith("res")).detach()
+            )
         return results
 
     with mock.patch.object(ops, "run", run):

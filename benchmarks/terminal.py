@@ -9,6 +9,8 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 BEST = "best"
+# Beside what fails its check: its time is that of something else.
+WRONG = "✗"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +29,37 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+class CompiledWhileTimedError(RuntimeError):
+    """Something was compiled within what was timed: the time is not that of the call."""
+
+
+_compiled_by_triton = 0
+
+
+def _count(*_: Any, **__: Any) -> None:
+    global _compiled_by_triton
+    _compiled_by_triton += 1
+
+
+def compilations() -> int:
+    """Return how many graphs and kernels this process has compiled since the first call."""
+    with contextlib.suppress(ImportError):
+        import triton
+
+        if triton.knobs.runtime.jit_post_compile_hook is None:
+            triton.knobs.runtime.jit_post_compile_hook = _count
+    counters = torch._dynamo.utils.counters
+    return _compiled_by_triton + sum(sum(counters[kind].values()) for kind in ("stats", "aot_autograd"))
+
+
 def median_seconds(calls: Sequence[Callable[[], Any]], device: str, repeats: int) -> float:
     """Return the median time of one call, over batches that go round all `calls`.
 
     On a GPU a batch is queued as a whole, so what is measured is what a model sees: the time between calls that
     follow one another, launches included where they are slower than the kernels.
+
+    Raises:
+        CompiledWhileTimedError: a call that had run before compiled something.
     """
     for call in calls:
         call()
@@ -46,10 +73,13 @@ def median_seconds(calls: Sequence[Callable[[], Any]], device: str, repeats: int
     size = -(-size // len(calls)) * len(calls) if device == "cuda" else size
     times = []
     position = 0
+    before = compilations()
     for _ in range(repeats):
         batch = [calls[(position + offset) % len(calls)] for offset in range(size)]
         position += size
         times.append(_batch_seconds(batch, device) / size)
+    if compilations() != before:
+        raise CompiledWhileTimedError("something was compiled while it was timed, though every call had run before")
     return statistics.median(times)
 
 
@@ -76,21 +106,22 @@ def copy_bandwidth(device: str, repeats: int) -> float:
     return 2 * amount / median_seconds([lambda: target.copy_(source)], device, repeats)
 
 
-def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float | None:
-    """Return the median time of one call within a CUDA graph of all `calls`; None where it cannot be captured."""
-    try:
-        with torch.no_grad():
-            # Capture wants warm caches, on the stream that is captured.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for call in calls:
-                    call()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for call in calls:
-                    call()
-        return median_seconds([graph.replay], "cuda", repeats) / len(calls)
-    except RuntimeError:
-        return None
+def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
+    """Return the median time of one call within a CUDA graph of all `calls`.
+
+    Raises:
+        RuntimeError: they cannot be captured.
+    """
+    with torch.no_grad():
+        # Capture wants warm caches, on the stream that is captured.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    return median_seconds([graph.replay], "cuda", repeats) / len(calls)

@@ -1,6 +1,6 @@
 """Count the bytes that each kernel loads and stores, in Triton's interpreter, beside what the cost model says.
 
-    python -m benchmarks.traffic [--tokens 48 256 1024] [--widths 1024 4096] [--only post_pre]
+    python -m benchmarks.traffic [--tokens 48 256 1024] [--widths 1024 4096] [--only post_pre] [--label after]
 
 The launches are those of a GPU, configurations and all; no GPU is needed. `memory` counts each byte once a launch,
 `loads` as often as programs ask for it, which a cache has to serve. Units are C elements a token. Exits 1 where the
@@ -26,15 +26,18 @@ from mhc_compile.kernels.costs import traffic
 from mhc_compile.kernels.dispatch import choosing, kernel_of
 from mhc_compile.kernels.gpu import launch
 from mhc_compile.kernels.ops import OPERATORS
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from .problems import Shape, make_inputs, many
+from .counted import add_arguments, keep
+from .problems import Shape, make_inputs, many, saved
+from .terminal import Table, show
 
 TOLERANCE = 0.03
-OPERATORS_COUNTED = ("post_pre", "post_collapse", "post_measure", "pre", "collapse", "measure", "post", "head")
+OPERATORS_COUNTED = (
+    "post_pre", "post_pre_norm", "post_collapse", "post_collapse_norm", "post_measure", "pre", "pre_norm", "collapse",
+    "collapse_norm", "measure", "post", "head",
+)  # fmt: skip
 
 
 @dataclass
@@ -133,9 +136,7 @@ def count(shape: Shape) -> tuple[list[Counted], list[Counted]]:
             outputs = many(kernel_of(shape.operator)(*tensors, *known))
         if operator.backward is None:
             return forward, []
-        kept = outputs[outputs_count:] if operator.signature.kept else tensors[inputs_count:][-1:]
-        if shape.operator == "post":
-            kept = ()
+        kept = saved(operator, tensors, outputs)
         backward = operator.backward._name
         with counting() as after:
             kernel_of(backward)(*outputs[:outputs_count], *tensors[:inputs_count], *kept, *known)
@@ -146,7 +147,7 @@ def predicted(shape: Shape, backward: bool, amount: str) -> float:
     """Return the bytes of the cost model: `amount` is "least" or "ours"."""
     passes = traffic.OPERATORS[shape.operator]
     moved = getattr(passes.backward if backward else passes.forward, amount)
-    sizes = {"tokens": shape.tokens, "n_streams": shape.n, "width": shape.width}
+    sizes = {"tokens": shape.tokens, "n_streams": shape.n, "width": shape.width, "anchored": int(shape.anchored)}
     return traffic.evaluate(moved.bytes, **sizes, element_size=shape.dtype.itemsize)
 
 
@@ -157,49 +158,62 @@ def disagreement(shape: Shape, counted: list[Counted], backward: bool) -> float:
 
 
 def main() -> int:
-    """Count, print, and return 1 where the cost model is off."""
+    """Count, print, keep the totals, and return 1 where the cost model is off."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[48, 256, 1024])
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--layout", default="both", choices=["both", "anchored", "plain"])
     parser.add_argument("--only", default="", choices=["", *OPERATORS_COUNTED])
+    add_arguments(parser)
     arguments = parser.parse_args()
-    table = Table(title="bytes counted, in elements of C a token", title_justify="left")
-    for heading in ("pass", "tokens", "C", "layout", "launch"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("memory", "loads", "stores", "ours", "least", "off"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    layouts = [layout == "anchored" for layout in ("anchored", "plain") if arguments.layout in ("both", layout)]
+    totals: list[tuple[str, ...]] = []
     worst = 0.0
     for operator in (arguments.only,) if arguments.only else OPERATORS_COUNTED:
-        for anchored in (True, False) if operator != "post" else (True,):
+        for anchored in layouts if operator != "post" else (True,):
             for width in arguments.widths:
                 for tokens in arguments.tokens:
                     shape = Shape(operator, tokens, arguments.streams, width, torch.bfloat16, anchored)
                     for backward, counted in enumerate(count(shape)):
                         if counted:
                             worst = max(worst, disagreement(shape, counted, bool(backward)))
-                            _add(table, shape, bool(backward), counted)
-    Console(width=132 if not sys.stdout.isatty() else None).print(table)
+                            totals.append(_total(shape, bool(backward), counted))
+                            show(_launches(shape, bool(backward), counted))
+    table = Table(
+        f"Bytes counted, in elements of C a token, n={arguments.streams}, bfloat16",
+        ("pass", "tokens", "C", "layout", "launches", "memory", "loads", "stores", "ours", "least", "off"),
+        tuple(totals),
+        note="Memory: each byte once a launch. Loads and stores: as often as programs ask, which a cache serves. Ours "
+        "and least: by the cost model. Of few tokens phi and its gradient's parts are most of it.",
+    )
+    keep("traffic", table, arguments, identity=4)
     print(f"the cost model is off by at most {worst:.1%}")
     return 1 if worst > TOLERANCE else 0
 
 
-def _add(table: Table, shape: Shape, backward: bool, counted: list[Counted]) -> None:
+def _cells(shape: Shape, one: Counted) -> list[str]:
     unit = shape.tokens * shape.width * shape.dtype.itemsize
+    return [f"{amount / unit:.2f}" for amount in (one.memory, one.loads, one.stores)]
 
-    def cells(one: Counted) -> list[str]:
-        return [f"{amount / unit:.2f}" for amount in (one.memory, one.loads, one.stores)]
 
-    layout = "anchored" if shape.anchored else "plain"
-    name = f"{shape.operator} {'backward' if backward else 'forward'}"
+def _total(shape: Shape, backward: bool, counted: list[Counted]) -> tuple[str, ...]:
+    unit = shape.tokens * shape.width * shape.dtype.itemsize
     whole = Counted("", *(sum(getattr(one, key) for one in counted) for key in ("memory", "loads", "stores")))
-    table.add_row(
-        name, str(shape.tokens), str(shape.width), layout, "all", *cells(whole),
+    return (
+        f"{shape.operator} {'backward' if backward else 'forward'}", str(shape.tokens), str(shape.width),
+        "anchored" if shape.anchored else "plain", str(len(counted)), *_cells(shape, whole),
         *(f"{predicted(shape, backward, amount) / unit:.2f}" for amount in ("ours", "least")),
-        f"{disagreement(shape, counted, backward):.1%}", style="bold",
+        f"{disagreement(shape, counted, backward):.1%}",
     )  # fmt: skip
-    for one in counted:
-        table.add_row("", "", "", "", one.kernel.removesuffix("_kernel"), *cells(one))
+
+
+def _launches(shape: Shape, backward: bool, counted: list[Counted]) -> Table:
+    return Table(
+        f"{shape}, {'backward' if backward else 'forward'}",
+        ("launch", "memory", "loads", "stores"),
+        tuple((one.kernel.removesuffix("_kernel"), *_cells(shape, one)) for one in counted),
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from .figures import Panel, Points, bars, lines
 from .llama import PLAIN
-from .terminal import Table, mebibytes, microseconds
+from .terminal import WRONG, Table, mebibytes, microseconds
 
 # arXiv 2512.24880, section 4.3: n = 4 with fused kernels, recomputation and overlap.
 PUBLISHED_OVERHEAD = 0.067
@@ -49,7 +49,8 @@ def _step_table(result: dict[str, Any], group: list[Row]) -> Table:
     cpu = result["environment"]["device"] == "cpu"
     memory = "saved_bytes" if cpu else "peak_bytes"
     cells = [_step_cells(plain, plain, memory), *(_step_cells(row, plain, memory) for row in ours)]
-    fastest = min(range(len(ours)), key=lambda index: ours[index]["step_seconds"], default=None)
+    right = [index for index, row in enumerate(ours) if not row.get("problems")]
+    fastest = min(right, key=lambda index: ours[index]["step_seconds"], default=None)
     drift = [row["step_seconds"] for row in group if row["fusion"] == PLAIN]
     note = (
         f'Plain: `backend="{plain["inner"]}"`, measured before and after the others'
@@ -61,6 +62,8 @@ def _step_table(result: dict[str, Any], group: list[Row]) -> Table:
         if cpu
         else f"To compare: arXiv 2512.24880 reports {PUBLISHED_OVERHEAD:.1%} of step time at n = 4."
     )
+    if len(right) < len(ours):
+        note += f" {WRONG}: another function, or compiled while it was timed; see what failed."
     return Table(
         f"Training step, C={plain['width']}, {plain['layers']} layers, {plain['tokens']} tokens, {plain['dtype']}"
         f"{', CPU' if cpu else ''}",
@@ -74,7 +77,7 @@ def _step_table(result: dict[str, Any], group: list[Row]) -> Table:
 def _step_cells(row: Row, plain: Row, memory: str) -> tuple[str, ...]:
     is_plain = row["fusion"] == PLAIN
     return (
-        row["fusion"],
+        row["fusion"] + (f" {WRONG}" if row.get("problems") else ""),
         "–" if is_plain else str(row["recompute"]),
         microseconds(row["step_seconds"]),
         "–" if is_plain else f"{overhead(row, plain):+.1%}",

@@ -1,7 +1,8 @@
 """Which implementation a call takes: the Triton kernels, the compiled C++ of `cpu`, or plain PyTorch.
 
 On a CUDA or ROCm device the Triton kernels, on a CPU the C++, which is compiled at its first call. Plain PyTorch takes
-what neither covers: float64, more than 8 streams, manifolds that others register, a machine without a C++ compiler.
+what neither covers: float64, more than 8 streams, manifolds that others register, a machine without a C++ compiler, and
+on a CPU the operators with a norm, which a graph for a CPU does not call.
 Triton is imported on the first call that uses it, so that the operators work without it.
 
 The environment variable `MHC_KERNELS`, or `choosing` for a block of code, overrides the choice: `reference` always
@@ -22,15 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import boundary, reference
+from . import boundary, normed, reference
 from .cpu import build
 from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
-from .orientation import in_kernel_order
+from .orientation import SITE_CONSTANTS, in_layout
 
 CHOICES = ("auto", "triton", "cpu", "reference")
 
 _KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 _chosen: str | None = None
+# Operators of `gpu`, by function: those whose backward is another's share what is prepared of it.
+_prepared: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 @contextlib.contextmanager
@@ -105,6 +108,7 @@ def run(
     manifold: str,
     *constants: Any,
     phi_at: int | None = None,
+    kernel_constants: int = SITE_CONSTANTS,
 ) -> Any:
     """Call operator `name` (or `name_backward`) in the implementation that fits.
 
@@ -115,26 +119,29 @@ def run(
         manifold: a name of `MANIFOLDS`.
         constants: of the call.
         phi_at: where phi, scale and bias begin among the tensors, None without.
+        kernel_constants: how many of the constants come before `transposed`.
     """
     streams = tensors[0]
     chosen = implementation(tensors, n_streams, manifold)
-    backward = name.endswith("_backward")
-    if chosen == "cpu":
-        return in_kernel_order(compiled_of(name), tensors, n_streams, constants, phi_at, backward)
+    given = (tensors, constants, phi_at, name.endswith("_backward"), kernel_constants)
+    compiled = compiled_of(name) if chosen == "cpu" else None
+    if compiled is not None:
+        return in_layout(compiled, *given)
     if chosen == "triton":
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(streams):
-            return in_kernel_order(kernel_of(name), tensors, n_streams, constants, phi_at, backward)
+            return in_layout(prepared_kernel_of(name), *given)
     # Ambient autocast would run the projection in bf16: its error in the row sums is 170 times larger.
     with torch.autocast(device_type=streams.device.type, enabled=False):
-        return reference_of(name)(*(tensor.contiguous() for tensor in tensors), *constants)
+        plain = (tensor if index == phi_at else tensor.contiguous() for index, tensor in enumerate(tensors))
+        return reference_of(name)(*plain, *constants)
 
 
 def reference_of(name: str) -> Callable[..., Any]:
     """Return the plain PyTorch of an operator or its backward."""
     # The paper's split is another lowering of the same function.
     name = name.removeprefix("paper_")
-    return getattr(boundary if hasattr(boundary, name) else reference, name)
+    return getattr(next(module for module in (boundary, reference, normed) if hasattr(module, name)), name)
 
 
 def kernel_of(name: str) -> Callable[..., Any]:
@@ -143,6 +150,14 @@ def kernel_of(name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def compiled_of(name: str) -> Callable[..., Any]:
-    """Return the C++ implementation of an operator or its backward."""
-    return getattr(importlib.import_module(".cpu.operators", __package__), name)
+def prepared_kernel_of(name: str) -> Callable[..., Any]:
+    """Return `kernel_of` with its calls prepared: see `gpu.prepared`."""
+    function = kernel_of(name)
+    if function not in _prepared:
+        _prepared[function] = importlib.import_module(".gpu.prepared", __package__).PreparedOperator(function)
+    return _prepared[function]
+
+
+def compiled_of(name: str) -> Any:
+    """Return the C++ implementation of an operator or its backward, None where there is none."""
+    return getattr(importlib.import_module(".cpu.operators", __package__), name, None)

@@ -39,7 +39,8 @@ class Fusion:
         """Names of the operators that a graph calls; none if they are inlined."""
         if self.inlined:
             return ()
-        return tuple(name for name in (self.pre, self.post_pre, self.post, self.head) if name is not None)
+        joined = (self.post_pre, *(NORMED[name] for name in (self.pre, self.post_pre))) if self.post_pre else ()
+        return (self.pre, *joined, self.post, self.head)
 
     @property
     def kernels(self) -> frozenset[str]:
@@ -61,12 +62,23 @@ FUSIONS: dict[str, Fusion] = {
 CANDIDATES = ("site", "boundary")
 
 # The halves that a replayed site runs as: what computes an operator's coefficients, and what takes them.
-HALVES = {"pre": ("measure", "collapse"), "post_pre": ("post_measure", "post_collapse")}
+HALVES = {
+    "pre": ("measure", "collapse"),
+    "post_pre": ("post_measure", "post_collapse"),
+    "pre_norm": ("measure", "collapse_norm"),
+    "post_pre_norm": ("post_measure", "post_collapse_norm"),
+}
+# What `fold_norms` makes of an operator whose layer input only a norm reads.
+NORMED = {"pre": "pre_norm", "post_pre": "post_pre_norm"}
+# With more streams than these, a norm's backward beside them does not fit the registers.
+MOST_NORMED_STREAMS = 4
 
 _MEASURE = ("prepare_phi_kernel", "projection_kernel", "coefficients_kernel")
-_SITE_BACKWARD = (
-    "gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel", "parameter_gradients_kernel",
-)  # fmt: skip
+_WALKS = ("gates_kernel", "coefficient_gradients_kernel", "stream_gradients_kernel")
+_SITE_BACKWARD = (*_WALKS, "parameter_gradients_kernel")
+_BOUNDARY_BACKWARD = (*_WALKS, "last_gradients_kernel")
+
+_NORMED_WALKS = ("norm_gates_kernel", *_WALKS[1:])
 
 # The kernels that each operator and its backward may launch.
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -80,7 +92,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
         *_SITE_BACKWARD,
     ),
     "post": ("post_forward_kernel", "post_backward_kernel"),
-    "post_pre": (*_MEASURE, "collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
+    "post_pre": (*_MEASURE, "collapse_kernel", *_BOUNDARY_BACKWARD),
     "post_measure": _MEASURE,
-    "post_collapse": ("collapse_kernel", "post_backward_kernel", *_SITE_BACKWARD),
+    "post_collapse": ("collapse_kernel", *_BOUNDARY_BACKWARD),
+    "pre_norm": (*_MEASURE, "collapse_norm_kernel", *_NORMED_WALKS, "parameter_gradients_kernel"),
+    "collapse_norm": ("collapse_norm_kernel", *_NORMED_WALKS, "parameter_gradients_kernel"),
+    "post_pre_norm": (*_MEASURE, "collapse_norm_kernel", *_NORMED_WALKS, "last_gradients_kernel"),
+    "post_collapse_norm": ("collapse_norm_kernel", *_NORMED_WALKS, "last_gradients_kernel"),
 }  # fmt: skip

@@ -9,7 +9,8 @@ anywhere:
     )
 
 The name is then a value of the option `manifold`. Plain PyTorch runs it. A manifold of this table whose
-`kernel_matrix` is named has device functions in `gpu/coefficients.py` (`matrix_tile`, `matrix_tile_backward`) too.
+`kernel_matrix` is named has device functions too: `matrix_of` or `matrix_of_row` of `gpu/coefficients.py`, and
+`coefficients` of `cpu/coefficients.h`.
 
 Torch is imported only where it is used: the command line reads this table for its help.
 """
@@ -327,6 +328,7 @@ MANIFOLDS: dict[str, Manifold] = {
             rest_bias=_permutation_rest,
             exact_rows=True,
             uses_eps=False,
+            kernel_matrix="permutation",
             logits=lambda n: math.factorial(n),
             sizes=(2, 3, 4),
             flops=lambda n, iters: 2 * math.factorial(n) * (n**2 + 1),
@@ -339,6 +341,7 @@ MANIFOLDS: dict[str, Manifold] = {
             rest_bias=_kronecker_rest,
             exact_rows=True,
             uses_eps=False,
+            kernel_matrix="kronecker",
             logits=_log2,
             sizes=(2, 4, 8),
             flops=lambda n, iters: 2 * n**2,

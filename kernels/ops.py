@@ -10,9 +10,9 @@ is its backward.
 An operator saves its inputs for the backward, and beside them its projection, n² + 2n + 1 floats a token that it
 returns: nothing is projected again. The other coefficients are recomputed from that.
 
-`pre` and `post_pre` also come in two halves. `measure` computes the coefficients, which a graph that recomputes always
-keeps; `collapse` takes them, does the rest, and is differentiated as the whole. Run again in a backward it is one pass
-over the streams.
+`pre` and `post_pre` also come with the norm of their layer input (`normed`), and all of these in two halves. `measure`
+computes the coefficients, which a graph that recomputes always keeps; `collapse` takes them, does the rest, and is
+differentiated as the whole. Run again in a backward it is one pass over the streams.
 
 Why `custom_op` and not `triton_op`. `triton_op` lets Inductor see the kernels and emit their launches itself,
 without Python dispatch. It was not taken, for three reasons. Dispatch here depends on the device and on an
@@ -20,14 +20,14 @@ override, and an operator must also run as plain PyTorch; Inductor would have to
 heuristics depend on the number of tokens, so tracing them would guard on it and compile again at each
 boundary between configurations; opaque, one graph serves every number of tokens. And `opcheck` fails on a
 `triton_op` under Triton's interpreter, so that the registration could not be tested without a GPU. The price
-is a Python call for each operator, which CUDA graphs (`mode="reduce-overhead"`) should remove: the kernels
-allocate through PyTorch, never wait for the device and launch the same grids for the same shapes. None of
-this has been measured, or captured, on a GPU yet.
+is a Python call for each operator, which `gpu.prepared` keeps short, and which CUDA graphs
+(`mode="reduce-overhead"`) should remove: the kernels allocate through PyTorch, never wait for the device and
+launch the same grids for the same shapes. None of this has been measured, or captured, on a GPU yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,13 @@ from torch.library import CustomOpDef
 
 from .dispatch import reference_of, run
 from .manifolds import MANIFOLDS
+from .orientation import like_phi
 from .reference import accumulation_dtype
 
 Outputs = Tensor | tuple[Tensor, ...]
 
-# What a forward hands to its backward.
-_PROJECTION = "projection"
+# What a forward hands to its backward beside its inputs.
+_SAVED = ("projection", "statistics")
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,29 @@ class Signature:
 
     @property
     def backward(self) -> Signature:
-        """The signature of the backward: gradients of the outputs, the inputs, and the projection if there is one."""
+        """The signature of the backward: gradients of the outputs, the inputs, and what is saved beside them."""
         grads = tuple(f"grad_{name}" for name in self.outputs)
-        projection = tuple(name for name in (*self.given, *self.kept) if name == _PROJECTION)
-        return Signature((*grads, *self.inputs, *projection), self.constants, self.inputs)
+        return Signature((*grads, *self.inputs, *self.saved), self.constants, self.inputs)
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of what the backward is given of a forward's results, or of what that was given."""
+        return tuple(name for name in (*self.given, *self.kept) if name in _SAVED)
 
     @property
     def phi_at(self) -> int | None:
         """Where the tensors phi, scale and bias begin, None without."""
         return self.tensors.index("phi") if "phi" in self.tensors else None
+
+    @property
+    def kernel_constants(self) -> int:
+        """How many constants the kernels know: all but `transposed`, which is the last."""
+        return len(self.constants) - ("bool transposed=False" in self.constants)
+
+    def shared_with(self, other: Signature, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Return of a call's arguments those that another operator takes, too, in its order."""
+        named = dict(zip((*self.tensors, *self.constants), arguments, strict=False))
+        return tuple(named[name] for name in (*other.tensors, *other.constants) if name in named)
 
     def manifold(self, constants: tuple[Any, ...]) -> str:
         """Return the manifold that a call's constants name; operators that take none are covered by every kernel."""
@@ -149,6 +164,20 @@ def _fake_collapse(streams: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *g
     return (_fake_layer_input(streams), _like(post), _like(res))
 
 
+def _fake_statistics(streams: Tensor) -> Tensor:
+    return streams.new_empty(*streams.shape[:-2], 2, dtype=accumulation_dtype(streams))
+
+
+def _fake_pre_norm(streams: Tensor, norm_weight: Tensor, norm_bias: Tensor, *site: Any) -> tuple[Tensor, ...]:
+    parameters, constants = site[:3], site[3:]
+    known = (*constants[:4], *constants[6:])  # without layer_eps and centered
+    return (*_fake_pre(streams, *parameters, *known), _fake_statistics(streams))
+
+
+def _fake_collapse_norm(streams: Tensor, norm_weight: Tensor, norm_bias: Tensor, *site: Any) -> tuple[Tensor, ...]:
+    return (*_fake_collapse(streams, *site), _fake_statistics(streams))
+
+
 def _behind_post(fake: Callable[..., tuple[Tensor, ...]], fresh: bool) -> Callable[..., tuple[Tensor, ...]]:
     """Return the fake of an operator that a `post` comes first in, whose streams `fresh` says it returns."""
 
@@ -171,9 +200,14 @@ def _define(name: str, signature: Signature, fake: Callable[..., Outputs]) -> Cu
     position = next(index for index, given in enumerate(signature.tensors) if not given.startswith("grad_"))
 
     def call(*arguments: Any) -> Outputs:
-        tensors, constants = arguments[:count], arguments[count:]
+        # What a call leaves to its defaults does not come: all of them are False.
+        missing = (False,) * (count + len(signature.constants) - len(arguments))
+        tensors, constants = arguments[:count], (*arguments[count:], *missing)
         n_streams = tensors[position].shape[-2]
-        result = run(name, tensors, n_streams, signature.manifold(constants), *constants, phi_at=signature.phi_at)
+        result = run(
+            name, tensors, n_streams, signature.manifold(constants), *constants,
+            phi_at=signature.phi_at, kernel_constants=signature.kernel_constants,
+        )  # fmt: skip
         return result if isinstance(result, Tensor) else tuple(result)
 
     operator = torch.library.custom_op(f"mhc::{name}", call, mutates_args=(), schema=signature.schema)
@@ -189,7 +223,10 @@ def _operator(
 
     def fake_backward(*arguments: Any) -> Outputs:
         inputs = arguments[outputs:][:count]
-        return _like(inputs[0]) if count == 1 else tuple(_like(tensor) for tensor in inputs)
+        if count == 1:
+            return _like(inputs[0])
+        named = zip(signature.inputs, inputs, strict=True)
+        return tuple(like_phi(tensor) if name == "phi" else _like(tensor) for name, tensor in named)
 
     forward = _define(name, signature, fake)
     gradients = backward or _define(f"{name}_backward", signature.backward, fake_backward)
@@ -198,7 +235,7 @@ def _operator(
         results = (output,) if isinstance(output, Tensor) else output
         names = (*signature.tensors, *signature.results)
         named = dict(zip(names, (*inputs[: len(signature.tensors)], *results), strict=True))
-        ctx.save_for_backward(*inputs[:count], *(named[_PROJECTION] for _ in range(_PROJECTION in named)))
+        ctx.save_for_backward(*inputs[:count], *(named[name] for name in signature.saved))
         ctx.mark_non_differentiable(*results[outputs:])
         ctx.constants = inputs[len(signature.tensors) :]
 
@@ -227,10 +264,12 @@ def _without_gradient(name: str, signature: Signature, fake: Callable[..., Outpu
 
 
 _PARAMETERS = ("phi", "scale", "bias")
+_NORMED = ("norm_weight", "norm_bias", *_PARAMETERS)
 _MIXING = ("streams", "branch", "post", "res")
 _SITE = ("SymInt iters", "float norm_eps", "float eps", "str manifold", "bool anchored=False", "bool transposed=False")
+_NORMED_SITE = (*_SITE[:4], "float layer_eps", "bool centered", *_SITE[4:])
 _HEAD = ("float norm_eps", "float eps", "bool anchored=False")
-_KEPT = (_PROJECTION,)
+_KEPT, _STATISTICS = ("projection",), ("statistics",)
 _MEASURED, _NEXT_MEASURED = ("post", "res"), ("next_post", "next_res")
 
 _pre = _operator("pre", Signature(("streams", *_PARAMETERS), _SITE, ("layer_input", *_MEASURED), kept=_KEPT), _fake_pre)
@@ -238,6 +277,17 @@ _post_pre = _operator(
     "post_pre",
     Signature((*_MIXING, *_PARAMETERS), _SITE, ("fresh", "layer_input", *_NEXT_MEASURED), kept=_KEPT),
     _behind_post(_fake_pre, fresh=True),
+)
+# With the norm of the layer input; see `normed`.
+_pre_norm = _operator(
+    "pre_norm",
+    Signature(("streams", *_NORMED), _NORMED_SITE, ("normed", *_MEASURED), kept=(*_KEPT, *_STATISTICS)),
+    _fake_pre_norm,
+)
+_post_pre_norm = _operator(
+    "post_pre_norm",
+    Signature((*_MIXING, *_NORMED), _NORMED_SITE, ("fresh", "normed", *_NEXT_MEASURED), kept=(*_KEPT, *_STATISTICS)),
+    _behind_post(_fake_pre_norm, fresh=True),
 )
 
 OPERATORS: dict[str, Operator] = {
@@ -269,6 +319,28 @@ OPERATORS: dict[str, Operator] = {
             Signature((*_MIXING, *_PARAMETERS), _SITE, _post_pre.signature.outputs, (*_NEXT_MEASURED, *_KEPT)),
             _behind_post(_fake_collapse, fresh=True),
             _post_pre.backward,
+        ),
+        _pre_norm,
+        _post_pre_norm,
+        _operator(
+            "collapse_norm",
+            Signature(
+                ("streams", *_NORMED), _NORMED_SITE, _pre_norm.signature.outputs, (*_MEASURED, *_KEPT), _STATISTICS
+            ),
+            _fake_collapse_norm,
+            _pre_norm.backward,
+        ),
+        _operator(
+            "post_collapse_norm",
+            Signature(
+                (*_MIXING, *_NORMED),
+                _NORMED_SITE,
+                _post_pre_norm.signature.outputs,
+                (*_NEXT_MEASURED, *_KEPT),
+                _STATISTICS,
+            ),
+            _behind_post(_fake_collapse_norm, fresh=True),
+            _post_pre_norm.backward,
         ),
     )
 }

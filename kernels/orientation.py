@@ -1,54 +1,98 @@
-"""Rows of phi and bias in the order that the kernels read: `res[out, in]`.
+"""How a site's phi [rows, n·C] lies in memory: the order of its rows, and which of its two dimensions runs first.
 
 A site whose mixing matrix is stored [in, out] (`transposed`, as DeepSeek-V4 stores it) is the same site with the n·n
-last rows of phi and bias in another order. The reference takes the flag as it is. The kernels do not know it: here they
-are given the rows in their order, and the gradients are put back; the projection is in their order everywhere. That is
-one pass over phi, (n² + 2n)·n·C numbers, beside the n·C of every token.
+last rows of phi and bias in another order, and a model that multiplies by weights [n·C, rows] hands them on as a view.
+Kernels read phi where it lies and write its gradient alike: either would be a pass over (n² + 2n)·n·C numbers a call.
+The projection is in the order of `res[out, in]` everywhere.
+
+Torch is imported only where it is used: the cost model reads launch configurations without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .manifolds import Manifold
 
 # Behind iters, norm_eps, eps, manifold and anchored: where the constants of a site's operators hold `transposed`.
-_POSITION = 5
+SITE_CONSTANTS = 5
 
 
-def in_kernel_order(
+@dataclass(frozen=True)
+class PhiLayout:
+    """How the phi that a kernel is given lies in memory.
+
+    Attributes:
+        transposed: the rows of res, of phi and of bias, are ordered [in, out]. Of a phi without n·n such rows it says
+            nothing.
+        columns: phi is given as [n·C, rows].
+    """
+
+    transposed: bool = False
+    columns: bool = False
+
+    def rows(self, phi: Tensor) -> int:
+        """Return the number of rows of a phi that lies so."""
+        return phi.shape[1 if self.columns else 0]
+
+
+ROWS_FIRST = PhiLayout()
+
+
+def in_columns(phi: Tensor) -> bool:
+    """Whether a phi [rows, n·C] is a view of contiguous [n·C, rows]."""
+    return phi.mT.is_contiguous() and not phi.is_contiguous()
+
+
+def like_phi(phi: Tensor) -> Tensor:
+    """Return memory for the gradient of phi [rows, n·C], which lies as phi does: in columns, or else contiguous."""
+    import torch
+
+    if in_columns(phi):
+        return torch.empty_like(phi.mT, memory_format=torch.contiguous_format).mT
+    return torch.empty_like(phi, memory_format=torch.contiguous_format)
+
+
+def in_layout(
     call: Callable[..., Any],
     tensors: tuple[Tensor, ...],
-    n_streams: int,
     constants: tuple[Any, ...],
     phi_at: int | None,
     gradients: bool = False,
+    kernel_constants: int = SITE_CONSTANTS,
 ) -> Any:
-    """Call a kernel that knows no `transposed`.
+    """Call a kernel with phi as it lies, and the layout that says how as its last constant.
 
     Args:
         call: the kernel.
         tensors: of the call.
-        n_streams: n.
-        constants: of the call, as the operator's signature has them.
+        constants: of the call, all that the operator's signature has.
         phi_at: where phi, scale and bias begin among the tensors, None without.
         gradients: the kernel returns the gradients of phi, scale and bias last.
+        kernel_constants: how many of the constants come before `transposed`, if they are as many.
     """
-    known, transposed = constants[:_POSITION], any(constants[_POSITION:])
-    if not transposed or phi_at is None or tensors[phi_at].shape[0] == 2 * n_streams:
-        return call(*tensors, *known)
-    phi, scale, bias = tensors[phi_at : phi_at + 3]
-    ordered = (with_res_transposed(phi, n_streams), scale, with_res_transposed(bias, n_streams))
-    results = call(*tensors[:phi_at], *ordered, *tensors[phi_at + 3 :], *known)
-    if not gradients:
+    if phi_at is None:
+        return call(*tensors, *constants)
+    phi = tensors[phi_at]
+    layout = PhiLayout(any(constants[kernel_constants:]), in_columns(phi))
+    given = (*tensors[:phi_at], phi.mT if layout.columns else phi, *tensors[phi_at + 1 :])
+    results = call(*given, *constants[:kernel_constants], layout)
+    if not gradients or not layout.columns:
         return results
     *grads, grad_phi, grad_scale, grad_bias = results
-    return (*grads, with_res_transposed(grad_phi, n_streams), grad_scale, with_res_transposed(grad_bias, n_streams))
+    return (*grads, grad_phi.mT, grad_scale, grad_bias)
 
 
-def with_res_transposed(rows: Tensor, n_streams: int) -> Tensor:
-    """Return a copy of phi [rows, n·C] or bias [rows] whose n·n last rows, those of res, are transposed."""
-    gates, matrix = rows.split([2 * n_streams, n_streams * n_streams])
-    return torch.cat([gates, *matrix.unflatten(0, (n_streams, n_streams)).unbind(1)])
+def in_kernel_rows(rows: Tensor, family: Manifold, n: int, transposed: bool) -> Tensor:
+    """Return a bias or products [*, rows] with those of res ordered [out, in], or put that order back."""
+    import torch
+
+    if not transposed or not family.mixes or family.logits is not None:
+        return rows
+    gates, matrix = rows.split([2 * n, n * n], dim=-1)
+    return torch.cat([gates, matrix.unflatten(-1, (n, n)).mT.flatten(-2)], dim=-1)

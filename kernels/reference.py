@@ -9,6 +9,8 @@ differentiated by autograd, which is how the hand-written backward functions bes
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from . import anchored as anchoring
 from .manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
-from .orientation import with_res_transposed
+from .orientation import in_columns, in_kernel_rows
 
 NORM_EPS = 1e-6
 
@@ -107,7 +109,8 @@ def products(
 ) -> tuple[Tensor, Tensor]:
     """Return the two parts of a projection: phi · vec(X) [*, rows] and the sum of squares [*, 1]; see `pre`."""
     n = streams.shape[-2]
-    return _products(streams, in_kernel_rows(phi, MANIFOLDS[manifold], n, transposed), anchored)
+    found, squares = _products(streams, phi, anchored)
+    return in_kernel_rows(found, MANIFOLDS[manifold], n, transposed), squares
 
 
 def pre_of(
@@ -193,10 +196,8 @@ def pre_backward(
     n = streams.shape[-2]
     groups = _groups(family, n)
     wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
-    ordered = in_kernel_rows(phi, family, n, transposed)
-    logits = _logits(
-        projection, scale, in_kernel_rows(bias, family, n, transposed), n * streams.shape[-1], norm_eps, groups
-    )
+    ordered = functools.partial(in_kernel_rows, family=family, n=n, transposed=transposed)
+    logits = _logits(projection, scale, ordered(bias), n * streams.shape[-1], norm_eps, groups)
     pre_logits, post_logits, res_logits = _split(logits.logits, family, n)
 
     grad_input = grad_layer_input.to(dtype)
@@ -217,16 +218,16 @@ def pre_backward(
         grad_mixing = family.project_backward(grad_res, res_logits, iters, eps)
         grad_logits.append(grad_mixing.flatten(-2) if family.logits is None else grad_mixing)
     grad_streams, grad_phi, grad_scale, grad_bias = _project_by_phi_backward(
-        torch.cat(grad_logits, dim=-1), wide, logits, ordered, scale, groups
+        torch.cat(grad_logits, dim=-1), wide, logits, phi, scale, groups, ordered
     )
     if anchored:
         grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
     grad_streams = grad_streams + weights.unsqueeze(-1) * grad_input.unsqueeze(-2)
     return (
         grad_streams.to(streams.dtype),
-        in_kernel_rows(grad_phi, family, n, transposed).to(phi.dtype),
+        grad_phi.to(phi.dtype),
         grad_scale.to(scale.dtype),
-        in_kernel_rows(grad_bias, family, n, transposed).to(bias.dtype),
+        grad_bias.to(bias.dtype),
     )
 
 
@@ -330,13 +331,6 @@ def head_backward(
     )
 
 
-def in_kernel_rows(rows: Tensor, family: Manifold, n: int, transposed: bool) -> Tensor:
-    """Return phi [rows, n·C] or bias [rows] with the rows of res ordered [out, in], or put that order back."""
-    if not transposed or not family.mixes or family.logits is not None:
-        return rows
-    return with_res_transposed(rows, n)
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor))
 
@@ -378,20 +372,27 @@ def _logits(
 
 
 def _project_by_phi_backward(
-    grad_logits: Tensor, wide: Tensor, logits: _Logits, phi: Tensor, scale: Tensor, groups: tuple[int, ...]
+    grad_logits: Tensor,
+    wide: Tensor,
+    logits: _Logits,
+    phi: Tensor,
+    scale: Tensor,
+    groups: tuple[int, ...],
+    stored: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to the streams [*, n, C], phi, scale and bias."""
+    """Return the gradients with respect to the streams [*, n, C], phi, scale and bias, the last three `stored`."""
     _, found, inverse_rms = logits
     flat = wide.flatten(-2)
     rows = grad_logits.shape[-1]
     grad_normed = grad_logits * _spread(scale.to(flat.dtype), groups)
-    grad_products = grad_normed * inverse_rms
+    grad_products = stored(grad_normed * inverse_rms)
     grad_inverse_rms = (grad_normed * found).sum(-1, keepdim=True)
     grad_flat = grad_products @ phi.to(flat.dtype) - grad_inverse_rms * inverse_rms**3 / flat.shape[-1] * flat
-    grad_phi = grad_products.reshape(-1, rows).mT @ flat.reshape(-1, flat.shape[-1])
+    few, tokens = grad_products.reshape(-1, rows), flat.reshape(-1, flat.shape[-1])
+    grad_phi = (tokens.mT @ few).mT if in_columns(phi) else few.mT @ tokens
     per_row = (grad_logits * found * inverse_rms).reshape(-1, rows).sum(0)
     grad_scale = torch.stack([part.sum() for part in per_row.split(groups)])
-    return grad_flat.unflatten(-1, wide.shape[-2:]), grad_phi, grad_scale, grad_logits.reshape(-1, rows).sum(0)
+    return grad_flat.unflatten(-1, wide.shape[-2:]), grad_phi, grad_scale, stored(grad_logits.reshape(-1, rows).sum(0))
 
 
 def _weighted_sum(streams: Tensor, weights: Tensor) -> Tensor:

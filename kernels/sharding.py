@@ -20,7 +20,7 @@ from torch.library import CustomOpDef
 
 from .ops import OPERATORS, Signature
 
-_PARAMETERS = {"phi", "scale", "bias"}
+_PARAMETERS = {"phi", "scale", "bias", "norm_weight", "norm_bias"}
 
 
 class _SumGradients(torch.autograd.Function):

@@ -23,6 +23,7 @@ from .passes.analyze import Analysis, analyze
 from .passes.annotate_recompute import annotate_recompute
 from .passes.close_regions import close_regions
 from .passes.expand_streams import expand_streams
+from .passes.fold_norms import fold_norms
 from .passes.fuse_boundaries import fuse_boundaries
 from .passes.fx.sources import streams_examples
 from .passes.mark_cacheable import mark_cacheable
@@ -107,6 +108,7 @@ def _compiled(
         fusion = fusion_for_native(native.sites, config)
     if fusion is not None and FUSIONS[fusion.fusion].post_pre is not None:
         graph = passes.rewrite("fuse_boundaries", fuse_boundaries, graph)
+        graph = passes.rewrite("fold_norms", fold_norms, graph)
         verify(analysis.plain, graph, config.n_streams, leaving)
     graph = passes.rewrite("close_regions", close_regions, graph)
     if fusion is not None:

@@ -18,7 +18,7 @@ FUSIONS = ("auto", *fusions.FUSIONS)
 GRAPH_BREAKS = ("carry", "collapse", "error")
 RECOMPUTES = ("auto", "none")
 # Rewriting passes that a model runs without, too.
-OPTIONAL_PASSES = ("lower_native", "fuse_boundaries", "annotate_recompute", "mark_cacheable")
+OPTIONAL_PASSES = ("lower_native", "fuse_boundaries", "fold_norms", "annotate_recompute", "mark_cacheable")
 
 # The options that decide which parameters exist and what they mean. The rest may change from one
 # compilation to the next without touching a checkpoint.
@@ -48,9 +48,9 @@ class MHCConfig:
         init: "preserve" starts from exactly the original model; "paper" starts from scale 0.01 and random phi.
         readout: how a chain's streams become one value at its end: "mean", or "learned" (sigmoid-weighted).
         fusion: "site" calls two opaque operators per site, `pre` and `post`; "boundary" joins a site's `post` and the
-            next site's `pre`; "auto" takes the one of these that suits device, tokens and width; "paper" runs `pre` in
-            the paper's separate kernels; "inductor" inlines the plain ATen mathematics and leaves the fusion to
-            Inductor.
+            next site's `pre`, on a GPU with the norm that alone reads its layer input; "auto" takes the one of these
+            that suits device, tokens and width; "paper" runs `pre` in the paper's separate kernels; "inductor" inlines
+            the plain ATen mathematics and leaves the fusion to Inductor.
         recompute: which streams are stored for the backward. An integer stores them every so many sites, and computes
             the ones in between, the layer inputs and the coefficients again, without rerunning a branch; "auto" takes
             the interval that needs the least memory; "none" stores what autograd asks for. No inner backend but those

@@ -55,15 +55,14 @@ assert ops.OPERATORS, "importing the table registers torch.ops.mhc"
 POLICY, REGION = "recompute", "ac_graph_id"
 
 _REGION_ID = sys.maxsize
-# Operators of which a site that is replayed runs the halves, with the number of tensors before the site's constants.
+# Operators of which a site that is replayed runs the halves.
 _HALVES = {
-    getattr(torch.ops.mhc, name).default: (
-        *(getattr(torch.ops.mhc, half).default for half in halves),
-        len(ops.OPERATORS[name].signature.tensors),
-    )
+    getattr(torch.ops.mhc, name).default: tuple(ops.OPERATORS[part] for part in (name, *halves))
     for name, halves in HALVES.items()
 }
-_WRITES = {torch.ops.mhc.post.default, torch.ops.mhc.post_pre.default, inlined.post}
+_WRITES = {
+    torch.ops.mhc.post.default, torch.ops.mhc.post_pre.default, torch.ops.mhc.post_pre_norm.default, inlined.post,
+}  # fmt: skip
 _KEEPS_STATISTICS = {"batch_norm", "instance_norm"}
 
 
@@ -152,15 +151,17 @@ def _emitter(graph: Graph, origin: Node, policy: CheckpointPolicy) -> Callable[.
 
 def _in_halves(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:
     """Emit an operator as its halves, the coefficients stored; the second one is returned, with `node`'s results."""
-    measure, collapse, count = _HALVES[node.target]
-    arguments = map_arg(node.args, argument)
+    whole, measure, collapse = _HALVES[node.target]
+    arguments, count = map_arg(node.args, argument), len(whole.signature.tensors)
+    made = dict(zip(whole.signature.results, node.meta["example_value"], strict=True))
+    coefficients, rest = (tuple(made[name] for name in half.signature.results) for half in (measure, collapse))
     keep = _emitter(graph, node, CheckpointPolicy.MUST_SAVE)
-    *made, post, res, projection = node.meta["example_value"]
-    coefficients = (post, res, projection)
-    measured = keep(measure, *arguments, example_value=coefficients)
+    given = whole.signature.shared_with(measure.signature, arguments)
+    measured = keep(getattr(torch.ops.mhc, measure.name).default, *given, example_value=coefficients)
     items = [keep(operator.getitem, measured, index, example_value=value) for index, value in enumerate(coefficients)]
     replay = _emitter(graph, node, CheckpointPolicy.MUST_RECOMPUTE)
-    return replay(collapse, *arguments[:count], *items, *arguments[count:], example_value=(*made, post, res))
+    given = (*arguments[:count], *items, *arguments[count:])
+    return replay(getattr(torch.ops.mhc, collapse.name).default, *given, example_value=rest)
 
 
 def _projection_apart(graph: Graph, node: Node, argument: Callable[[Node], Node]) -> Node:

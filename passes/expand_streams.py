@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule, Node, symbolic_trace
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..config import MHCConfig
@@ -30,11 +29,11 @@ from ..kernels.fusions import CANDIDATES, FUSIONS, Fusion
 from .bound_chains import BoundChain, BoundSite, Parameters
 from .fx.added_nodes import Role, mark
 from .fx.carriers import is_linear, is_training_batch_norm, keeps_layout
-from .fx.dataflow import is_dropout, output_values, sizes_of, tensor_of
-from .fx.grad_modes import grad_modes, set_grad_mode
+from .fx.dataflow import is_dropout, output_values, tensor_of
 from .fx.graph_copy import copy_node, module_like
 from .fx.mesh import enter_mesh
-from .fx.regions import Region, put_into, regions_of
+from .fx.regions import Region, regions_of
+from .fx.stream_writer import Streams, StreamWriter, sizes_at
 from .nested_chains import sites_around
 from .residual import Carrier, ResidualAdd
 
@@ -63,19 +62,6 @@ LOWERINGS = {name: _lowering(fusion) for name, fusion in FUSIONS.items()}
 LOWERINGS["auto"] = LOWERINGS[CANDIDATES[0]]
 
 
-@dataclass
-class _Streams:
-    """The n anchored streams of one value: stacked [*, n, C], or as n values of the plain layout, or both.
-
-    Attributes:
-        dim: the feature dimension of the plain value that the stacked form has moved last.
-    """
-
-    dim: int
-    stacked: Node | None = None
-    parts: list[Node] | None = None
-
-
 def expand_streams(graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig) -> GraphModule:
     """Return a new graph in which the chains are streams; `graph_module` is left as it is.
 
@@ -85,22 +71,19 @@ def expand_streams(graph_module: GraphModule, chains: tuple[BoundChain, ...], co
     return _Expander(graph_module, chains, config).run()
 
 
-class _Expander:
+class _Expander(StreamWriter):
     """The state of one rewrite: the new graph, and what each old value has become."""
 
     def __init__(self, graph_module: GraphModule, chains: tuple[BoundChain, ...], config: MHCConfig) -> None:
+        super().__init__(graph_module, config.n_streams)
         self.graph_module = graph_module
         self.chains = chains
         self.config = config
         self.lowering = LOWERINGS[config.fusion]
-        self.graph = Graph()
         self.plain: dict[Node, Node] = {}
         self.entered: dict[Node, Node] = {}
-        self.streams: dict[Node, _Streams] = {}
+        self.streams: dict[Node, Streams] = {}
         self.coefficients: dict[Node, tuple[Node, Node, Node]] = {}
-        self.regions: tuple[Region, ...] = ()
-        self.modes = grad_modes(graph_module)
-        self.mode = True
         sites = [site for chain in chains for site in chain.sites]
         self.site_at = {site.add.node: site for site in sites}
         self.carrier_at: dict[Node, Carrier] = {}
@@ -164,12 +147,12 @@ class _Expander:
         for index, entry in enumerate(chain.entry for chain in self.chains if chain.entry is not None):
             example = entry.node.meta["example_value"]
             with torch.no_grad():
-                streams = equal_streams(example.movedim(entry.feature_dim, -1), self.config.n_streams).contiguous()
+                streams = equal_streams(example.movedim(entry.feature_dim, -1), self.n).contiguous()
             node = self.graph.placeholder(f"mhc_streams_{index}")
             node.meta = {"example_value": streams.detach().requires_grad_(example.requires_grad)}
             # AOTAutograd asks for the attribute; None says that the value comes from nowhere in the user's code.
             node._dynamo_source = None
-            self.streams[entry.node] = _Streams(entry.feature_dim, stacked=mark(node, Role.HEAD))
+            self.streams[entry.node] = Streams(entry.feature_dim, stacked=mark(node, Role.HEAD))
 
     def _enter_meshes(self) -> None:
         """Bring the parameters of streams that are divided over ranks to where the streams are."""
@@ -186,8 +169,8 @@ class _Expander:
         streams = []
         for value in (returned[leaving.position] for chain in self.chains for leaving in chain.exits):
             self._collapsed(value)
-            stacked = self._stacked(self.streams[value], self.streams[value].dim, value)
-            streams.append(self._emit(value, "contiguous", stacked))
+            stacked = self.stacked(self.streams[value], self.streams[value].dim, value)
+            streams.append(self.emit(value, "contiguous", stacked))
         visible: Any = copy_node(self.graph, node, self._collapsed)
         if streams:
             visible.args = ((*visible.args[0], *streams),)
@@ -212,54 +195,47 @@ class _Expander:
         assert site.add.fork is not None
         layer_input, _, _ = self._coefficients(site)
         # For the add, not for the fork: that one may be frozen, and the mapping's gradient would be lost.
-        return self._unstacked(layer_input, site.add.fork_dim, site.add.node)
+        return self.unstacked(layer_input, site.add.fork_dim, site.add.node)
 
     def _collapsed(self, value: Node) -> Node:
         """Return the plain form of a value; a stream value is read out, once."""
         if value not in self.plain:
             streams = self.streams[value]
-            stacked = self._stacked(streams, streams.dim, value)
+            stacked = self.stacked(streams, streams.dim, value)
             readout = self.readouts.get(value)
             if readout is not None:
                 arguments = (stacked, *self._inputs(readout), reference.NORM_EPS, 0.0, True)
-                read = mark(self._emit(value, self.lowering.head, *arguments), Role.READOUT)
-                out = self._emit(value, operator.getitem, read, 0)
+                read = mark(self.emit(value, self.lowering.head, *arguments), Role.READOUT)
+                out = self.emit(value, operator.getitem, read, 0)
             else:
-                out = self._mean(stacked, value)
+                out = self.mean(stacked, value)
             mark(out, Role.READOUT)
-            self.plain[value] = self._unstacked(out, streams.dim, value)
+            self.plain[value] = self.unstacked(out, streams.dim, value)
         return self.plain[value]
 
-    def _mean(self, stacked: Node, origin: Node) -> Node:
-        """Collapse streams to their mean: the anchor and the mean of the differences, whose zeros keep it exact."""
-        n = self.config.n_streams
-        first = self._one_of(stacked, 0, origin)
-        others = self._emit(origin, torch.narrow, stacked, -2, 1, n - 1)
-        return self._emit(origin, torch.add, first, self._emit(origin, torch.sum, others, -2), alpha=1.0 / n)
-
-    def _streams_of(self, value: Node, dim: int) -> _Streams:
+    def _streams_of(self, value: Node, dim: int) -> Streams:
         """Return the streams of a value; a chain's head is expanded to n equal ones."""
         if value not in self.streams:
             self.streams[value] = self._expanded(self.plain[value], dim, value)
         return self.streams[value]
 
-    def _read_by(self, site: BoundSite, value: Node, dim: int) -> _Streams:
+    def _read_by(self, site: BoundSite, value: Node, dim: int) -> Streams:
         """Return the streams that a site reads; inside another's branch, they begin with what that branch reads."""
         outer = self.around.get(site.add.node)
         if outer is None or value is not site.add.fork:
             return self._streams_of(value, dim)
         return self._expanded(self._layer_input(outer), dim, site.add.node)
 
-    def _expanded(self, plain: Node, dim: int, origin: Node) -> _Streams:
-        features_last = self._moved(plain, dim, -1, origin)
-        wide = self._spelled(origin, equal_streams, features_last, self.config.n_streams)
-        return _Streams(dim, stacked=mark(wide, Role.HEAD))
+    def _expanded(self, plain: Node, dim: int, origin: Node) -> Streams:
+        features_last = self.moved(plain, dim, -1, origin)
+        wide = self.spelled(origin, equal_streams, features_last, self.n)
+        return Streams(dim, stacked=mark(wide, Role.HEAD))
 
     def _coefficients(self, site: BoundSite) -> tuple[Node, Node, Node]:
         """Return (layer_input, post, res) of a site, computed where they are first needed."""
         if site.add.node not in self.coefficients:
             base, dim = site.add.fork if site.add.fork is not None else site.add.skip, site.add.fork_dim
-            self.coefficients[site.add.node] = self._pre(site, self._stacked(self._read_by(site, base, dim), dim, base))
+            self.coefficients[site.add.node] = self._pre(site, self.stacked(self._read_by(site, base, dim), dim, base))
         return self.coefficients[site.add.node]
 
     def _pre(self, site: BoundSite, streams: Node) -> tuple[Node, Node, Node]:
@@ -267,37 +243,37 @@ class _Expander:
         config = self.config
         assert site.parameters is not None
         constants = (config.sinkhorn_iters, reference.NORM_EPS, 0.0, config.manifold, True)
-        result = self._emit(origin, self.lowering.pre, streams, *self._inputs(site.parameters), *constants)
-        layer_input, post, res = (self._emit(origin, operator.getitem, result, index) for index in range(3))
+        result = self.emit(origin, self.lowering.pre, streams, *self._inputs(site.parameters), *constants)
+        layer_input, post, res = (self.emit(origin, operator.getitem, result, index) for index in range(3))
         return layer_input, post, res
 
     def _write(self, site: BoundSite) -> None:
         """Emit a site's `post`: mix the streams and write the branch's output into each."""
         found = site.add
         dim = found.feature_dim
-        streams = self._stacked(self._read_by(site, found.skip, dim), dim, found.skip)
+        streams = self.stacked(self._read_by(site, found.skip, dim), dim, found.skip)
         added, skipped = tensor_of(found.node), tensor_of(found.skip)
         assert added is not None
         assert skipped is not None
         if added.dtype != skipped.dtype:
-            streams = self._emit(found.node, "to", streams, added.dtype)
-        branch = self._moved(self._collapsed(found.branch), dim, -1, found.branch)
+            streams = self.emit(found.node, "to", streams, added.dtype)
+        branch = self.moved(self._collapsed(found.branch), dim, -1, found.branch)
         if site.parameters is None:
-            wide = self._spelled(found.node, equal_streams, branch, self.config.n_streams)
-            added_to_each = self._emit(found.node, operator.add, streams, wide)
-            self.streams[found.node] = _Streams(dim, stacked=added_to_each)
+            wide = self.spelled(found.node, equal_streams, branch, self.n)
+            added_to_each = self.emit(found.node, operator.add, streams, wide)
+            self.streams[found.node] = Streams(dim, stacked=added_to_each)
             return
         _, post, res = self._coefficients(site)
         if not self._same_tokens(found):
             # The branch reads a view whose tokens are laid out otherwise: coefficients are per token.
             _, post, res = self._pre(site, streams)
-        written = self._emit(found.node, self.lowering.post, streams, branch, post, res)
-        self.streams[found.node] = _Streams(dim, stacked=written)
+        written = self.emit(found.node, self.lowering.post, streams, branch, post, res)
+        self.streams[found.node] = Streams(dim, stacked=written)
 
     @staticmethod
     def _same_tokens(found: ResidualAdd) -> bool:
         fork = found.fork if found.fork is not None else found.skip
-        fork_tokens, tokens = list(_sizes(fork)), list(_sizes(found.node))
+        fork_tokens, tokens = list(sizes_at(fork)), list(sizes_at(found.node))
         del fork_tokens[found.fork_dim], tokens[found.feature_dim]
         return fork_tokens == tokens
 
@@ -305,49 +281,47 @@ class _Expander:
         """Apply a carrier to each stream alone."""
         source = self.streams[carrier.source]
         dim = source.dim
-        rank = len(_sizes(carrier.source))
+        rank = len(sizes_at(carrier.source))
         linear = is_linear(carrier)
         if is_dropout(carrier.node):
             self.streams[carrier.node] = self._dropped(carrier.node, source)
         elif keeps_layout(carrier, features_last=dim == rank - 1):
-            stacked = self._stacked(source, dim, carrier.source)
+            stacked = self.stacked(source, dim, carrier.source)
             if linear:
                 stacked = self._copied(carrier, stacked)
             else:
-                released = self._spelled(carrier.node, release, stacked)
-                stacked = self._spelled(carrier.node, anchor, self._copied(carrier, released))
-            self.streams[carrier.node] = _Streams(dim, stacked=stacked)
+                released = self.spelled(carrier.node, release, stacked)
+                stacked = self.spelled(carrier.node, anchor, self._copied(carrier, released))
+            self.streams[carrier.node] = Streams(dim, stacked=stacked)
         elif is_training_batch_norm(carrier.node):
             # One call over all streams: n calls would update the running statistics n times.
-            joined = self._emit(carrier.node, torch.cat, self._released(source, carrier.source), 0)
+            joined = self.emit(carrier.node, torch.cat, self.released(source, carrier.source), 0)
             normed = self._copied(carrier, joined)
-            pieces = self._emit(carrier.node, torch.chunk, normed, self.config.n_streams, 0)
-            parts = [
-                self._emit(carrier.node, operator.getitem, pieces, index) for index in range(self.config.n_streams)
-            ]
-            self.streams[carrier.node] = _Streams(dim, parts=self._anchored(parts, carrier.node))
+            pieces = self.emit(carrier.node, torch.chunk, normed, self.n, 0)
+            parts = [self.emit(carrier.node, operator.getitem, pieces, index) for index in range(self.n)]
+            self.streams[carrier.node] = Streams(dim, parts=self.anchored(parts, carrier.node))
         elif linear:
-            parts = [self._copied(carrier, part) for part in self._parts(source, carrier.source)]
-            self.streams[carrier.node] = _Streams(self._dim_behind(carrier, dim), parts=parts)
+            parts = [self._copied(carrier, part) for part in self.parts(source, carrier.source)]
+            self.streams[carrier.node] = Streams(self._dim_behind(carrier, dim), parts=parts)
         else:
-            parts = [self._copied(carrier, part) for part in self._released(source, carrier.source)]
-            parts = self._anchored(parts, carrier.node)
-            self.streams[carrier.node] = _Streams(self._dim_behind(carrier, dim), parts=parts)
+            parts = [self._copied(carrier, part) for part in self.released(source, carrier.source)]
+            parts = self.anchored(parts, carrier.node)
+            self.streams[carrier.node] = Streams(self._dim_behind(carrier, dim), parts=parts)
 
-    def _dropped(self, node: Node, source: _Streams) -> _Streams:
+    def _dropped(self, node: Node, source: Streams) -> Streams:
         """Drop the same features in every stream: equal streams stay equal, and the random draws are the plain ones."""
-        stacked = self._stacked(source, source.dim, node)
-        first = self._unstacked(self._one_of(stacked, 0, node), source.dim, node)
-        ones = self._emit(node, torch.ones_like, first)
+        stacked = self.stacked(source, source.dim, node)
+        first = self.unstacked(self.one_of(stacked, 0, node), source.dim, node)
+        ones = self.emit(node, torch.ones_like, first)
         assert isinstance(node.args[0], Node)
         old_input = node.args[0]
         mask = self._copy(node, {old_input: ones})
-        mask = self._emit(node, torch.unsqueeze, self._moved(mask, source.dim, -1, node), -2)
-        return _Streams(source.dim, stacked=self._emit(node, operator.mul, stacked, mask))
+        mask = self.emit(node, torch.unsqueeze, self.moved(mask, source.dim, -1, node), -2)
+        return Streams(source.dim, stacked=self.emit(node, operator.mul, stacked, mask))
 
     def _dim_behind(self, carrier: Carrier, dim: int) -> int:
         """Return the feature dimension behind a carrier that may permute or reshape."""
-        before, behind = _sizes(carrier.source), _sizes(carrier.node)
+        before, behind = sizes_at(carrier.source), sizes_at(carrier.node)
         width = before[dim]
         if len(before) == len(behind) and behind[dim] == width:
             return dim
@@ -366,90 +340,4 @@ class _Expander:
 
         arguments = map_arg(node.args, read)
         keywords = map_arg(dict(node.kwargs), read)
-        return self._emit(node, node.target, *arguments, **keywords)
-
-    def _stacked(self, streams: _Streams, dim: int, origin: Node) -> Node:
-        """Return streams as one [*, n, C] value whose features come from dimension `dim`."""
-        if streams.stacked is None or streams.dim != dim:
-            parts = [self._moved(part, dim, -1, origin) for part in self._parts(streams, origin)]
-            streams.stacked, streams.dim = self._emit(origin, torch.stack, parts, -2), dim
-        return streams.stacked
-
-    def _parts(self, streams: _Streams, origin: Node) -> list[Node]:
-        """Return streams as n values of the plain layout."""
-        if streams.parts is None:
-            assert streams.stacked is not None
-            stacked = streams.stacked
-            streams.parts = [
-                self._unstacked(self._one_of(stacked, index, origin), streams.dim, origin)
-                for index in range(self.config.n_streams)
-            ]
-        return streams.parts
-
-    def _one_of(self, stacked: Node, index: int, origin: Node) -> Node:
-        """Return one of n stacked values."""
-        # Counted from the front: DTensor's rule for the backward of `select` takes no negative dimension.
-        return self._emit(origin, torch.select, stacked, len(_sizes(stacked)) - 2, index)
-
-    def _released(self, streams: _Streams, origin: Node) -> list[Node]:
-        """Return the streams themselves as n values of the plain layout."""
-        first, *others = self._parts(streams, origin)
-        return [first, *(self._emit(origin, torch.add, part, first) for part in others)]
-
-    def _anchored(self, released: list[Node], origin: Node) -> list[Node]:
-        """Return what `_released` was given: the first stream, and the others' differences from it."""
-        first, *others = released
-        return [first, *(self._emit(origin, torch.sub, part, first) for part in others)]
-
-    def _unstacked(self, value: Node, dim: int, origin: Node) -> Node:
-        return self._moved(value, -1, dim, origin)
-
-    def _moved(self, value: Node, start: int, end: int, origin: Node) -> Node:
-        rank = len(_sizes(value))
-        if start % rank == end % rank:
-            return value
-        return self._emit(origin, torch.movedim, value, start, end)
-
-    def _spelled(self, origin: Node, function: Callable[..., Tensor], value: Node, *constants: Any) -> Node:
-        """Add what a function of this package computes, operation by operation.
-
-        A graph that calls a Python function which is not torch's own is never taken from the compilers' caches.
-        """
-        made: dict[Node, Node] = {}
-        for node in symbolic_trace(lambda traced: function(traced, *constants)).graph.nodes:
-            if node.op == "placeholder":
-                made[node] = value
-            elif node.op != "output":
-                arguments = map_arg((node.args, node.kwargs), made.__getitem__)
-                made[node] = self._emit(origin, node.target, *arguments[0], **arguments[1])
-        return made[node.args[0]]
-
-    def _emit(self, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """Add a node that speaks for `origin`: its metadata, with the example value of its own computation."""
-        kind = "call_method" if isinstance(target, str) else "call_function"
-        wanted = self.modes[origin]
-        if wanted != self.mode:
-            put_into(set_grad_mode(self.graph, wanted), self.regions)
-        node = self.graph.create_node(kind, target, args, kwargs)
-        node.meta = {key: value for key, value in origin.meta.items() if key != "grapharg"}
-        node.meta["example_value"] = _evaluate(target, args, kwargs)
-        put_into(node, self.regions)
-        if wanted != self.mode:
-            put_into(set_grad_mode(self.graph, self.mode), self.regions)
-        return mark(node, Role.STREAM)
-
-
-def _sizes(node: Node) -> tuple[Any, ...]:
-    tensor = tensor_of(node)
-    assert tensor is not None, f"{node} has no example value"
-    return sizes_of(tensor)
-
-
-def _evaluate(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run one operation on example values (fake tensors: shapes and dtypes, no arithmetic)."""
-    values = map_arg(args, lambda node: node.meta["example_value"])
-    keywords = map_arg(kwargs, lambda node: node.meta["example_value"])
-    with torch.no_grad():
-        if isinstance(target, str):
-            return getattr(values[0], target)(*values[1:], **keywords)
-        return target(*values, **keywords)
+        return self.emit(node, node.target, *arguments, **keywords)

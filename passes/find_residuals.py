@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
+from .finding.joined_chains import Joiner
 from .finding.lookalikes import veto, writes_streams
 from .finding.operand_kinds import operand_kinds
 from .finding.other_adds import Causes
-from .fx.carriers import carried_from, carrier_between, outputs_over_carriers, scales_features
+from .finding.stream_walk import StreamWalk
+from .fx.carriers import scales_features
 from .fx.dataflow import (
     Reach,
     bodies,
     data_inputs,
     dim_of_size,
     is_activation,
-    is_activation_input,
     is_add,
     is_float,
     is_higher_order,
@@ -38,11 +38,10 @@ from .fx.dataflow import (
     operands,
     selected_from,
     shape_of,
-    sliced_dims,
     tensor_of,
 )
 from .fx.node_info import branch_children, called_children, feature_dim_of, form_of, location_of, module_path_of
-from .residual import Carrier, Entry, Exit, Findings, Reason, Rejection, ResidualAdd, ResidualChain
+from .residual import Findings, Reason, Rejection, ResidualAdd
 
 # Sums of two values that may each be a stream.
 _COUPLED = {Reason.INDEPENDENT, Reason.PARALLEL, Reason.REVERSIBLE}
@@ -63,7 +62,8 @@ class _Finder:
         kinds = operand_kinds(graph_module.graph, self.mixing)
         softmaxes = {node for node in self.order if is_softmax(node, graph_module)}
         self.causes = Causes(self.order, self.mixing, kinds, softmaxes)
-        self.found: dict[Node, ResidualAdd] = {}
+        self.walk = StreamWalk(self.order)
+        self.found = self.walk.found
         self.rejected: dict[Node, Rejection] = {}
         self.independent: set[Node] = set()
         self.tables: set[Node] = set()
@@ -97,7 +97,9 @@ class _Finder:
         self._drop_feed_through()
         self._keep_useful_shortcuts(shortcuts)
         self._drop_native()
-        return Findings(chains=tuple(self._chains()), rejections=tuple(self.rejected.values()))
+        return Findings(
+            chains=tuple(Joiner(self.walk, self.nested, self.normed).chains()), rejections=tuple(self.rejected.values())
+        )
 
     def _reject(self, node: Node, reason: Reason, detail: str = "") -> None:
         if reason in _COUPLED:
@@ -150,7 +152,7 @@ class _Finder:
 
     def _veto(self, node: Node, fork: Node, branch: Node, reach: dict[Node, Reach]) -> Reason | None:
         # Where the other operand is no stream, an embedding that a layer reads may be one.
-        tables = self.tables if self._previous(branch)[0] in self.found else set()
+        tables = self.tables if self.walk.previous(branch)[0] in self.found else set()
         return veto(node, fork, branch, reach, self.causes, self.independent, tables)
 
     def _cause_of_plain_way(self, node: Node, fork: Node, branch: Node) -> Reason:
@@ -160,24 +162,11 @@ class _Finder:
             return cause
         value: Node | None = branch
         while value is not None and self.order[value] > self.order[fork]:
-            value = self.found[value].skip if value in self.found else self._carried_from(value)
+            value = self.found[value].skip if value in self.found else self.walk.carried_from(value)
         return Reason.REINJECTION if value is fork else Reason.GATE
 
     def _writes_streams(self, left: Node, right: Node) -> bool:
         return writes_streams(left, right, self.causes) or writes_streams(right, left, self.causes)
-
-    def _carried_from(self, node: Node) -> Node | None:
-        """Return the stream value that a carrier was computed from; a slice of tokens is one, of features none."""
-        dims = sliced_dims(node)
-        source = node.args[0] if node.args else None
-        if dims is None or not is_float(node) or not isinstance(source, Node):
-            return carried_from(node)
-        origin: Node | None = source
-        while origin is not None and origin not in self.found and shape_of(origin) == shape_of(source):
-            origin = carried_from(origin)
-        known = self.found.get(origin) if origin is not None else None
-        features = known.feature_dim if known is not None else feature_dim_of(node, node)
-        return source if features not in dims else None
 
     def _record(
         self, node: Node, skip: Node, branch: Node, fork: Node | None, readers: frozenset[Node] = frozenset()
@@ -228,7 +217,7 @@ class _Finder:
                 value = self.found[value].skip if in_tree and len(value.users) == 1 else None
             else:
                 in_tree &= not (is_norm(value) or is_activation(value))
-                value = self._carried_from(value)
+                value = self.walk.carried_from(value)
 
     def _reaching(self, branch: Node, floor: int) -> dict[Node, Reach]:
         """For each node from position `floor` on, tell how it reaches `branch`: an or of `Reach` bits.
@@ -266,7 +255,7 @@ class _Finder:
                 projected = True
                 step = next((value for value in data_inputs(source) if is_float(value)), None)
             else:
-                step = None if is_activation(source) else self._carried_from(source)
+                step = None if is_activation(source) else self.walk.carried_from(source)
             if step is None or step in self.found:
                 line += [step] if step is not None else []
                 break
@@ -282,24 +271,12 @@ class _Finder:
 
     def _keep_useful_shortcuts(self, shortcuts: list[tuple[Node, Node, Node]]) -> None:
         """Keep a projection shortcut where another site continues its stream; it opens a chain."""
-        continued = {self._previous(site.skip)[0] for site in self.found.values()}
+        continued = {self.walk.previous(site.skip)[0] for site in self.found.values()}
         for node, skip, branch in reversed(shortcuts):
             if node in continued:
                 self._record(node, skip, branch, fork=None)
             else:
                 self._reject(node, Reason.SHORTCUT_UNUSED)
-
-    def _previous(self, skip: Node) -> tuple[Node, list[Node]]:
-        """Return what the stream was before its carriers, and the carriers passed, nearest first."""
-        carriers: list[Node] = []
-        value = skip
-        while value not in self.found:
-            source = self._carried_from(value)
-            if source is None:
-                break
-            carriers.append(value)
-            value = source
-        return value, carriers
 
     def _drop_branch_local(self) -> None:
         """Reject an add that feeds only the branch of another add with the same skip (Zamba's h + T(h)).
@@ -307,10 +284,10 @@ class _Finder:
         Where a carrier stands between, as in T(h) + norm(h), or another site goes on from it, as in a group of residual
         blocks with a skip around, the add begins a stream inside the branch.
         """
-        continued = {self._previous(site.skip)[0] for site in self.found.values()}
+        continued = {self.walk.previous(site.skip)[0] for site in self.found.values()}
         by_stream: dict[Node, list[ResidualAdd]] = {}
         for site in self.found.values():
-            by_stream.setdefault(self._previous(site.skip)[0], []).append(site)
+            by_stream.setdefault(self.walk.previous(site.skip)[0], []).append(site)
         for sharers in by_stream.values():
             for inner in sharers:
                 outer = next((site for site in sharers if site is not inner and self._feeds_only(inner, site)), None)
@@ -325,9 +302,9 @@ class _Finder:
 
         On a stream of several sites that is a scaled skip; alone, it is what a state-space layer adds to its scan.
         """
-        continued = {self._previous(site.skip)[0] for site in self.found.values()}
+        continued = {self.walk.previous(site.skip)[0] for site in self.found.values()}
         for add in sorted(self.scaled & self.found.keys(), key=self.order.__getitem__, reverse=True):
-            goes_on = self._previous(self.found[add].skip)[0] in self.found and add not in self.nested
+            goes_on = self.walk.previous(self.found[add].skip)[0] in self.found and add not in self.nested
             if add not in continued and not goes_on:
                 del self.found[add]
                 self.nested.discard(add)
@@ -346,7 +323,7 @@ class _Finder:
             if source in self.found:
                 source = self.found[source].skip
             else:
-                source = self._carried_from(source) or selected_from(source)
+                source = self.walk.carried_from(source) or selected_from(source)
         return source is not None
 
     def _feeds_only(self, inner: ResidualAdd, outer: ResidualAdd) -> bool:
@@ -366,66 +343,6 @@ class _Finder:
                     seen.add(user)
                     stack.append(user)
         return True
-
-    def _chains(self) -> Iterator[ResidualChain]:
-        """Join the sites whose skip leads, over carriers, to the same head or to an earlier site."""
-        members: dict[Node, list[ResidualAdd]] = {}
-        root_of: dict[Node, Node] = {}
-        heads: dict[Node, Node] = {}
-        for add in sorted(self.found, key=self.order.__getitem__):
-            previous, carriers = self._previous(self.found[add].skip)
-            if add in self.nested:
-                previous, carriers = self.found[add].skip, []
-            # Before the first site nothing is a stream yet: what carries the head in is the plain model's business.
-            head = previous if previous in self.found else self.found[add].skip
-            # A nested stream may begin at a value that is on the outer one, too.
-            root = add if add in self.nested else root_of.get(head, head)
-            root_of[add] = root
-            heads.setdefault(root, head)
-            if previous not in self.found:
-                carriers = []
-            site = replace(
-                self.found[add],
-                norm=self._norm_of(add, any(is_norm(carrier) for carrier in carriers)),
-                carriers=tuple(self._carrier(carrier) for carrier in reversed(carriers)),
-                exits=tuple(
-                    Exit(position, tuple(self._carrier(value) for value in values))
-                    for position, values in outputs_over_carriers(add)
-                ),
-            )
-            members.setdefault(root, []).append(site)
-        for root, sites in members.items():
-            if len(sites) > 1 and sites[1].norm == "post":
-                sites[0] = replace(sites[0], norm="post")
-            head = heads[root]
-            yield ResidualChain(tuple(sites), head, location_of(head), self._entry(head, sites[0]))
-
-    def _entry(self, head: Node, first: ResidualAdd) -> Entry | None:
-        """Return the input that a chain's head is, over carriers; None where the head is computed in this graph."""
-        origin, carriers = self._previous(head)
-        # A nested stream begins with what its branch reads, wherever that comes from.
-        if first.node in self.nested or not is_activation_input(origin):
-            return None
-        steps = tuple(self._carrier(carrier) for carrier in reversed(carriers))
-        dim = first.feature_dim if shape_of(origin) == shape_of(first.node) else feature_dim_of(origin, origin)
-        width = shape_of(origin)[dim] if shape_of(origin) else None
-        if width != first.form.width:
-            dim = dim_of_size(first.form.width, shape_of(origin))
-        if dim < 0:
-            return None
-        inputs = [node for node in self.order if node.op == "placeholder"]
-        return Entry(origin, inputs.index(origin), steps, form_of(origin, dim), dim)
-
-    def _carrier(self, node: Node) -> Carrier:
-        source = self._carried_from(node)
-        assert source is not None
-        return carrier_between(source, node, self.order)
-
-    def _norm_of(self, add: Node, normed: bool) -> str:
-        """Tell where the block normalizes: on the stream since the last site, or on the way into the branch."""
-        if normed:
-            return "post"
-        return "pre" if add in self.normed and self.found[add].fork is not None else "none"
 
 
 def _same_shape(node: Node, left: Node, right: Node) -> bool:

@@ -210,9 +210,7 @@ class _Lowerer:
 
         def numbers(part: Part) -> Node:
             if part.leaf is None:
-                like = tensor_of(held[0])
-                assert like is not None
-                return emit(torch.full, (part.stop - part.start,), part.fill, dtype=torch.float32, device=like.device)
+                return emit("new_full", held[0], (part.stop - part.start,), part.fill, dtype=torch.float32)
             leaf = held[part.leaf]
             result = narrowed(emit("reshape", leaf, -1) if len(_shape(leaf)) != 1 else leaf, part)
             return emit(operator.mul, result, part.factor) if part.factor != 1.0 else result
@@ -228,7 +226,12 @@ class _Lowerer:
             phi = emit("reshape", phi, -1, piece.width, piece.n_streams)
             phi = emit("reshape", emit(torch.transpose, phi, 1, 2), -1, flat)
         scale = joined([numbers(part) for part in mapping.scale])
-        return phi, scale, joined([numbers(part) for part in mapping.bias])
+        bias = joined([numbers(part) for part in mapping.bias])
+        if mapping.shift:
+            ones = [emit(torch.narrow, scale, 0, index, 1) for index in range(len(mapping.shift))]
+            shifts = [emit(operator.mul, one, numbers(part)) for one, part in zip(ones, mapping.shift, strict=True)]
+            bias = emit(operator.add, bias, joined(shifts))
+        return phi, scale, bias
 
     def _early(self, leaf: Node) -> Node:
         """Return one of the model's tensors, computed before its place in the graph if need be."""

@@ -41,6 +41,7 @@ class Mapping:
         bias: one number a row.
         gain: weights [n·C] of a norm before the projection, which multiply phi's columns.
         features_first: phi's columns, and the gain, are ordered [C, n].
+        shift: the bias of the projection itself, which scale multiplies: a part for each scale; none without.
     """
 
     phi: tuple[Part, ...]
@@ -48,6 +49,7 @@ class Mapping:
     bias: tuple[Part, ...]
     gain: Part | None = None
     features_first: bool = False
+    shift: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..errors import GraphInvariantError
 from ..kernels import inlined
 from .fx.dataflow import output_of, sizes_of, tensor_of
 
-_POST_PRE = torch.ops.mhc.post_pre.default
+_POST_PRES = {torch.ops.mhc.post_pre.default, torch.ops.mhc.post_pre_norm.default}
 _POSTS = {torch.ops.mhc.post.default, inlined.post}
 
 
@@ -38,7 +38,7 @@ def verify(before: GraphModule, after: GraphModule, n_streams: int, leaving: int
             _fail(node, "lost its _dynamo_source")
         if node.target in _POSTS:
             _check_post(node, counts, tensor_of(node))
-        elif node.target is _POST_PRE:
+        elif node.target in _POST_PRES:
             _check_post(node, counts, node.meta["example_value"][0])
 
 

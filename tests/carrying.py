@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 
 import mhc_compile
 
-from .models import CASES, Case
+from .models import CASES, Case, Stack, features
 
 # Pre-norm, parallel branches, norms on both sides of a branch, post-norm, an encoder with a decoder, images.
 BLOCKWISE: dict[str, Callable[[], Case]] = {
     name: CASES[name] for name in ("llama", "gpt_neox", "gemma2", "bert", "t5", "vit")
 }
+
+
+# What the model in one graph is compiled with: it stands for the true values only.
+REFERENCE = {"inner": "eager"}
 
 
 def perturb(model: nn.Module, seed: int = 1) -> None:
@@ -84,3 +89,58 @@ def one_process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class Looped(Stack):
+    """Calls something between its blocks, as plain Python."""
+
+    def __init__(self, blocks: int, between: Any = lambda hidden, index: hidden) -> None:
+        super().__init__(blocks)
+        self.between = between
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(inputs)
+        for index, block in enumerate(self.blocks):
+            hidden = self.between(hidden, index)
+            hidden = block(hidden)
+        return self.readout(hidden)
+
+
+@functools.cache
+def _stack(blocks: int, kind: type[Stack]) -> nn.Module:
+    torch.manual_seed(0)
+    return twins(kind(blocks), features())[0]
+
+
+def stack(blocks: int = 3, kind: type[Stack] = Stack) -> nn.Module:
+    """Return an attached model with perturbed parameters."""
+    return copy.deepcopy(_stack(blocks, kind))
+
+
+@functools.cache
+def in_one_graph(blocks: int, kind: type[Stack]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return loss and gradients of `stack`, compiled whole."""
+    whole = stack(blocks, kind)
+    outcome = run(whole, torch.compile(whole, backend="mhc", options=REFERENCE))
+    torch._dynamo.reset()
+    return outcome
+
+
+def wanted(blocks: int = 3, kind: type[Stack] = Stack):
+    """Return loss and gradients of a model in one graph, and the model, not compiled yet."""
+    return in_one_graph(blocks, kind), stack(blocks, kind)
+
+
+def run(model: nn.Module, call: Any, *args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss and the gradients of one call."""
+    model.zero_grad(set_to_none=True)
+    loss = call(*(args or (features(),))).square().mean()
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def same(left: Any, right: Any) -> None:
+    """Compare what `run` has returned."""
+    assert torch.allclose(left[0], right[0], rtol=1e-6, atol=1e-6)
+    assert left[1].keys() == right[1].keys()
+    assert largest_gap(left[1], right[1]) < 1e-5

@@ -69,31 +69,34 @@ def _pixels(**more: Any) -> dict[str, Any]:
     return {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)), **more}
 
 
-def _t5() -> Case:
+def t5(layers: int = LAYERS) -> Case:
+    """Return a small T5."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        d_model=WIDTH, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=HEADS, vocab_size=VOCABULARY,
+        d_model=WIDTH, d_kv=8, d_ff=64, num_layers=layers, num_heads=HEADS, vocab_size=VOCABULARY,
         decoder_start_token_id=0,
     )  # fmt: skip
-    return Case(lambda: T5ForConditionalGeneration(config), _tokens, (4, 6), "pre")
+    return Case(lambda: T5ForConditionalGeneration(config), _tokens, (2 * layers, 3 * layers), "pre")
 
 
-def _bart() -> Case:
+def bart(layers: int = LAYERS) -> Case:
+    """Return a small BART."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     config = BartConfig(
-        d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
+        d_model=WIDTH, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=HEADS,
         decoder_attention_heads=HEADS, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=VOCABULARY,
     )  # fmt: skip
-    return Case(lambda: BartForConditionalGeneration(config), _tokens, (4, 6), "post")
+    return Case(lambda: BartForConditionalGeneration(config), _tokens, (2 * layers, 3 * layers), "post")
 
 
-def _whisper() -> Case:
+def whisper(layers: int = LAYERS) -> Case:
+    """Return a small Whisper."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
-        d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
+        d_model=WIDTH, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=HEADS,
         decoder_attention_heads=HEADS, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=VOCABULARY, num_mel_bins=8,
         max_source_positions=16, max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=1,
@@ -103,7 +106,7 @@ def _whisper() -> Case:
         features = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1))
         return {"input_features": features, "labels": _tokens()["labels"]}
 
-    return Case(lambda: WhisperForConditionalGeneration(config), inputs, (4, 6), "pre")
+    return Case(lambda: WhisperForConditionalGeneration(config), inputs, (2 * layers, 3 * layers), "pre")
 
 
 def _vit() -> Case:
@@ -150,11 +153,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "bert": lambda: _encoder("BertForMaskedLM", "BertConfig"),
     "roberta": lambda: _encoder("RobertaForMaskedLM", "RobertaConfig"),
     "electra": lambda: _encoder("ElectraForMaskedLM", "ElectraConfig", embedding_size=16),
-    "t5": _t5,
-    "bart": _bart,
+    "t5": t5,
+    "bart": bart,
     "vit": _vit,
     "clip": _clip,
-    "whisper": _whisper,
+    "whisper": whisper,
 }
 
 

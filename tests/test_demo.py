@@ -19,7 +19,7 @@ from mhc_compile.gain import ChainGain
 # One run of the demo serves most of these tests.
 pytestmark = pytest.mark.xdist_group("demo")
 
-TINY = DemoOptions(steps=6, batch=2, length=16, layers=2, width=16, n_streams=2, backend="aot_eager", lr=1e-2)
+TINY = DemoOptions(steps=6, batch=2, length=16, layers=2, width=16, n_streams=2, backend="eager", lr=1e-2)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,15 @@
 """Kinds of models beyond a plain stack, written small: which of their adds are residual, and that they are rewritten
 exactly, at the start (against the plain model) and away from it (against the oracle)."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import mhc_compile
 from mhc_compile import MHCConfig
 
 from .models import WIDTH, Block, Stack, features
@@ -233,7 +237,7 @@ KINDS = {
     "residual attention scores": (ResidualScores, _sequences, [4]),
     "graph": (Graph, features, [4]),
     "diffusion": (Diffusion, _sequences, [4]),
-    "state-space hybrid": (StateSpaceHybrid, _sequences, [6]),
+    "state-space hybrid": (StateSpaceHybrid, lambda: _sequences(length=3), [6]),
     "two towers": (TwoTowers, _sequences, [4, 5]),
 }
 
@@ -241,10 +245,23 @@ KINDS = {
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_kinds(kind):
     build, inputs, chains = KINDS[kind]
+    config = MHCConfig(n_streams=3, min_sites=1)
     report = assert_exact(
-        build(), (inputs(),), config=MHCConfig(n_streams=3, min_sites=1), seeds=(None, 0, 1), double=True
+        build(), (inputs(),), config=config, options={"inner": "eager"}, seeds=(None, 0, 1), double=True
     )
     assert sorted(len(chain.sites) for chain in report.chains) == chains, str(report)
+
+
+CONFIG = MHCConfig(n_streams=3, min_sites=1, sinkhorn_iters=3)
+
+
+@functools.cache
+def _recurrent_depth():
+    """Return a model in float64 with mHC parameters, and what `assert_exact` needs of it."""
+    torch.manual_seed(0)
+    model = RecurrentDepth().double()
+    plain = copy.deepcopy(model)
+    return model, (plain, mhc_compile.attach(model, features().double(), config=CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -254,5 +271,8 @@ def test_kinds(kind):
 def test_a_stream_out_of_no_grad_loses_no_gradient(fusion, recompute):
     """A `post` in the last frozen round and a `pre` in the first trained one may not become one operator."""
     options = {"fusion": fusion, "recompute": recompute}
-    config = MHCConfig(n_streams=3, min_sites=1, sinkhorn_iters=3)
-    assert_exact(RecurrentDepth(), (features(),), config=config, options=options, seeds=(None, 0), double=True)
+    model, attached = _recurrent_depth()
+    assert_exact(
+        copy.deepcopy(model), (features(),), config=CONFIG, options=options, seeds=(None, 0), double=True,
+        attached=attached,
+    )  # fmt: skip

@@ -23,6 +23,7 @@ class Site(nn.Module):
         super().__init__()
         self.w, self.scale = nn.Parameter(torch.randn(24, N * WIDTH) * 0.1), nn.Parameter(torch.ones(3))
         self.bias, self.gain = nn.Parameter(torch.zeros(24)), nn.Parameter(torch.zeros(N * WIDTH))
+        self.shift = nn.Parameter(torch.zeros(24))
         self.down, self.up = nn.Parameter(torch.randn(2, N * WIDTH) * 0.1), nn.Parameter(torch.zeros(24, 2))
 
     def logits(self, flat, weight=None, scale=None):
@@ -97,6 +98,14 @@ def one_product(site, x, branch):
     return mixed + torch.einsum("btn,btc->btnc", 2 * post.sigmoid(), branch(read.squeeze(-2)))
 
 
+def projection_with_a_bias(site, x, branch):
+    flat = x.flatten(-2)
+    z = F.linear(flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6), site.w, site.shift)
+    pre, post, res = (part * scale for part, scale in zip(z.split([4, 4, 16], -1), site.scale, strict=True))
+    read = ((pre + site.bias[:4]).sigmoid().unsqueeze(-1) * x).sum(-2)
+    return written(x, read, 2 * post.sigmoid(), sinkhorn((res + site.bias[8:]).unflatten(-1, (N, N))), branch)
+
+
 def features_first(site, x, branch):
     flat = x.mT.flatten(-2)
     inverse = torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + 1e-5)
@@ -106,7 +115,9 @@ def features_first(site, x, branch):
     return mixed + post.sigmoid().unsqueeze(-1) @ branch((pre.sigmoid().unsqueeze(-2) @ x).squeeze(-2)).unsqueeze(-2)
 
 
-@pytest.mark.parametrize("spelling", [flattened_tokens, loops_and_potentials, one_product, features_first])
+@pytest.mark.parametrize(
+    "spelling", [flattened_tokens, loops_and_potentials, one_product, projection_with_a_bias, features_first]
+)
 def test_another_spelling_is_run_by_the_operators_and_exact(spelling):
     model = perturb(Model(spelling), 0.3).double()
     parameters = dict(model.named_parameters())

@@ -122,6 +122,52 @@ def test_a_model_with_both_kinds_of_stream_gets_both():
     assert len(mhc_compile.report(model).native) == len(mhc_compile.report(model).sites) == 2
 
 
+class _Packed(Mixer):
+    """All weights in one tensor [n·C, rows]."""
+
+    def __init__(self, width, **more):
+        super().__init__(width, **more)
+        del self.gain, self.to_pre, self.to_post, self.to_res
+        self.weight = nn.Parameter(torch.randn(self.n * width, 24) * 0.1)
+
+    def forward(self, x):
+        normed = nn.functional.rms_norm(x.flatten(-2), (x.shape[-2] * x.shape[-1],), eps=1e-5)
+        pre, post, res = (normed @ self.weight).split([4, 4, 16], dim=-1)
+        logits = self.alphas[2] * res.unflatten(-1, (4, 4)) + self.res
+        for _ in range(self.iters):
+            logits = logits.log_softmax(-3 - self.last).log_softmax(self.last)
+        read = (self.alphas[0] * pre + self.pre).sigmoid()
+        return (read.unsqueeze(-1) * x).sum(-2), self.gate(self.alphas[1] * post + self.post), logits.exp()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_are_taken_as_they_lie_and_their_gradients_come_so(transposed):
+    torch.manual_seed(0)
+    model = perturb(HandWritten(layers=3, mixer=_Packed, transposed=transposed), 0.3)
+    wide, args = copy.deepcopy(model).double(), (TOKENS.double(),)
+    wanted = outputs_and_gradients(wide, dict(wide.named_parameters()), args, {})
+    counting = Counting()
+    options = {"inner": counting.name, "fusion": "boundary"}
+    compiled = torch.compile(model, backend="mhc", options=options)
+    got = outputs_and_gradients(compiled, dict(model.named_parameters()), (TOKENS,), {})
+    assert len(_native(model)) == 3
+    out, gradient, where = gaps(wanted, got, 1e-3)
+    assert out <= 1e-5
+    assert gradient <= 1e-4, where
+    weight = model.mixers[0].weight
+    views = {"aten::t", "aten::transpose", "aten::permute", "aten::view", "aten::alias", "aten::detach"}
+    made = [
+        node
+        for graph_module in (*counting.forward, *counting.backward)
+        for node in graph_module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.name not in views
+        and getattr(node.meta["val"], "shape", torch.Size()).numel() == weight.numel()
+    ]
+    assert made == []
+    assert weight.grad.stride() == weight.stride()
+
+
 class _Other(Mixer):
     """post = 2·tanh² of its logits."""
 

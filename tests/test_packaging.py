@@ -10,30 +10,22 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def _python(code, cwd=ROOT):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_transformers_imports_beside_the_repository_root():
+    """Its `kernels` would be taken for Hugging Face's package of that name, if it lay there as one."""
+    assert str(ROOT) in sys.path
+    from transformers import LlamaForCausalLM
+
+    assert LlamaForCausalLM.__module__.startswith("transformers.")
 
 
-def test_transformers_imports_from_the_repository_root():
-    _python("import transformers, mhc_compile; from transformers import LlamaForCausalLM; mhc_compile.attach")
-
-
-def test_the_backend_is_found_by_name_and_not_imported_with_torch(tmp_path):
-    code = "import torch, sys; print([m for m in sys.modules if m.startswith('mhc_compile')])"
-    imported, backends = _python(f"{code}; print(torch._dynamo.list_backends())", cwd=tmp_path).splitlines()
-    assert "mhc_compile.logs" in imported
-    assert "backend" not in imported
-    assert "passes" not in imported
-    assert "'mhc'" in backends
-
-
-def test_a_first_call_with_a_break_in_a_loop_is_noticed(tmp_path):
-    """In a fresh process: `torch._dynamo.reset()`, which other tests call, drops the callback that notices."""
-    script = tmp_path / "breaks.py"
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What a fresh process prints: `torch._dynamo.reset()`, which tests call, drops the callback that notices."""
+    folder = tmp_path_factory.mktemp("fresh")
+    script = folder / "breaks.py"
     script.write_text(
-        "import torch\n"
+        "import torch, sys\n"
+        "print([m for m in sys.modules if m.startswith('mhc_compile')])\n"
         "class Model(torch.nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
@@ -51,12 +43,25 @@ def test_a_first_call_with_a_break_in_a_loop_is_noticed(tmp_path):
         "    print(type(error).__name__, error)\n"
         "model(torch.ones(2, 8))\n"
         "print([len(module._forward_pre_hooks) for module in model.modules()])\n"
+        "print(torch._dynamo.list_backends())\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("StreamCutError"), done.stdout
-    assert "breaks.py:10" in done.stdout
-    assert "[0, 0, 0, 0, 0]" in done.stdout
+    return done.stdout.splitlines()
+
+
+def test_the_backend_is_found_by_name_and_not_imported_with_torch(said):
+    imported, *_, backends = said
+    assert "mhc_compile.logs" in imported
+    assert "backend" not in imported
+    assert "passes" not in imported
+    assert "'mhc'" in backends
+
+
+def test_a_first_call_with_a_break_in_a_loop_is_noticed(said):
+    assert said[1].startswith("StreamCutError"), said
+    assert "breaks.py:11" in "\n".join(said)
+    assert said[-2] == "[0, 0, 0, 0, 0]"
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def per_site_forward():
     sizes = {"tokens": 2048, "width": 1024, "n_streams": 4, "element_size": 2}
     site = traffic.PER_SITE[choose_on(GPUS["h100"], 2048, 1024, 4, torch.bfloat16).fusion].forward
     moved = traffic.evaluate(site.ours.bytes, **sizes) - traffic.evaluate(traffic.PLAIN.forward.ours.bytes, **sizes)
-    return moved / GPUS["h100"].copy_rate
+    return moved / GPUS["h100"].kernel_rate
 
 
 def test_a_divided_backward_is_run_twice(model):

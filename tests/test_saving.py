@@ -1,5 +1,7 @@
 """From a trained model to a folder and back, and what keeps a checkpoint from being loaded as another model."""
 
+import copy
+import functools
 import json
 import logging
 import shutil
@@ -13,12 +15,30 @@ import mhc_compile
 from mhc_compile import ConfigMismatchError, MHCConfig, MHCError, MHCOptionError, NotAttachedError
 from mhc_compile.sharing.saving import CONFIG_FILE, WEIGHTS_FILE
 
-from .models import QUICK, decoder, llama, token_ids
+from .models import decoder, llama, token_ids
+
+
+def tied():
+    return llama(tie_word_embeddings=True, num_hidden_layers=1)
+
+
+@functools.cache
+def _attached():
+    model = tied()
+    mhc_compile.attach(model, input_ids=token_ids())
+    return model
+
+
+def attached(model=None, **options):
+    if model is None and not options:
+        return copy.deepcopy(_attached())
+    model = tied() if model is None else model
+    mhc_compile.attach(model, input_ids=token_ids(), **options)
+    return model
 
 
 def trained(model=None, **options):
-    model = llama(tie_word_embeddings=True, num_hidden_layers=1) if model is None else model
-    mhc_compile.attach(model, input_ids=token_ids(), **options)
+    model = attached(model, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in mhc_compile.parameters(model).values():
@@ -28,7 +48,7 @@ def trained(model=None, **options):
 
 def logits(model):
     torch._dynamo.reset()
-    return torch.compile(model, backend="mhc", options=QUICK)(input_ids=token_ids()).logits.detach()
+    return torch.compile(model, backend="mhc", options={"inner": "eager"})(input_ids=token_ids()).logits.detach()
 
 
 @pytest.mark.parametrize(
@@ -97,11 +117,11 @@ def test_transformers_own_loading_names_ours_once(tmp_path, caplog):
 
 
 def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
-    llama().save_pretrained(tmp_path / "plain")
+    tied().save_pretrained(tmp_path / "plain")
     with pytest.raises(NotAttachedError, match="holds no mHC parameters"):
         mhc_compile.from_pretrained(AutoModelForCausalLM, tmp_path / "plain")
     with pytest.raises(NotAttachedError, match="saves it as it is"):
-        mhc_compile.save_pretrained(llama(), tmp_path / "plain")
+        mhc_compile.save_pretrained(tied(), tmp_path / "plain")
     with pytest.raises(MHCOptionError, match="upload_folder"):
         mhc_compile.save_pretrained(trained(), tmp_path / "pushed", push_to_hub=True)
     mhc_compile.save_pretrained(trained(), tmp_path / "ours")
@@ -119,25 +139,21 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path):
 def test_a_checkpoint_of_other_options_is_refused_and_both_are_named(options):
     state = trained(**options).state_dict()
     if "manifold" not in options:
-        fresh = llama(tie_word_embeddings=True, num_hidden_layers=1)
-        mhc_compile.attach(fresh, input_ids=token_ids())
-        fresh.load_state_dict({**trained().state_dict()})
-    other = llama(tie_word_embeddings=True, num_hidden_layers=1)
-    mhc_compile.attach(other, input_ids=token_ids())
+        attached().load_state_dict({**trained().state_dict()})
+    other = attached()
     name = "collapsed" if "on_graph_break" in options else next(iter(options))
     with pytest.raises(ConfigMismatchError, match=rf"trained with {name}=.* attached with {name}="):
         other.load_state_dict(state)
 
 
 def test_options_that_change_nothing_do_not_stand_in_the_way():
-    model = llama()
-    mhc_compile.attach(model, input_ids=token_ids(), config=MHCConfig(init="paper", sites="*"))
-    model.load_state_dict(trained(llama()).state_dict())
+    model = attached(config=MHCConfig(init="paper", sites="*"))
+    model.load_state_dict(trained().state_dict())
 
 
 def test_the_options_in_a_checkpoint_have_one_length():
     sizes = {len(v) for o in ({}, {"manifold": "identity", "readout": "learned"})
-             for name, v in trained(llama(), **o).state_dict().items() if name.endswith("_extra_state")}  # fmt: skip
+             for name, v in trained(**o).state_dict().items() if name.endswith("_extra_state")}  # fmt: skip
     assert sizes == {128}, "loaded in place, as DCP does, a tensor cannot change its length"
 
 

@@ -11,6 +11,8 @@ from sympy import Expr, Integer
 TOKENS, STREAMS, WIDTH, SITES, INTERVAL, ELEMENT, ITERS = sympy.symbols(
     "tokens n_streams width sites interval element_size iters", integer=True, positive=True
 )
+# Whether the streams are anchored, as rewritten graphs hold them: 1 or 0.
+ANCHORED = sympy.Symbol("anchored", integer=True, nonnegative=True)
 FLOAT = 4
 ZERO = Integer(0)
 

@@ -131,7 +131,7 @@ def site_seconds(
     passes = traffic.PER_SITE[fusion]
     sizes = {"tokens": max(tokens, 1), "width": width, "n_streams": n_streams, "element_size": element_size}
     return sum(
-        traffic.evaluate(one.ours.bytes, **sizes) / gpu.copy_rate
+        traffic.evaluate(one.ours.bytes, **sizes) / gpu.kernel_rate
         + traffic.evaluate(one.launches, **sizes) * LAUNCH_SECONDS
         for one in ((passes.forward, passes.backward) if training else (passes.forward,))
     )

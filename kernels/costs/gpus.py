@@ -33,6 +33,11 @@ class GPU:
         """Bytes a second that a kernel bound by memory can hope for."""
         return self.bandwidth * self.copy_share
 
+    @property
+    def kernel_rate(self) -> float:
+        """Bytes a second of these kernels' counted traffic."""
+        return self.copy_rate * KERNEL_SHARE
+
     def matmul_rate(self, element_size: int) -> float:
         """Flops a second of matrix products: float32 ones run as TF32, at half the rate of 16-bit ones."""
         return self.matmul_flops * self.matmul_share / (2 if element_size > 2 else 1)
@@ -57,6 +62,11 @@ GPUS: dict[str, GPU] = {
         GPU("mi300x", 5.3e12, 1307e12, 0.81, 0.50, 50e9),
     )
 }
+
+# Share of a copy's rate at which these kernels move the bytes that are counted: read off their machine code, the wide
+# streaming ones near nine tenths, those that also multiply below eight. Assumed, not measured; benchmarks/kernels.py
+# measures what they reach.
+KERNEL_SHARE = 0.8
 
 # Between the end of one small kernel and the end of the next: about 2 µs replayed from a CUDA graph, several times
 # that when launched from Python. Assumed, not measured.

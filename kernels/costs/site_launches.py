@@ -10,12 +10,10 @@ from sympy import Expr, Integer, ceiling
 
 from ..gpu import configurations
 from ..gpu.configurations import Geometry
-from .amounts import ELEMENT, STREAMS, TOKENS, WIDTH, ZERO, Traffic
+from .amounts import ANCHORED, ELEMENT, STREAMS, TOKENS, WIDTH, ZERO, Traffic
 
 _n, _C = STREAMS, WIDTH
 MIXING = _n**2 + _n  # what `post` reads: res and post
-# Gradients of four streams at a time: see `stream_gradients_config`.
-STREAM_LAUNCHES = ceiling(_n / 4)
 
 
 class _Launched(sympy.Function):
@@ -54,6 +52,10 @@ def _token_splits(geometry: Geometry, mixes: bool) -> int:
     return _shares(geometry.tokens, config.splits, config.block_tokens)
 
 
+def _normed_stream_launches(geometry: Geometry, mixes: bool) -> int:
+    return configurations.ceil_div(geometry.n, configurations.stream_gradients_config(geometry, normed=True).streams)
+
+
 def _programs(geometry: Geometry, mixes: bool) -> int:
     return configurations.ceil_div(geometry.tokens, configurations.coefficients_config(geometry).block_tokens)
 
@@ -62,6 +64,7 @@ _NUMBERS: dict[str, Callable[[Geometry, bool], int]] = {
     "projection_splits": _projection_splits,
     "gate_splits": _gate_splits,
     "token_splits": _token_splits,
+    "normed_stream_launches": _normed_stream_launches,
     "programs": _programs,
     "slots": lambda geometry, mixes: geometry.slots,
     "prepared": lambda geometry, mixes: configurations.projection_config(geometry, mixes).prepared,
@@ -70,10 +73,17 @@ _NUMBERS: dict[str, Callable[[Geometry, bool], int]] = {
 
 @dataclass(frozen=True)
 class SiteLaunches:
-    """The launches of a site, by its rows of phi; `mixes` where a `post` makes its streams first."""
+    """The launches of a site, by its rows of phi.
+
+    Attributes:
+        rows: of phi.
+        mixes: a `post` makes its streams first.
+        normed: the norm of its layer input is within; RMSNorm is counted, a LayerNorm has some floats a token more.
+    """
 
     rows: Expr
     mixes: bool = False
+    normed: bool = False
 
     def number(self, name: str) -> Expr:
         """Return a number of `_NUMBERS`."""
@@ -109,7 +119,17 @@ class SiteLaunches:
     def collapse(self, copied: bool) -> Traffic:
         """Return the traffic of the collapse, which makes and writes the streams if it mixes."""
         written = (2 * _n + 1) * _C if self.mixes else (_n + 1) * _C
-        return self.mixing + Traffic(written, _n + 1 + (2 * MIXING if copied else 0))
+        return self.mixing + self.norm + Traffic(written, _n + 1 + (2 * MIXING if copied else 0))
+
+    @property
+    def norm(self) -> Traffic:
+        """What a norm takes: its statistics and its weight."""
+        return Traffic(ZERO, Integer(2), _C) if self.normed else Traffic(ZERO)
+
+    @property
+    def stream_launches(self) -> Expr:
+        """Launches of the gradients of the streams, some streams each."""
+        return self.number("normed_stream_launches") if self.normed else ceiling(_n / 4)
 
     @property
     def measure_launches(self) -> Expr:
@@ -121,8 +141,16 @@ class SiteLaunches:
         slopes = self.number("slots") + _n + 1
         parts = 2 * self.number("programs") * 2 * self.rows
         shares = 2 * self.number("token_splits") * self.phi
-        gates = Traffic((_n + 1) * _C, 2 * self.number("gate_splits") * _n)
+        gates = Traffic((_n + 1) * _C, 2 * self.number("gate_splits") * (2 * _n + 1 if self.normed else _n))
         coefficients = Traffic(ZERO, self.kept + self.written + slopes, parts)
-        again = (Traffic((_n + 1) * _C, slopes) + self.mixing) * STREAM_LAUNCHES
-        results = Traffic((2 * _n if self.mixes else _n) * _C, phi=2 * self.phi + shares)
+        again = (Traffic((_n + 1) * _C, slopes) + self.mixing) * self.stream_launches
+        # The launch that differentiates an anchored stream 0 loads all of phi: the sum of its columns is stream 0's.
+        anchor = ANCHORED * self.rows * (_n - sympy.Min(_n, 4)) * _C
+        results = Traffic((2 * _n if self.mixes else _n) * _C, phi=2 * self.phi + shares + anchor)
+        if self.normed:
+            gates += self.norm + Traffic(ZERO, _n + 1)  # makes the layer input again
+            # Of the statistics 1/RMS, and the mean that `coefficient_gradients` leaves.
+            coefficients += Traffic(ZERO, Integer(2))
+            again += Traffic(ZERO, Integer(2), _C) * self.stream_launches
+            results += Traffic(ZERO, phi=2 * _C * (self.number("token_splits") + 1))
         return gates + self.mixing + coefficients + again + results

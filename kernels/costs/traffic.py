@@ -23,7 +23,7 @@ from sympy import Expr, Integer, ceiling
 from ..fusions import FUSIONS, HALVES
 from ..manifolds import MANIFOLDS
 from .amounts import ELEMENT, FLOAT, INTERVAL, ITERS, SITES, STREAMS, WIDTH, ZERO, Cost, Passes, Traffic
-from .site_launches import MIXING, STREAM_LAUNCHES, SiteLaunches
+from .site_launches import MIXING, SiteLaunches
 
 _n, _C = STREAMS, WIDTH
 # The manifold that is counted throughout: it does all that any does.
@@ -31,22 +31,29 @@ _SINKHORN = MANIFOLDS["sinkhorn"]
 _ROWS = _SINKHORN.rows(_n)
 _PHI = _ROWS * _n * _C
 _PROJECTION = _SINKHORN.flops(_n, ITERS)
+# Squares and their sum, 1/RMS, the weight.
+_NORM_FLOPS = 4 * _C
 
 
-def _pre(rows: Expr, matrix_flops: Expr) -> Passes:
-    """Return the cost of `pre` with that many rows of phi, or of `head`."""
-    site = SiteLaunches(rows)
-    forward = Traffic((_n + 1) * _C, site.written + site.kept, site.phi)
-    backward = Traffic((2 * _n + 1) * _C, site.written + site.kept, 2 * site.phi)
+def _pre(rows: Expr, matrix_flops: Expr, normed: bool = False) -> Passes:
+    """Return the cost of `pre` with that many rows of phi, or of `head`; `normed` with the norm of its layer input."""
+    site = SiteLaunches(rows, normed=normed)
+    forward = site.norm + Traffic((_n + 1) * _C, site.written + site.kept, site.phi)
+    backward = site.norm * 2 + Traffic((2 * _n + 1) * _C, site.written + site.kept, 2 * site.phi)
     project, collapse = 2 * rows * _n * _C, 2 * _n * _C
     return Passes(
         Cost(
             forward,
             site.measure(stored=False) + site.collapse(copied=False),
-            project + 2 * collapse + matrix_flops,
+            project + 2 * collapse + matrix_flops + (_NORM_FLOPS if normed else 0),
             site.measure_launches + 1,
         ),
-        Cost(backward, site.backward(), 2 * project + 4 * collapse + 3 * matrix_flops, 3 + STREAM_LAUNCHES),
+        Cost(
+            backward,
+            site.backward(),
+            2 * project + 4 * collapse + 3 * matrix_flops + (3 * _NORM_FLOPS if normed else 0),
+            3 + site.stream_launches,
+        ),
     )
 
 
@@ -59,11 +66,11 @@ def _post() -> Passes:
     )
 
 
-def _post_pre() -> Passes:
-    site, after = SiteLaunches(_ROWS, mixes=True), SiteLaunches(_ROWS)
-    first, second = _post(), _pre(_ROWS, _PROJECTION)
-    forward = Traffic((2 * _n + 2) * _C, 2 * MIXING + site.kept, _PHI)
-    backward = Traffic((3 * _n + 3) * _C, 3 * MIXING + site.kept, 2 * _PHI)
+def _post_pre(normed: bool = False) -> Passes:
+    site, after = SiteLaunches(_ROWS, True, normed), SiteLaunches(_ROWS, normed=normed)
+    first, second = _post(), _pre(_ROWS, _PROJECTION, normed)
+    forward = site.norm + Traffic((2 * _n + 2) * _C, 2 * MIXING + site.kept, _PHI)
+    backward = site.norm * 2 + Traffic((3 * _n + 3) * _C, 3 * MIXING + site.kept, 2 * _PHI)
     return Passes(
         Cost(
             forward,
@@ -75,15 +82,14 @@ def _post_pre() -> Passes:
             backward,
             site.backward() + first.backward.ours,
             2 * first.forward.flops + first.backward.flops + second.backward.flops,
-            4 + STREAM_LAUNCHES,
+            3 + site.stream_launches,
         ),
     )
 
 
 def _halves(mixes: bool) -> dict[str, Passes]:
-    """Return the costs of the halves of `pre`, or of `post_pre`; the backward is that of the whole."""
+    """Return the costs of the halves of `pre`, or of `post_pre`, and of those with a norm; backward as the whole."""
     site, prefix = SiteLaunches(_ROWS, mixes), "post_" if mixes else ""
-    whole = _post_pre() if mixes else _pre(_ROWS, _PROJECTION)
     post = _post().forward.flops if mixes else ZERO
     read = site.mixing + Traffic(_n * _C)
     collapsed = site.mixing + Traffic((2 * _n + 1) * _C if mixes else (_n + 1) * _C, _n + 1 + 2 * MIXING)
@@ -99,9 +105,18 @@ def _halves(mixes: bool) -> dict[str, Passes]:
             ),
             nothing,
         ),
-        f"{prefix}collapse": Passes(
-            Cost(collapsed, site.collapse(copied=True), post + 2 * _n * _C, Integer(1)), whole.backward
-        ),
+        **{
+            f"{prefix}collapse{suffix}": Passes(
+                Cost(
+                    collapsed + one.norm,
+                    one.collapse(copied=True),
+                    post + 2 * _n * _C + (_NORM_FLOPS if one.normed else 0),
+                    Integer(1),
+                ),
+                (_post_pre(one.normed) if mixes else _pre(_ROWS, _PROJECTION, one.normed)).backward,
+            )
+            for suffix, one in (("", site), ("_norm", SiteLaunches(_ROWS, mixes, normed=True)))
+        },
     }
 
 
@@ -117,6 +132,8 @@ OPERATORS: dict[str, Passes] = {
     "pre": _pre(_ROWS, _PROJECTION),
     "post": _post(),
     "post_pre": _post_pre(),
+    "pre_norm": _pre(_ROWS, _PROJECTION, normed=True),
+    "post_pre_norm": _post_pre(normed=True),
     "head": _pre(_n, ZERO),
     **_halves(mixes=False),
     **_halves(mixes=True),
@@ -124,6 +141,8 @@ OPERATORS: dict[str, Passes] = {
     "mean": _simple(_SPREAD, _SPREAD, _n * _C, _C),
 }
 
+# A norm that is a kernel of its own; its backward reads what it read and a gradient.
+NORM = _simple(Traffic(2 * _C), Traffic(3 * _C), _NORM_FLOPS, 3 * _NORM_FLOPS)
 # The residual add, and in the backward the sum of the skip's and the branch's gradient.
 PLAIN = _simple(Traffic(3 * _C), Traffic(3 * _C), _C, _C)
 # The gradients of streams that two operators read, added up.
@@ -211,12 +230,13 @@ def chain(fusion: str) -> Passes:
 
 
 def evaluate(expression: Expr, **values: int) -> float:
-    """Put numbers in: tokens, n_streams, width, sites, interval, element_size, iters.
+    """Put numbers in: tokens, n_streams, width, sites, interval, element_size, iters; anchored is 1 if left out.
 
     Raises:
         ValueError: a symbol of the expression has no value; the message names it.
     """
     names = {str(symbol): symbol for symbol in sympy.sympify(expression).free_symbols}
+    values = {"anchored": 1, **values}
     missing = sorted(names.keys() - values.keys())
     if missing:
         raise ValueError(f"the cost depends on {', '.join(missing)}: pass a number for each")

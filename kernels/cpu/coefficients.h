@@ -4,13 +4,24 @@
 // The mathematics is that of reference.py, manifolds.py and anchored.py. The compiler is told MHC_STREAMS, n.
 #pragma once
 
+#include <algorithm>
+
 #include "vectors.h"
 
 constexpr int N = MHC_STREAMS;
 constexpr int CHUNK = 16;
-constexpr int MOST_ROWS = N * N + 2 * N;
+// Logits of a matrix that is made of weighted permutations, and of a Kronecker product: see manifolds.py.
+constexpr int PERMUTATIONS = N == 2 ? 2 : N == 3 ? 6 : N == 4 ? 24 : 1;
+constexpr int FACTORS = N == 2 ? 1 : N == 4 ? 2 : N == 8 ? 3 : 1;
+constexpr int MOST_ROWS = 2 * N + (PERMUTATIONS > N * N ? PERMUTATIONS : N * N);
 
 typedef float Lane[CHUNK];
+
+// Where a row lies whose matrix is stored [in, out].
+static inline int stored_transposed(int row) {
+    const int entry = row - 2 * N;
+    return entry < 0 ? row : 2 * N + entry % N * N + entry / N;
+}
 
 // How logits become coefficients.
 struct Mapping {
@@ -26,11 +37,16 @@ struct Mapping {
     bool mixes;
     bool sinkhorn;
     bool row;
+    bool permutation;
+    bool kronecker;
     // Rows of res sum to 1 by construction: column 0 of the anchored matrix is then constant.
     bool exact;
     bool head;
+    // The rows of res, of phi and of bias, are stored [in, out].
+    bool transposed;
 
     int group(int row) const { return row < N ? 0 : row < 2 * N ? 1 : 2; }
+    int stored(int row) const { return transposed ? stored_transposed(row) : row; }
 };
 
 struct Coefficients {
@@ -158,6 +174,80 @@ static inline void sinkhorn_backward(
     }
 }
 
+// All permutations of the streams, in lexicographic order: where each output stream comes from.
+struct Orders {
+    int in[PERMUTATIONS][N];
+
+    Orders() {
+        int order[N];
+        for (int out = 0; out < N; out++) order[out] = out;
+        for (auto& known : in) {
+            for (int out = 0; out < N; out++) known[out] = order[out];
+            std::next_permutation(order, order + N);
+        }
+    }
+};
+static const Orders orders;
+
+static inline void soft(Vector (&weights)[PERMUTATIONS]) {
+    Vector most = weights[0];
+    for (const Vector& weight : weights) most = larger(most, weight);
+    Vector sum{};
+    for (Vector& weight : weights) sum += weight = exponential(weight - most);
+    const Vector inverse = 1.0f / sum;
+    for (Vector& weight : weights) weight *= inverse;
+}
+
+static inline void permute(Vector (&weights)[PERMUTATIONS], Vector (&matrix)[N][N]) {
+    soft(weights);
+    for (auto& row : matrix)
+        for (Vector& entry : row) entry = Vector{};
+    for (int index = 0; index < PERMUTATIONS; index++)
+        for (int out = 0; out < N; out++) matrix[out][orders.in[index][out]] += weights[index];
+}
+
+// `weights` are logits and become their gradient.
+static inline void permute_backward(const Vector (&grad)[N][N], Vector (&weights)[PERMUTATIONS]) {
+    soft(weights);
+    Vector slopes[PERMUTATIONS], dot{};
+    for (int index = 0; index < PERMUTATIONS; index++) {
+        slopes[index] = grad[0][orders.in[index][0]];
+        for (int out = 1; out < N; out++) slopes[index] += grad[out][orders.in[index][out]];
+        dot += slopes[index] * weights[index];
+    }
+    for (int index = 0; index < PERMUTATIONS; index++) weights[index] *= slopes[index] - dot;
+}
+
+// Whether streams that the first factor tells apart, or a later one, are told apart by it: its bit is the highest.
+static inline bool apart(int out, int in, int factor) { return ((out ^ in) >> (FACTORS - 1 - factor)) & 1; }
+
+static inline void multiply_factors(const Vector (&logits)[FACTORS], Vector (&matrix)[N][N]) {
+    Vector stay[FACTORS];
+    for (int factor = 0; factor < FACTORS; factor++) stay[factor] = sigmoid(logits[factor]);
+    for (int out = 0; out < N; out++)
+        for (int in = 0; in < N; in++) {
+            matrix[out][in] = all(1.0f);
+            for (int factor = 0; factor < FACTORS; factor++)
+                matrix[out][in] *= apart(out, in, factor) ? 1.0f - stay[factor] : stay[factor];
+        }
+}
+
+// `logits` become their gradient.
+static inline void multiply_factors_backward(const Vector (&grad)[N][N], Vector (&logits)[FACTORS]) {
+    Vector stay[FACTORS], slopes[FACTORS] = {};
+    for (int factor = 0; factor < FACTORS; factor++) stay[factor] = sigmoid(logits[factor]);
+    for (int out = 0; out < N; out++)
+        for (int in = 0; in < N; in++)
+            for (int factor = 0; factor < FACTORS; factor++) {
+                Vector others = grad[out][in];
+                for (int other = 0; other < FACTORS; other++)
+                    if (other != factor) others *= apart(out, in, other) ? 1.0f - stay[other] : stay[other];
+                slopes[factor] += apart(out, in, factor) ? -others : others;
+            }
+    for (int factor = 0; factor < FACTORS; factor++)
+        logits[factor] = slopes[factor] * stay[factor] * (1.0f - stay[factor]);
+}
+
 static inline Vector inverse_rms(const Mapping& mapping, const float* squares) {
     return 1.0f / square_root(load(squares) / float(N * mapping.width) + mapping.norm_eps);
 }
@@ -171,7 +261,7 @@ static void coefficients(const Mapping& mapping, const Lane* products, const flo
     for (int lane = 0; lane < CHUNK; lane += LANES) {
         const Vector inverse = inverse_rms(mapping, squares + lane);
         const auto logit = [&](int row) {
-            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[row];
+            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[mapping.stored(row)];
         };
         Vector pre[N];
         for (int stream = 0; stream < N; stream++)
@@ -187,9 +277,19 @@ static void coefficients(const Mapping& mapping, const Lane* products, const flo
             store(result.post[stream] + lane, mapping.anchored && stream ? post[stream] - post[0] : post[stream]);
 
         Vector res[N][N];
-        for (int out = 0; out < N; out++)
-            for (int in = 0; in < N; in++)
-                res[out][in] = mapping.mixes ? logit(2 * N + out * N + in) : all(out == in ? 1.0f : 0.0f);
+        if (mapping.permutation) {
+            Vector weights[PERMUTATIONS];
+            for (int index = 0; index < PERMUTATIONS; index++) weights[index] = logit(2 * N + index);
+            permute(weights, res);
+        } else if (mapping.kronecker) {
+            Vector logits[FACTORS];
+            for (int factor = 0; factor < FACTORS; factor++) logits[factor] = logit(2 * N + factor);
+            multiply_factors(logits, res);
+        } else {
+            for (int out = 0; out < N; out++)
+                for (int in = 0; in < N; in++)
+                    res[out][in] = mapping.mixes ? logit(2 * N + out * N + in) : all(out == in ? 1.0f : 0.0f);
+        }
         if (mapping.sinkhorn) sinkhorn(res, mapping.iters, mapping.eps, nullptr);
         if (mapping.row) soft_rows(res);
         if (mapping.anchored) {
@@ -228,7 +328,7 @@ static void coefficient_gradients(
         const Vector inverse = inverse_rms(mapping, squares + lane);
         Vector through{};
         const auto logit = [&](int row) {
-            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[row];
+            return load(products[row] + lane) * inverse * mapping.scale[mapping.group(row)] + mapping.bias[mapping.stored(row)];
         };
         const auto leave = [&](int row, Vector grad_logit) {
             const Vector product = load(products[row] + lane);
@@ -262,12 +362,9 @@ static void coefficient_gradients(
             }
         }
         if (!mapping.head && mapping.mixes) {
-            Vector res[N][N], logits[N][N];
+            Vector res[N][N];
             for (int out = 0; out < N; out++)
-                for (int in = 0; in < N; in++) {
-                    res[out][in] = load(grad.res[out][in] + lane);
-                    logits[out][in] = logit(2 * N + out * N + in);
-                }
+                for (int in = 0; in < N; in++) res[out][in] = load(grad.res[out][in] + lane);
             if (mapping.anchored) {
                 for (int out = 1; out < N; out++)
                     for (int in = 0; in < N; in++) res[0][in] -= res[out][in];
@@ -276,13 +373,28 @@ static void coefficient_gradients(
                     for (int in = 1; in < N; in++) res[out][in] += res[out][0];
                 }
             }
-            if (mapping.sinkhorn) sinkhorn_backward(res, logits, mapping.iters, mapping.eps, history);
-            if (mapping.row) {
-                soft_rows(logits);
-                soft_rows_backward(res, logits);
+            if (mapping.permutation) {
+                Vector weights[PERMUTATIONS];
+                for (int index = 0; index < PERMUTATIONS; index++) weights[index] = logit(2 * N + index);
+                permute_backward(res, weights);
+                for (int index = 0; index < PERMUTATIONS; index++) leave(2 * N + index, weights[index]);
+            } else if (mapping.kronecker) {
+                Vector slopes[FACTORS];
+                for (int factor = 0; factor < FACTORS; factor++) slopes[factor] = logit(2 * N + factor);
+                multiply_factors_backward(res, slopes);
+                for (int factor = 0; factor < FACTORS; factor++) leave(2 * N + factor, slopes[factor]);
+            } else {
+                Vector logits[N][N];
+                for (int out = 0; out < N; out++)
+                    for (int in = 0; in < N; in++) logits[out][in] = logit(2 * N + out * N + in);
+                if (mapping.sinkhorn) sinkhorn_backward(res, logits, mapping.iters, mapping.eps, history);
+                if (mapping.row) {
+                    soft_rows(logits);
+                    soft_rows_backward(res, logits);
+                }
+                for (int out = 0; out < N; out++)
+                    for (int in = 0; in < N; in++) leave(2 * N + out * N + in, res[out][in]);
             }
-            for (int out = 0; out < N; out++)
-                for (int in = 0; in < N; in++) leave(2 * N + out * N + in, res[out][in]);
         }
         store(slopes.pull + lane, -through * inverse * inverse * inverse / float(N * mapping.width));
     }

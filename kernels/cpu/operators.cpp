@@ -1,6 +1,6 @@
 // The operators on a CPU, forward and backward, for MHC_STREAMS streams stored as MHC_DTYPE.
 //
-// Everything is dense and row-major: streams [tokens, n, width], branch and layer_input [tokens, width], post
+// Everything is dense and row-major, but for phi and its gradient, which may be columns first: streams [tokens, n, width], branch and layer_input [tokens, width], post
 // [tokens, n], res [tokens, n, n], phi [rows, n · width]. Coefficients and parameters are float32. A function returns
 // 0, or 1 where there was no memory. Results do not depend on the number of threads: each token, and each panel of
 // phi's gradient, is one thread's work.
@@ -159,7 +159,7 @@ struct Site {
 struct MappingGradient {
     float* rows;   // [tokens of whole chunks, padded]
     float* sums;   // [chunks, 2, rows]: shares of the gradients of bias and scale
-    float* phi;    // [rows, n · width]
+    float* phi;    // [rows, n · width], as phi is stored
     float* scale;  // one each group
     float* bias;   // [rows]
 
@@ -238,9 +238,10 @@ bool finish_backward(const Site& site, const MappingGradient& result, int thread
     if (phi.anchored) {
         // X_i = Y_i + Y_0.
         done &= in_parallel(phi.rows, threads, 0, [&](int64_t row) {
-            float* first = result.phi + row * N * site.width;
+            float* first = result.phi + phi.place(int(row), 0);
             for (int stream = 1; stream < N; stream++)
-                for (int64_t c = 0; c < site.width; c++) first[stream * site.width + c] += first[c];
+                for (int64_t c = 0; c < site.width; c++)
+                    first[(stream * site.width + c) * phi.step()] += first[c * phi.step()];
         });
     }
     double scales[3] = {};
@@ -251,7 +252,7 @@ bool finish_backward(const Site& site, const MappingGradient& result, int thread
             bias += sums[row];
             scale += sums[phi.rows + row];
         }
-        result.bias[row] = float(bias);
+        result.bias[site.mapping.stored(row)] = float(bias);
         scales[site.mapping.group(row)] += scale;
     }
     const int groups = site.mapping.head ? 1 : site.mapping.mixes ? 3 : 2;
@@ -259,7 +260,8 @@ bool finish_backward(const Site& site, const MappingGradient& result, int thread
     return done;
 }
 
-constexpr int ANCHORED = 1, GATED = 2, MIXES = 4, SINKHORN = 8, HEAD = 16, EXACT = 32, ROW = 64;
+constexpr int ANCHORED = 1, GATED = 2, MIXES = 4, SINKHORN = 8, HEAD = 16, EXACT = 32, ROW = 64, TRANSPOSED = 128, COLUMNS = 256, PERMUTATION = 512,
+              KRONECKER = 1024;
 
 Site site_of(
     const Stored* streams, const float* scale, const float* bias, int64_t tokens, int64_t width, int iters,
@@ -270,11 +272,14 @@ Site site_of(
     site.tokens = tokens;
     site.width = width;
     const bool head = flags & HEAD, mixes = (flags & MIXES) && !head;
-    const int rows = head ? N : mixes ? MOST_ROWS : 2 * N;
-    const bool anchored = flags & ANCHORED;
+    const bool permutation = (flags & PERMUTATION) && mixes, kronecker = (flags & KRONECKER) && mixes;
+    const int entries = permutation ? PERMUTATIONS : kronecker ? FACTORS : N * N;
+    const int rows = head ? N : mixes ? 2 * N + entries : 2 * N;
+    const bool anchored = flags & ANCHORED, transposed = (flags & TRANSPOSED) && mixes;
     site.mapping = {scale,    bias,     width, rows, iters, norm_eps, eps, anchored, bool(flags & GATED),
-                    mixes,    (flags & SINKHORN) && mixes, (flags & ROW) && mixes, bool(flags & EXACT), head};
-    site.phi = {nullptr, width, rows, int(ceil_div(rows, ROWS)) * ROWS, anchored};
+                    mixes,    (flags & SINKHORN) && mixes, (flags & ROW) && mixes, permutation, kronecker, bool(flags & EXACT), head,
+                    transposed};
+    site.phi = {nullptr, width, rows, int(ceil_div(rows, ROWS)) * ROWS, anchored, transposed, bool(flags & COLUMNS)};
     return site;
 }
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .. import boundary, reference
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .build import BuildError, library
 
 # As in operators.cpp.
-_ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT, _ROW = 1, 2, 4, 8, 16, 32, 64
+_ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT, _ROW, _TRANSPOSED, _COLUMNS = 1, 2, 4, 8, 16, 32, 64, 128, 256
+_MATRICES = {"logits": 0, "sinkhorn": _SINKHORN, "row": _ROW, "permutation": 512, "kronecker": 1024}
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -45,11 +47,12 @@ def pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """See `reference.pre`."""
     streams = streams.contiguous()
-    outputs = (_value_like(streams), *_coefficients(streams, phi))
-    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
+    outputs = (_value_like(streams), *_coefficients(streams, bias))
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored, layout)
     _call("mhc_pre", streams, (streams, _wide(phi), _wide(scale), _wide(bias), *outputs), *constants)
     return outputs
 
@@ -68,11 +71,12 @@ def measure(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """See `reference.measure`."""
     streams = streams.contiguous()
-    outputs = _coefficients(streams, phi)
-    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
+    outputs = _coefficients(streams, bias)
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored, layout)
     _call("mhc_pre", streams, (streams, _wide(phi), _wide(scale), _wide(bias), None, *outputs), *constants)
     return outputs
 
@@ -90,11 +94,12 @@ def collapse(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """See `reference.collapse`."""
     streams = streams.contiguous()
     layer_input = _value_like(streams)
-    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored, layout)
     tensors = (streams, _wide(scale), _wide(bias), _wide(projection), layer_input)
     _call("mhc_collapse", streams, tensors, *constants)
     return layer_input, post.clone(), res.clone()
@@ -114,13 +119,14 @@ def pre_backward(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """See `reference.pre_backward`."""
     streams = streams.contiguous()
     grads = (_like(grad_layer_input, streams), _wide(grad_post), _wide(grad_res))
     grad_streams, mapping = torch.empty_like(streams), (_wide(phi), _wide(scale), _wide(bias))
     grad_mapping = _empty(mapping)
-    constants = _site(streams, iters, norm_eps, eps, manifold, anchored)
+    constants = _site(streams, iters, norm_eps, eps, manifold, anchored, layout)
     tensors = (*grads, streams, *mapping, _wide(projection), grad_streams, *grad_mapping)
     _call("mhc_pre_backward", streams, tensors, *constants)
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
@@ -134,13 +140,14 @@ def head(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.head`."""
     streams = streams.contiguous()
     output = _value_like(streams)
-    projection = streams.new_empty(*streams.shape[:-2], phi.shape[0] + 1, dtype=torch.float32)
+    projection = streams.new_empty(*streams.shape[:-2], layout.rows(phi) + 1, dtype=torch.float32)
     tensors = (streams, _wide(phi), _wide(scale), _wide(bias), output, None, None, projection)
-    _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored)
+    _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _head(anchored, layout))
     return output, projection
 
 
@@ -154,6 +161,7 @@ def head_backward(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """See `reference.head_backward`."""
     streams = streams.contiguous()
@@ -161,9 +169,7 @@ def head_backward(
     grad_mapping = _empty(mapping)
     grad = _like(grad_output, streams)
     tensors = (grad, None, None, streams, *mapping, _wide(projection), grad_streams, *grad_mapping)
-    _call(
-        "mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _HEAD | _GATED | _ANCHORED * anchored
-    )
+    _call("mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _head(anchored, layout))
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
 
 
@@ -203,9 +209,9 @@ def post_pre(
 ) -> tuple[Tensor, ...]:
     """See `boundary.post_pre`."""
     if _wider(branch, streams):
-        return _plain(boundary.post_pre, streams, branch, post, res, phi, scale, bias, *constants)
+        return _plain_site(boundary.post_pre, (streams, branch, post, res, phi, scale, bias), 4, *constants)
     streams = streams.contiguous()
-    outputs = (torch.empty_like(streams), _value_like(streams), *_coefficients(streams, phi))
+    outputs = (torch.empty_like(streams), _value_like(streams), *_coefficients(streams, bias))
     wide = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
     _call("mhc_post_pre", streams, (streams, _like(branch, streams), *wide, *outputs), *_site(streams, *constants))
     return outputs
@@ -223,9 +229,9 @@ def post_measure(
 ) -> tuple[Tensor, ...]:
     """See `boundary.post_measure`."""
     if _wider(branch, streams):
-        return _plain(boundary.post_measure, streams, branch, post, res, phi, scale, bias, *constants)
+        return _plain_site(boundary.post_measure, (streams, branch, post, res, phi, scale, bias), 4, *constants)
     streams = streams.contiguous()
-    outputs = _coefficients(streams, phi)
+    outputs = _coefficients(streams, bias)
     wide = (_wide(tensor) for tensor in (post, res, phi, scale, bias))
     tensors = (streams, _like(branch, streams), *wide, torch.empty_like(streams), None, *outputs)
     _call("mhc_post_pre", streams, tensors, *_site(streams, *constants))
@@ -248,7 +254,7 @@ def post_collapse(
     """See `boundary.post_collapse`."""
     if _wider(branch, streams):
         given = (streams, branch, post, res, phi, scale, bias, next_post, next_res, projection)
-        return _plain(boundary.post_collapse, *given, *constants)
+        return _plain_site(boundary.post_collapse, given, 4, *constants)
     streams = streams.contiguous()
     fresh, layer_input = torch.empty_like(streams), _value_like(streams)
     wide = (_wide(tensor) for tensor in (post, res, scale, bias, projection))
@@ -276,7 +282,9 @@ def post_pre_backward(
     inputs = (streams, branch, post, res, phi, scale, bias)
     grads: tuple[Tensor, ...] = (grad_fresh, grad_layer_input, grad_next_post, grad_next_res)
     if _wider(branch, streams):
-        return _plain(boundary.post_pre_backward, *grads, *inputs, projection, *constants)
+        given = (*grads, *inputs, projection)
+        *results, grad_phi, grad_scale, grad_bias = _plain_site(boundary.post_pre_backward, given, 8, *constants)
+        return (*results, grad_phi.mT if phi.shape != grad_phi.shape else grad_phi, grad_scale, grad_bias)
     streams = streams.contiguous()
     grads = (_like(grad_fresh, streams), _like(grad_layer_input, streams), _wide(grad_next_post), _wide(grad_next_res))
     tensors = (streams, _like(branch, streams), *(_wide(tensor) for tensor in inputs[2:]))
@@ -287,16 +295,26 @@ def post_pre_backward(
 
 
 def _site(
-    streams: Tensor, iters: int, norm_eps: float, eps: float, manifold: str, anchored: bool = False
+    streams: Tensor,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Any, ...]:
-    return (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored))
+    return (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored, layout))
 
 
-def _flags(manifold: str, eps: float, anchored: bool) -> int:
+def _head(anchored: bool, layout: PhiLayout) -> int:
+    return _HEAD | _GATED | _ANCHORED * anchored | _COLUMNS * layout.columns
+
+
+def _flags(manifold: str, eps: float, anchored: bool, layout: PhiLayout) -> int:
     family = MANIFOLDS[manifold]
-    matrix = _SINKHORN * (family.kernel_matrix == "sinkhorn") | _ROW * (family.kernel_matrix == "row")
-    mixing = _MIXES * family.mixes | matrix
-    return _ANCHORED * anchored | _GATED * family.gated | mixing | _EXACT * family.rows_are_exact(eps)
+    mixing = _MIXES * family.mixes | _MATRICES[family.kernel_matrix or "logits"]
+    stored = _TRANSPOSED * (layout.transposed and family.logits is None) | _COLUMNS * layout.columns
+    return _ANCHORED * anchored | _GATED * family.gated | mixing | _EXACT * family.rows_are_exact(eps) | stored
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -317,6 +335,22 @@ def _plain(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
 
+def _plain_site(
+    function: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    phi_at: int,
+    iters: int,
+    norm_eps: float,
+    eps: float,
+    manifold: str,
+    anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
+) -> Any:
+    phi = tensors[phi_at].mT if layout.columns else tensors[phi_at]
+    given = (*tensors[:phi_at], phi, *tensors[phi_at + 1 :])
+    return _plain(function, *given, iters, norm_eps, eps, manifold, anchored, layout.transposed)
+
+
 def _empty(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor) for tensor in tensors)
 
@@ -329,10 +363,10 @@ def _value_like(streams: Tensor) -> Tensor:
     return streams.new_empty(*streams.shape[:-2], streams.shape[-1])
 
 
-def _coefficients(streams: Tensor, phi: Tensor) -> tuple[Tensor, ...]:
+def _coefficients(streams: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """Return memory for post, res and the projection."""
     *tokens, n, _ = streams.shape
-    shapes = ((n,), (n, n), (phi.shape[0] + 1,))
+    shapes = ((n,), (n, n), (bias.shape[0] + 1,))
     return tuple(streams.new_empty(*tokens, *shape, dtype=torch.float32) for shape in shapes)
 
 

@@ -13,6 +13,15 @@ struct Phi {
     int rows;
     int padded;
     bool anchored;
+    bool transposed;  // rows of res are stored [in, out]
+    bool columns;     // phi is stored [n · width, rows]
+
+    // Where a row's factor for a channel of a stream is stored, and how far the next channel's is.
+    int64_t place(int row, int64_t channel) const {
+        const int stored = transposed ? stored_transposed(row) : row;
+        return columns ? channel * rows + stored : stored * N * width + channel;
+    }
+    int64_t step() const { return columns ? rows : 1; }
 
     int64_t panels_per_stream() const { return ceil_div(width, PANEL); }
     int64_t size() const { return N * panels_per_stream() * padded * PANEL; }
@@ -32,11 +41,11 @@ struct Phi {
             float* to = panel(channels, stream, index);
             memset(to, 0, sizeof(float) * padded * PANEL);
             for (int row = 0; row < rows; row++, to += PANEL) {
-                const float* from = phi + (int64_t(row) * N + stream) * width + first;
-                memcpy(to, from, sizeof(float) * count);
-                if (anchored && stream == 0)
-                    for (int other = 1; other < N; other++)
-                        for (int c = 0; c < count; c++) to[c] += from[other * width + c];
+                const int last = anchored && stream == 0 ? N - 1 : stream;
+                for (int of = stream; of <= last; of++) {
+                    const float* from = phi + place(row, of * width + first);
+                    for (int c = 0; c < count; c++) to[c] += from[c * step()];
+                }
             }
         }
     }
@@ -288,6 +297,8 @@ static void phi_gradient(
             }
         }
     }
-    for (int row = begin_row; row < end_row && row < phi.rows; row++)
-        memcpy(result + (int64_t(row) * N + stream) * phi.width + first, sums + row * PANEL, sizeof(float) * count);
+    for (int row = begin_row; row < end_row && row < phi.rows; row++) {
+        float* to = result + phi.place(row, stream * phi.width + first);
+        for (int c = 0; c < count; c++) to[c * phi.step()] = sums[row * PANEL + c];
+    }
 }

@@ -5,7 +5,7 @@ the gradients of the streams and of phi need is left in device memory.
 """
 
 # mypy: disable-error-code="assignment"
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .coefficients import (
     gate_index,
     matrix_backward,
     matrix_index,
+    matrix_of_row_backward,
     read_weights,
     release_matrix_gradient,
     sigmoid,
@@ -28,6 +29,8 @@ from .coefficients import (
 )
 from .configurations import Geometry, ceil_div, coefficients_config
 from .launch import empty, launch
+from .norm_gates import Norm
+from .phi import stored_row
 from .primitives import split, total
 
 
@@ -38,7 +41,8 @@ class CoefficientGradients(NamedTuple):
         slopes: [pieces, tokens, slots] gradient of the raw products with phi, as products take it (see
             `primitives.split`), zero in the padding.
         factors: [n + 1, tokens] float32: what collapses the streams as stored, then the factor of the streams
-            themselves in their gradient, through 1/RMS.
+            themselves in their gradient, through 1/RMS. Where the layer input is normed, [n + 3, tokens]: the means of
+            the norm's gradient behind its weight along the normed values, and by itself.
         parts: [programs, 2, rows] float32 partial gradients of bias and of each row's scale.
     """
 
@@ -71,6 +75,34 @@ def _leave(
     return normed * raw
 
 
+@triton.jit
+def _through_norm(
+    parts: tl.tensor,
+    statistics: tl.tensor,
+    factors: tl.tensor,
+    j: tl.tensor,
+    used: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    splits: tl.tensor,
+    n: tl.constexpr,
+    CENTERED: tl.constexpr,
+) -> tl.tensor:
+    """Put the gates' gradient together from the sums of `norm_gates`, and leave the norm's two means in `factors`."""
+    SUMS: tl.constexpr = 3 * n + 2 if CENTERED else 2 * n + 1
+    grad = sum_parts(parts, j, used, token[None, :], tokens, splits, SUMS)
+    along = sum_parts(parts, 2 * n, live, token, tokens, splits, SUMS) / width
+    grad -= along[None, :] * sum_parts(parts, n + j, used, token[None, :], tokens, splits, SUMS)
+    tl.store(factors + tokens.to(tl.int64) * (n + 1) + token, along, mask=live)
+    if CENTERED:
+        level = sum_parts(parts, 3 * n + 1, live, token, tokens, splits, SUMS) / width
+        grad -= level[None, :] * sum_parts(parts, 2 * n + 1 + j, used, token[None, :], tokens, splits, SUMS)
+        tl.store(factors + tokens.to(tl.int64) * (n + 2) + token, level, mask=live)
+    return grad * tl.load(statistics + 2 * token.to(tl.int64) + 1, mask=live, other=0.0)[None, :]
+
+
 @triton.jit(do_not_specialize=["tokens", "iters", "splits"])
 def coefficient_gradients_kernel(
     projection: tl.tensor,
@@ -79,6 +111,7 @@ def coefficient_gradients_kernel(
     grad_res: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
+    statistics: tl.tensor,
     slopes: tl.tensor,
     factors: tl.tensor,
     parts: tl.tensor,
@@ -98,9 +131,13 @@ def coefficient_gradients_kernel(
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTERED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Recompute the coefficients of a tile of tokens and differentiate them."""
+    """Recompute the coefficients of a tile of tokens and differentiate them; with NORM from sums of `norm_gates`."""
     j = gate_index(N)
     o, i = matrix_index(N)
     entry = 2 * n + o * n + i
@@ -115,7 +152,12 @@ def coefficient_gradients_kernel(
     logits = affine(raw, j, j < n, inverse_rms[None, :], scale, bias)
     weights = read_weights(logits, eps, n, N, GATED, ANCHORED)
     tl.store(factors + j * tokens.to(tl.int64) + token[None, :], weights, mask=used)
-    grad = sum_parts(gate_parts, j, used, token[None, :], tokens, splits, n)
+    if NORM:
+        grad = _through_norm(
+            gate_parts, statistics, factors, j, used, token, live, tokens, width, splits, n, CENTERED
+        )  # fmt: skip
+    else:
+        grad = sum_parts(gate_parts, j, used, token[None, :], tokens, splits, n)
     if ANCHORED:
         grad += tl.where((j > 0) & (j < n), total(tl.where(j == 0, grad, 0.0), 0)[None, :], 0.0)
     if GATED:
@@ -146,8 +188,6 @@ def coefficient_gradients_kernel(
         )
     if 2 * n < ROWS:
         here = inside & live[None, None, :]
-        raw = tl.load(kept[None, None, :] + entry, mask=here, other=0.0)
-        logits = affine(raw, entry, inside, inverse_rms[None, None, :], scale + 2, bias)
         wanted = here
         if ANCHORED and EXACT_ROWS:
             # Column 0 of the anchored matrix is a constant.
@@ -156,15 +196,33 @@ def coefficient_gradients_kernel(
         grad = tl.load(place, mask=wanted, other=0.0).to(tl.float32)
         if ANCHORED:
             grad = release_matrix_gradient(grad, n, N, EXACT_ROWS)
-        grad = matrix_backward(grad, logits, iters, eps, n, N, MATRIX, HAS_EPS)
-        grad = tl.where(here, grad, 0.0)
-        bias_matrix = total(grad, 2)
-        scale_matrix = total(grad * raw * inverse_rms[None, None, :], 2)
-        product = _leave(
-            grad, raw, entry, here, inverse_rms[None, None, :], scale + 2, slopes, far[None, None, :], tokens,
-            SLOTS, PIECES,
-        )  # fmt: skip
-        through += total(total(product, 0), 0)
+        if PADDED:
+            row = gate_index(PADDED)
+            used = (row < ROWS - 2 * n) & live[None, :]
+            raw = tl.load(kept[None, :] + 2 * n + row, mask=used, other=0.0)
+            logits = affine(raw, 2 * n + row, row < ROWS - 2 * n, inverse_rms[None, :], scale + 2, bias)
+            grad = matrix_of_row_backward(grad, logits, n, N, ROWS, PADDED, MATRIX)
+            grad = tl.where(used, grad, 0.0)
+            bias_matrix = total(grad, 1)
+            scale_matrix = total(grad * raw * inverse_rms[None, :], 1)
+            product = _leave(
+                grad, raw, 2 * n + row, used, inverse_rms[None, :], scale + 2, slopes, far[None, :], tokens, SLOTS,
+                PIECES,
+            )  # fmt: skip
+            through += total(product, 0)
+        else:
+            raw = tl.load(kept[None, None, :] + entry, mask=here, other=0.0)
+            row = stored_row(entry, n, TRANSPOSED)
+            logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
+            grad = matrix_backward(grad, logits, iters, eps, n, N, MATRIX, HAS_EPS)
+            grad = tl.where(here, grad, 0.0)
+            bias_matrix = total(grad, 2)
+            scale_matrix = total(grad * raw * inverse_rms[None, None, :], 2)
+            product = _leave(
+                grad, raw, entry, here, inverse_rms[None, None, :], scale + 2, slopes, far[None, None, :], tokens,
+                SLOTS, PIECES,
+            )  # fmt: skip
+            through += total(total(product, 0), 0)
     cube = inverse_rms * inverse_rms * inverse_rms
     tl.store(factors + tokens.to(tl.int64) * n + token, -through * cube / (n * width), mask=live)
     if ROWS < SLOTS:
@@ -180,7 +238,11 @@ def coefficient_gradients_kernel(
     if n < ROWS:
         tl.store(part + n + j, bias_post, mask=j < n)
         tl.store(part + ROWS + n + j, scale_post, mask=j < n)
-    if 2 * n < ROWS:
+    if PADDED:
+        row = tl.arange(0, PADDED)
+        tl.store(part + 2 * n + row, bias_matrix, mask=row < ROWS - 2 * n)
+        tl.store(part + ROWS + 2 * n + row, scale_matrix, mask=row < ROWS - 2 * n)
+    elif 2 * n < ROWS:
         o, i = j[:, None], j[None, :]
         inside = (o < n) & (i < n)
         tl.store(part + 2 * n + o * n + i, bias_matrix, mask=inside)
@@ -199,12 +261,13 @@ def coefficient_gradients(
     eps: float,
     geometry: Geometry,
     constants: dict[str, Any],
+    norm: Norm | None = None,
 ) -> CoefficientGradients:
     """Differentiate a site's coefficients.
 
     Args:
         projection: [tokens, rows + 1] that the forward kept.
-        gate_parts: [splits, n, tokens], from `gates`.
+        gate_parts: [splits, n, tokens], from `gates`, or [splits, sums, tokens] from `norm_gates`.
         grad_post: [tokens, n]; not read for a head.
         grad_res: [tokens, n, n]; read only where streams mix.
         scale: [3], [2], or [1] for a head.
@@ -214,6 +277,7 @@ def coefficient_gradients(
         eps: as in `reference.pre`.
         geometry: of the call.
         constants: as from `manifold_constants`.
+        norm: of the layer input, if it has one.
     """
     config = coefficients_config(geometry)
     tokens = geometry.tokens
@@ -221,14 +285,16 @@ def coefficient_gradients(
     dtype = torch.bfloat16 if geometry.pieces == 2 else torch.float32
     found = CoefficientGradients(
         slopes=empty(projection, geometry.pieces, tokens, geometry.slots, dtype=dtype),
-        factors=empty(projection, geometry.n + 1, tokens),
+        factors=empty(projection, geometry.n + (3 if norm else 1), tokens),
         parts=empty(projection, programs, 2, geometry.rows),
     )
     launch(
         coefficient_gradients_kernel, (programs,),
-        projection, gate_parts, grad_post, grad_res, scale, bias, *found,
+        projection, gate_parts, grad_post, grad_res, scale, bias, norm.statistics if norm else projection, *found,
         tokens, geometry.width, iters, norm_eps, eps, gate_parts.shape[0],
         SLOTS=geometry.slots, PIECES=geometry.pieces,
-        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
+        NORM=norm is not None, CENTERED=norm is not None and norm.centered,
+        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.matrix(),
+        **constants,
     )  # fmt: skip
     return found

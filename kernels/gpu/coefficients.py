@@ -17,7 +17,9 @@ from torch import Tensor
 from ..manifolds import MANIFOLDS
 from .configurations import Geometry, ceil_div, coefficients_config
 from .launch import empty, launch
+from .phi import stored_row
 from .primitives import row_softmax, sinkhorn_tile, sinkhorn_tile_backward, total
+from .row_matrices import kronecker, kronecker_backward, permutation_weights, permuted, permuted_backward
 
 
 def manifold_constants(manifold: str, eps: float) -> dict[str, Any]:
@@ -84,6 +86,55 @@ def read_weights(
 
 
 @triton.jit
+def collapse_weights(
+    projection: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
+    width: tl.tensor,
+    norm_eps: tl.tensor,
+    eps: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    GATED: tl.constexpr,
+) -> tl.tensor:
+    """Make what collapses the streams [streams, tokens] of a projection; of `token` int64."""
+    j = gate_index(N)
+    squares = tl.load(projection + token * (ROWS + 1) + ROWS, mask=live, other=0.0)
+    raw = tl.load(projection + token[None, :] * (ROWS + 1) + j, mask=(j < n) & live[None, :], other=0.0)
+    inverse_rms = tl.rsqrt(squares / (n * width) + norm_eps)
+    return read_weights(affine(raw, j, j < n, inverse_rms[None, :], scale, bias), eps, n, N, GATED, ANCHORED)
+
+
+@triton.jit
+def weight_of(weights: tl.tensor, stream: tl.constexpr, N: tl.constexpr) -> tl.tensor:
+    """Take one stream's row [tokens] of a tile [streams, tokens]."""
+    return total(tl.where(gate_index(N) == stream, weights, 0.0), 0)
+
+
+@triton.jit
+def copy_coefficients(
+    measured_post: tl.tensor,
+    measured_res: tl.tensor,
+    post_copy: tl.tensor,
+    res_copy: tl.tensor,
+    token: tl.tensor,
+    wanted: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+) -> None:
+    """Copy post and res of the `wanted` tokens."""
+    entry = tl.arange(0, N * N)[None, :]
+    place, here = token[:, None] * (n * n) + entry, wanted[:, None] & (entry < n * n)
+    tl.store(res_copy + place, tl.load(measured_res + place, mask=here), mask=here)
+    place, here = token[:, None] * n + entry, wanted[:, None] & (entry < n)
+    tl.store(post_copy + place, tl.load(measured_post + place, mask=here), mask=here)
+
+
+@triton.jit
 def write_weights(
     logits: tl.tensor, n: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr, ANCHORED: tl.constexpr
 ) -> tl.tensor:
@@ -144,6 +195,47 @@ def matrix_backward(
 
 
 @triton.jit
+def matrix_of_row(
+    logits: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MATRIX: tl.constexpr,
+) -> tl.tensor:
+    """Turn logits [PADDED, tokens] into res [out, in, tokens], as MATRIX says; the padding of `logits` is not read."""
+    o, i = matrix_index(N)
+    row = gate_index(PADDED)
+    if MATRIX == "permutation":
+        return permuted(permutation_weights(logits, row, ROWS - 2 * n), row, o, i, n, ROWS - 2 * n)
+    else:
+        tl.static_assert(MATRIX == "kronecker")
+        return kronecker(sigmoid(logits), row, o, i, ROWS - 2 * n)
+
+
+@triton.jit
+def matrix_of_row_backward(
+    grad: tl.tensor,
+    logits: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MATRIX: tl.constexpr,
+) -> tl.tensor:
+    """Differentiate `matrix_of_row`; the padding of `grad` must be zero."""
+    o, i = matrix_index(N)
+    row = gate_index(PADDED)
+    if MATRIX == "permutation":
+        weights = permutation_weights(logits, row, ROWS - 2 * n)
+        slopes = permuted_backward(grad, row, o, i, n, ROWS - 2 * n)
+        return weights * (slopes - total(weights * slopes, 0)[None, :])
+    else:
+        stay = sigmoid(logits)
+        return kronecker_backward(grad, stay, row, o, i, ROWS - 2 * n) * stay * (1.0 - stay)
+
+
+@triton.jit
 def anchor_matrix(matrix: tl.tensor, n: tl.constexpr, N: tl.constexpr, EXACT_ROWS: tl.constexpr) -> tl.tensor:
     """Turn res [out, in, tokens] into T res T⁻¹ (see `anchored.mixing`)."""
     o, i = matrix_index(N)
@@ -189,6 +281,32 @@ def sum_parts(
     return summed
 
 
+@triton.jit
+def matrix_of_parts(
+    sums: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    projection: tl.tensor,
+    token: tl.tensor,
+    live: tl.tensor,
+    inverse_rms: tl.tensor,
+    tokens: tl.tensor,
+    splits: tl.tensor,
+    n: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MATRIX: tl.constexpr,
+) -> tl.tensor:
+    """Add up the partial sums of a row of logits, write them as projection, and return res [out, in, tokens]."""
+    row = gate_index(PADDED)
+    used = (row < ROWS - 2 * n) & live[None, :]
+    raw = sum_parts(sums, 2 * n + row, used, token[None, :], tokens, splits, ROWS + 1)
+    tl.store(projection + token.to(tl.int64)[None, :] * (ROWS + 1) + 2 * n + row, raw, mask=used)
+    logits = affine(raw, 2 * n + row, row < ROWS - 2 * n, inverse_rms[None, :], scale + 2, bias)
+    return matrix_of_row(logits, n, N, ROWS, PADDED, MATRIX)
+
+
 @triton.jit(do_not_specialize=["tokens", "iters", "splits"])
 def coefficients_kernel(
     sums: tl.tensor,
@@ -211,6 +329,8 @@ def coefficients_kernel(
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Add up a tile's partial sums, write them as its projection, and post and res of it."""
@@ -232,10 +352,15 @@ def coefficients_kernel(
         o, i = matrix_index(N)
         inside = (o < n) & (i < n)
         here = inside & live[None, None, :]
-        if 2 * n < ROWS:
+        if PADDED:
+            matrix = matrix_of_parts(
+                sums, scale, bias, projection, token, live, inverse_rms, tokens, splits, n, N, ROWS, PADDED, MATRIX
+            )
+        elif 2 * n < ROWS:
             row = 2 * n + o * n + i
             raw = sum_parts(sums, row, here, token[None, None, :], tokens, splits, ROWS + 1)
             tl.store(projection + far[None, None, :] * (ROWS + 1) + row, raw, mask=here)
+            row = stored_row(row, n, TRANSPOSED)
             logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
             matrix = matrix_of(logits, iters, eps, n, N, MATRIX, HAS_EPS)
         else:
@@ -273,7 +398,8 @@ def coefficients(
     launch(
         coefficients_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
         sums, scale, bias, *coefficient_outputs, geometry.tokens, geometry.width, iters, norm_eps, eps, sums.shape[0],
-        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **constants,
+        BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.matrix(),
+        **constants,
     )  # fmt: skip
 
 

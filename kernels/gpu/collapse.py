@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
-from .coefficients import affine, gate_index, read_weights
+from ..orientation import ROWS_FIRST, PhiLayout
+from .coefficients import collapse_weights, copy_coefficients, weight_of
 from .configurations import Geometry, ceil_div, collapse_config
-from .launch import empty, geometry_of, launch, product_options
-from .primitives import rounded, total
+from .launch import empty, geometry_of, launch, product_options, register_limit
+from .primitives import rounded
 from .stream_tiles import load_streams, mix_stream
 
 
@@ -66,12 +67,9 @@ def collapse_kernel(
     tiles = load_streams(streams, base, column, mask, n, width)
     if MIX:
         written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
-    j = gate_index(N)
-    squares = tl.load(projection + token * (ROWS + 1) + ROWS, mask=live, other=0.0)
-    used = (j < n) & live[None, :]
-    raw = tl.load(projection + token[None, :] * (ROWS + 1) + j, mask=used, other=0.0)
-    inverse_rms = tl.rsqrt(squares / (n * width) + norm_eps)
-    weights = read_weights(affine(raw, j, j < n, inverse_rms[None, :], scale, bias), eps, n, N, GATED, ANCHORED)
+    weights = collapse_weights(
+        projection, scale, bias, token, live, width, norm_eps, eps, n, N, ROWS, ANCHORED, GATED
+    )  # fmt: skip
     collapsed = tl.full([BLOCK_TOKENS, BLOCK_WIDTH], 0.0, tl.float32)
     for i in tl.static_range(n):
         if MIX:
@@ -79,17 +77,12 @@ def collapse_kernel(
             tl.store(fresh_streams + base[:, None] * n + i * width + column[None, :], stream, mask=mask)
         else:
             stream = tiles[i]
-        weight = total(tl.where(j == i, weights, 0.0), 0)
-        collapsed += weight[:, None] * stream.to(tl.float32)
+        collapsed += weight_of(weights, i, N)[:, None] * stream.to(tl.float32)
     place = layer_input + base[:, None] + column[None, :]
     tl.store(place, rounded(collapsed, layer_input.dtype.element_ty), mask=mask)
     if COPY:
-        first = (token < tl.where(tl.program_id(0) % blocks == 0, tokens, 0))[:, None]
-        entry = tl.arange(0, N * N)[None, :]
-        place, here = token[:, None] * (n * n) + entry, first & (entry < n * n)
-        tl.store(res_copy + place, tl.load(measured_res + place, mask=here), mask=here)
-        place, here = token[:, None] * n + entry, first & (entry < n)
-        tl.store(post_copy + place, tl.load(measured_post + place, mask=here), mask=here)
+        wanted = token < tl.where(tl.program_id(0) % blocks == 0, tokens, 0)
+        copy_coefficients(measured_post, measured_res, post_copy, res_copy, token, wanted, n, N)
 
 
 def collapse_by(
@@ -133,7 +126,7 @@ def collapse_by(
             *(copies or nothing), geometry.tokens, geometry.width, norm_eps, eps,
             GATED=gated, MIX=mixing is not None, COPY=measured is not None,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
-            **geometry.coefficients(), **product_options(),
+            **register_limit(255 if mixing else 64), **geometry.coefficients(), **product_options(),
         )  # fmt: skip
     return (layer_input, *copies)
 
@@ -151,9 +144,11 @@ def collapse(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return `pre`'s layer input, and copies of post and res; see `reference.collapse`, which has the arguments."""
     return collapse_by(
         streams.contiguous(), scale.contiguous(), bias.contiguous(), projection.contiguous(), norm_eps, eps,
-        MANIFOLDS[manifold].gated, geometry_of(streams, phi, anchored), measured=(post.contiguous(), res.contiguous()),
+        MANIFOLDS[manifold].gated, geometry_of(streams, phi, anchored, layout),
+        measured=(post.contiguous(), res.contiguous()),
     )  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..orientation import ROWS_FIRST, PhiLayout
+
 
 def next_power_of_2(count: int) -> int:
     """Return the smallest power of two that is not below `count`."""
@@ -39,6 +41,7 @@ class Geometry:
         anchored: the streams are stored as stream 0 and differences from it (see `anchored`).
         element_size: bytes of a stream's element.
         pieces: parts that products split a float32 factor into: two of bfloat16 beside bfloat16 streams, else one.
+        layout: how phi lies in memory.
     """
 
     tokens: int
@@ -48,6 +51,7 @@ class Geometry:
     anchored: bool
     element_size: int
     pieces: int
+    layout: PhiLayout = ROWS_FIRST
 
     @property
     def slots(self) -> int:
@@ -57,6 +61,24 @@ class Geometry:
     def constants(self) -> dict[str, int]:
         """Return the compile-time constants that describe tiles."""
         return {"n": self.n, "ROWS": self.rows, "ANCHORED": self.anchored}
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of phi and bias, those of an n·n matrix, are ordered [in, out]."""
+        return self.layout.transposed and self.rows == self.n * (self.n + 2)
+
+    def phi(self) -> dict[str, bool]:
+        """Return the compile-time constants that describe how phi lies in memory."""
+        return {"COLUMNS": self.layout.columns, "TRANSPOSED": self.transposed}
+
+    def matrix(self) -> dict[str, int]:
+        """Return the compile-time constants that describe the logits of a token's matrix.
+
+        PADDED is the padded length of a row of logits; 0 where they are [n, n], or there are none.
+        """
+        count = self.rows - 2 * self.n
+        in_row = count > 0 and count != self.n**2
+        return {"TRANSPOSED": self.transposed, "PADDED": next_power_of_2(count) if in_row else 0}
 
     def coefficients(self) -> dict[str, int]:
         """Return the compile-time constants that describe a token's coefficients."""
@@ -96,7 +118,8 @@ def projection_config(geometry: Geometry, mixes: bool) -> ProjectionConfig:
     tiles = ceil_div(geometry.tokens, block_tokens)
     prepared = tiles > 4
     crowded = geometry.slots > 64 or (wide and geometry.slots > 16)
-    block_width = 16 if crowded else 32 if wide or mixes or geometry.n > 4 or not prepared else 64
+    narrow = crowded or (geometry.n > 6 and not prepared)
+    block_width = 16 if narrow else 32 if wide or mixes or geometry.n > 4 or not prepared else 64
     splits = programs_wanted(tiles, ceil_div(geometry.width, 2 * block_width))
     return ProjectionConfig(block_tokens, block_width, 8 if crowded else 4, 1, splits, prepared)
 
@@ -128,6 +151,25 @@ def collapse_config(geometry: Geometry) -> CollapseConfig:
     vector = 16 // geometry.element_size
     block_width = min(next_power_of_2(geometry.width), 128 * vector)
     return CollapseConfig(128 * vector // block_width, block_width, 4)
+
+
+@dataclass(frozen=True)
+class CollapseNormConfig:
+    """Launch configuration: tokens of a program and channels of a step, warps; `held` where a step is a whole row."""
+
+    block_tokens: int
+    block_width: int
+    warps: int
+    held: bool
+
+
+def collapse_norm_config(geometry: Geometry) -> CollapseNormConfig:
+    """Choose whole rows of up to 16 KB a stream, 16 channels a thread; narrow rows share a tile, wide ones are cut."""
+    longest = 16384 // geometry.element_size
+    row = next_power_of_2(geometry.width)
+    block_width = row if row <= longest else longest // 2
+    block_tokens = max(1, 2048 // block_width)
+    return CollapseNormConfig(block_tokens, block_width, block_tokens * block_width // 512, row <= longest)
 
 
 @dataclass(frozen=True)
@@ -169,12 +211,13 @@ class StreamGradientsConfig:
     streams: int
 
 
-def stream_gradients_config(geometry: Geometry) -> StreamGradientsConfig:
+def stream_gradients_config(geometry: Geometry, normed: bool = False) -> StreamGradientsConfig:
     """Choose blocks of C that keep phi's gradient in registers, and splits that fill the device.
 
-    Up to 4 streams are one launch; beyond, phi's factors and gradient of all do not fit.
+    Up to 4 streams are one launch; beyond, phi's factors and gradient of all do not fit. With a norm's backward beside
+    them, 2 where a block is narrow.
     """
     roomy = geometry.slots <= 32 and geometry.pieces == 2
     width = 64 if roomy else 16
     splits = programs_wanted(ceil_div(geometry.width, width), min(64, ceil_div(geometry.tokens, 64)))
-    return StreamGradientsConfig(16, width, 8, splits, 4)
+    return StreamGradientsConfig(16, width, 8, splits, 4 if roomy or not normed else 2)

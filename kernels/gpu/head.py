@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import head_constants
 from .collapse import collapse_by
 from .launch import geometry_of
@@ -22,9 +23,10 @@ def head(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, Tensor]:
     """Read [*, n, C] streams out as [*, C], with phi [n, n·C], scale [1] and bias [n]; see `reference.head`."""
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
     *_, projection = measure_by(streams, phi, scale, bias, 1, norm_eps, eps, head_constants(eps), geometry)
     (collapsed,) = collapse_by(streams, scale, bias, projection, norm_eps, eps, True, geometry)
@@ -41,7 +43,8 @@ def head_backward(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout: PhiLayout = ROWS_FIRST,
+) -> tuple[Tensor, ...]:
     """Return the gradients of `head`.
 
     Args:
@@ -54,10 +57,11 @@ def head_backward(
         norm_eps: as in `reference.head`.
         eps: as in `reference.head`.
         anchored: as in `reference.head`.
+        layout: as in `pre`.
 
     Returns:
         gradients of streams [*, n, C], phi [n, n·C], scale [1] and bias [n], each in the dtype of its tensor.
     """
     grads = (grad_output, projection, projection)
     tensors = (streams, phi, scale, bias)
-    return backward(grads, tensors, projection, 1, norm_eps, eps, head_constants(eps), anchored)
+    return backward(grads, tensors, projection, 1, norm_eps, eps, head_constants(eps), anchored, layout)

@@ -7,6 +7,7 @@ the configuration it would really get (`recording`).
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,25 +15,28 @@ import torch
 import triton
 from torch import Tensor
 
+from ..orientation import ROWS_FIRST, PhiLayout
 from .configurations import Geometry
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
-_recorder: Recorder | None = None
-_recorded_backend = "cuda"
+
+class _Recording(threading.local):
+    """Where a thread's launches go: autograd runs backwards in threads of their own."""
+
+    recorder: Recorder | None = None
+    backend = "cuda"
 
 
-def geometry_of(streams: Tensor, phi: Tensor, anchored: bool) -> Geometry:
-    """Return the geometry of [*, n, C] streams and their phi."""
+_recording = _Recording()
+
+
+def geometry_of(streams: Tensor, phi: Tensor, anchored: bool, layout: PhiLayout = ROWS_FIRST) -> Geometry:
+    """Return the geometry of [*, n, C] streams and their phi, which lies as `layout` says."""
     n, width = streams.shape[-2:]
     pieces = 2 if streams.dtype == torch.bfloat16 else 1
     tokens = streams.shape[:-2].numel()
-    return Geometry(tokens, n, width, phi.shape[0], anchored, streams.element_size(), pieces)
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter."""
-    return bool(triton.knobs.runtime.interpret)
+    return Geometry(tokens, n, width, layout.rows(phi), anchored, streams.element_size(), pieces, layout)
 
 
 def product_options() -> dict[str, Any]:
@@ -58,27 +62,32 @@ def warps_for(warps: int) -> dict[str, int]:
 
 
 def _on_hip() -> bool:
-    return _recorded_backend == "hip" if _recorder is not None else torch.version.hip is not None
+    return _recording.backend == "hip" if _recording.recorder is not None else torch.version.hip is not None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch `kernel` over `grid`, or hand the launch to the recorder."""
-    if _recorder is not None:
-        _recorder(kernel, grid, args, options)
-    else:
-        kernel[grid](*args, **options)
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
+    """Launch `kernel` over `grid` and return what Triton compiled, or hand the launch to the recorder."""
+    if _recording.recorder is not None:
+        return _recording.recorder(kernel, grid, args, options)
+    return kernel[grid](*args, **options)
+
+
+def observed() -> bool:
+    """Whether launches are recorded, or a profiler has set Triton's hooks: both are to see every argument."""
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return _recording.recorder is not None or any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 @contextlib.contextmanager
 def recording(recorder: Recorder, backend: str = "cuda") -> Iterator[None]:
-    """Inside, launches go to `recorder(kernel, grid, args, options)` in place of the device."""
-    global _recorder, _recorded_backend
-    previous = _recorder, _recorded_backend
-    _recorder, _recorded_backend = recorder, backend
+    """Inside, this thread's launches go to `recorder(kernel, grid, args, options)` in place of the device."""
+    previous = _recording.recorder, _recording.backend
+    _recording.recorder, _recording.backend = recorder, backend
     try:
         yield
     finally:
-        _recorder, _recorded_backend = previous
+        _recording.recorder, _recording.backend = previous
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

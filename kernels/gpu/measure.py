@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import coefficient_memory, coefficients, manifold_constants
 from .configurations import Geometry
 from .launch import geometry_of
@@ -60,9 +61,10 @@ def measure(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return post, res and the projection of `pre`; see `reference.measure`."""
     return measure_by(
         streams.contiguous(), phi.contiguous(), scale.contiguous(), bias.contiguous(), iters, norm_eps, eps,
-        manifold_constants(manifold, eps), geometry_of(streams, phi, anchored),
+        manifold_constants(manifold, eps), geometry_of(streams, phi, anchored, layout),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import (
     affine,
     anchor_matrix,
@@ -22,12 +23,14 @@ from .coefficients import (
     manifold_constants,
     matrix_index,
     matrix_of,
+    matrix_of_parts,
     sum_parts,
     write_weights,
 )
 from .collapse import collapse_by
 from .configurations import ceil_div, coefficients_config
 from .launch import geometry_of, launch
+from .phi import stored_row
 from .pre import pre_backward
 from .projection import project
 from .sinkhorn import sinkhorn
@@ -52,6 +55,8 @@ def paper_affine_kernel(
     GATED: tl.constexpr,
     MATRIX: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Scale, shift and squash the projections: post [tokens, n] and the matrix [tokens, n, n].
@@ -76,15 +81,21 @@ def paper_affine_kernel(
     o, i = matrix_index(N)
     inside = (o < n) & (i < n)
     here = inside & live[None, None, :]
-    if 2 * n < ROWS:
+    if PADDED:
+        values = matrix_of_parts(
+            sums, scale, bias, projection, token, live, inverse_rms, tokens, splits, n, N, ROWS, PADDED, MATRIX
+        )
+    elif 2 * n < ROWS:
         row = 2 * n + o * n + i
         raw = sum_parts(sums, row, here, token[None, None, :], tokens, splits, ROWS + 1)
         tl.store(kept[None, None, :] + row, raw, mask=here)
+        row = stored_row(row, n, TRANSPOSED)
         values = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
     else:
         values = tl.where(o == i, 1.0, 0.0) + tl.full([N, N, BLOCK_TOKENS], 0.0, tl.float32)
     if MATRIX != "sinkhorn":
-        values = matrix_of(values, 0, 0.0, n, N, MATRIX, False)
+        if PADDED == 0:
+            values = matrix_of(values, 0, 0.0, n, N, MATRIX, False)
         if ANCHORED:
             values = anchor_matrix(values, n, N, EXACT_ROWS)
     tl.store(matrix + far[None, None, :] * (n * n) + o * n + i, values, mask=here)
@@ -100,6 +111,7 @@ def paper_pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `reference.pre` in separate kernels.
 
@@ -113,12 +125,13 @@ def paper_pre(
         eps: as in `reference.pre`.
         manifold: a name of `MANIFOLDS` that the kernels cover.
         anchored: the streams are anchored, and so are the post and res that are returned.
+        layout: how phi lies in memory.
 
     Returns:
         layer_input [*, C] in the streams' dtype; post [*, n], res [*, n, n] and the projection [*, rows + 1] in
         float32.
     """
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     constants = manifold_constants(manifold, eps)
     streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
     post, matrix, projection = coefficient_memory(streams, geometry)
@@ -129,7 +142,7 @@ def paper_pre(
             paper_affine_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
             sums, scale, bias, post, matrix, projection, geometry.tokens, geometry.width, norm_eps, sums.shape[0],
             GATED=constants["GATED"], MATRIX=constants["MATRIX"], EXACT_ROWS=constants["EXACT_ROWS"],
-            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(),
+            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.matrix(),
         )  # fmt: skip
     gated = MANIFOLDS[manifold].gated
     (layer_input,) = collapse_by(streams, scale, bias, projection, norm_eps, eps, gated, geometry)

@@ -41,8 +41,8 @@ def forward_config(width: int, element_size: int) -> PostConfig:
 
 
 def backward_config(width: int, n: int, element_size: int) -> PostConfig:
-    """Choose the forward's tile, with half the channels a thread where n² sums crowd the registers."""
-    vector = 16 // element_size if n <= 4 else 8 // element_size
+    """Choose the forward's tile, with fewer channels a thread where n² sums crowd the registers."""
+    vector = (16 if n <= 4 else 8 if n <= 6 else 4) // element_size
     block_width = min(triton.next_power_of_2(width), 128 * vector)
     return PostConfig(128 * vector // block_width, max(block_width, vector), 4, vector)
 
@@ -81,8 +81,9 @@ def _fold(values: tl.tensor, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constex
     return total(tl.reshape(values, [BLOCK_TOKENS, BLOCK_WIDTH // VECTOR, VECTOR]), 2)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def post_backward_kernel(
+@triton.jit
+def post_backward_tile(
+    program: tl.tensor,
     grad_mixed: tl.tensor,
     streams: tl.tensor,
     branch: tl.tensor,
@@ -100,7 +101,7 @@ def post_backward_kernel(
     VECTOR: tl.constexpr,
 ) -> None:
     """All four gradients of a tile of tokens, walking over C once."""
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    token = program * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
     base = token.to(tl.int64) * width
     weights = load_mixing(post, res, token, live, n)
@@ -133,6 +134,31 @@ def post_backward_kernel(
             tl.store(grad_res + token * (n * n) + o * n + i, entry, mask=live)
         entry = rounded(total(sums[o * (n + 1) + n], 1), grad_post.dtype.element_ty)
         tl.store(grad_post + token * n + o, entry, mask=live)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def post_backward_kernel(
+    grad_mixed: tl.tensor,
+    streams: tl.tensor,
+    branch: tl.tensor,
+    post: tl.tensor,
+    res: tl.tensor,
+    grad_streams: tl.tensor,
+    grad_branch: tl.tensor,
+    grad_post: tl.tensor,
+    grad_res: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    n: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    """All four gradients, a tile of tokens a program."""
+    post_backward_tile(
+        tl.program_id(0), grad_mixed, streams, branch, post, res, grad_streams, grad_branch, grad_post, grad_res,
+        tokens, width, n, BLOCK_TOKENS, BLOCK_WIDTH, VECTOR,
+    )  # fmt: skip
 
 
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -182,30 +208,14 @@ def post_backward(
         zeros = [torch.zeros_like(tensor) for tensor in inputs]
         return zeros[0], zeros[1], zeros[2], zeros[3]
     streams, branch, post, res = (tensor.contiguous() for tensor in inputs)
-    return _backward(grad_streams.contiguous(), torch.empty_like(streams), streams, branch, post, res)
-
-
-def post_backward_in_place(
-    grad_mixed: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `post`, that of the streams over `grad_mixed`, the gradient of its result.
-
-    A program loads a tile of all n streams' gradients before it writes it. All tensors are contiguous and have tokens.
-    """
-    return _backward(grad_mixed, grad_mixed, streams, branch, post, res)
-
-
-def _backward(
-    grad_mixed: Tensor, grad_streams: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [torch.empty_like(tensor) for tensor in (branch, post, res)]
+    grads = [torch.empty_like(tensor) for tensor in (streams, branch, post, res)]
     *leading, n, width = streams.shape
     tokens = torch.Size(leading).numel()
     config = backward_config(width, n, streams.element_size())
     launch(
         post_backward_kernel, (ceil_div(tokens, config.block_tokens),),
-        grad_mixed, streams, branch, post, res, grad_streams, *grads, tokens, width,
+        grad_streams.contiguous(), streams, branch, post, res, *grads, tokens, width,
         n=n, BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, VECTOR=config.vector,
         num_warps=config.warps, num_stages=1,
     )  # fmt: skip
-    return grad_streams, grads[0], grads[1], grads[2]
+    return grads[0], grads[1], grads[2], grads[3]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .collapse import collapse_by
 from .launch import geometry_of
 
@@ -26,12 +27,13 @@ def post_collapse(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return what `post_pre` returns, given what `post_measure` did; see `boundary.post_collapse`."""
     fresh = torch.empty_like(streams, memory_format=torch.contiguous_format)
     made = collapse_by(
         streams.contiguous(), scale.contiguous(), bias.contiguous(), projection.contiguous(), norm_eps, eps,
-        MANIFOLDS[manifold].gated, geometry_of(streams, phi, anchored),
+        MANIFOLDS[manifold].gated, geometry_of(streams, phi, anchored, layout),
         mixing=(branch.contiguous(), post.contiguous(), res.contiguous()), fresh_streams=fresh,
         measured=(next_post.contiguous(), next_res.contiguous()),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import manifold_constants
 from .launch import geometry_of
 from .measure import measure_by
@@ -22,10 +23,11 @@ def post_measure(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return post, res and the projection of `post_pre`; see `boundary.post_measure`."""
     return measure_by(
         streams.contiguous(), phi.contiguous(), scale.contiguous(), bias.contiguous(), iters, norm_eps, eps,
-        manifold_constants(manifold, eps), geometry_of(streams, phi, anchored),
+        manifold_constants(manifold, eps), geometry_of(streams, phi, anchored, layout),
         mixing=(branch.contiguous(), post.contiguous(), res.contiguous()),
     )  # fmt: skip

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficient_gradients import coefficient_gradients
 from .coefficients import manifold_constants
 from .collapse import collapse_by
 from .gates import gates
+from .last_gradients import last_gradients
 from .launch import geometry_of
 from .measure import measure_by
-from .parameter_gradients import parameter_gradients
-from .post import post_backward_in_place
 from .stream_gradients import stream_gradients
 
 
@@ -39,6 +39,7 @@ def post_pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Run a site's `post` and the next site's `pre`; see `boundary.post_pre`.
 
@@ -55,12 +56,13 @@ def post_pre(
         eps: as in `reference.pre`.
         manifold: a name of `MANIFOLDS` that the kernels cover.
         anchored: the streams given are anchored, and so is all that is returned.
+        layout: how phi lies in memory.
 
     Returns:
         the new streams [*, n, C] and layer_input [*, C] in the streams' dtype; post [*, n], res [*, n, n] and the
         projection [*, rows + 1] of the next site in float32.
     """
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     streams, branch, post, res, phi, scale, bias = (
         tensor.contiguous() for tensor in (streams, branch, post, res, phi, scale, bias)
     )
@@ -92,6 +94,7 @@ def post_pre_backward(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `post_pre`.
 
@@ -113,12 +116,13 @@ def post_pre_backward(
         eps: as in `post_pre`.
         manifold: as in `post_pre`.
         anchored: as in `post_pre`.
+        layout: as in `post_pre`.
 
     Returns:
         the gradients of its seven tensors, each with the shape and dtype of its tensor.
     """
     inputs = (streams, branch, post, res, phi, scale, bias)
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     if geometry.tokens == 0:
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     streams, branch, post, res, phi, scale, bias = (tensor.contiguous() for tensor in inputs)
@@ -129,8 +133,9 @@ def post_pre_backward(
         grad_next_post.contiguous(), grad_next_res.contiguous(), scale, bias,
         iters, norm_eps, eps, geometry, manifold_constants(manifold, eps),
     )  # fmt: skip
-    grad_mixed, phi_parts = stream_gradients(
+    grad_mixed, phi_parts, _ = stream_gradients(
         streams, phi, grad_input, found, geometry, mixing=mixing, grad_fresh=grad_fresh.contiguous()
     )
-    grads = post_backward_in_place(grad_mixed, streams, branch, post, res)
-    return (*grads, *parameter_gradients(phi_parts, found.parts, phi, scale, bias, geometry))
+    return last_gradients(
+        grad_mixed, (streams, branch, post, res), phi_parts, found.parts, (phi, scale, bias), geometry
+    )

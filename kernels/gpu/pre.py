@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..manifolds import MANIFOLDS
+from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficient_gradients import coefficient_gradients
 from .coefficients import manifold_constants
 from .collapse import collapse_by
@@ -35,6 +36,7 @@ def pre(
     eps: float,
     manifold: str,
     anchored: bool = False,
+    layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute a site's coefficients and its layer input; see `reference.pre`.
 
@@ -48,12 +50,13 @@ def pre(
         eps: as in `reference.pre`.
         manifold: a name of `MANIFOLDS` that the kernels cover.
         anchored: the streams are anchored, and so are the post and res that are returned.
+        layout: how phi lies in memory.
 
     Returns:
         layer_input [*, C] in the streams' dtype; post [*, n], res [*, n, n] and the projection [*, rows + 1] in
         float32.
     """
-    geometry = geometry_of(streams, phi, anchored)
+    geometry = geometry_of(streams, phi, anchored, layout)
     streams, phi, scale, bias = (tensor.contiguous() for tensor in (streams, phi, scale, bias))
     constants = manifold_constants(manifold, eps)
     post, res, projection = measure_by(streams, phi, scale, bias, iters, norm_eps, eps, constants, geometry)
@@ -76,7 +79,8 @@ def pre_backward(
     eps: float,
     manifold: str,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout: PhiLayout = ROWS_FIRST,
+) -> tuple[Tensor, ...]:
     """Return the gradients of `pre`.
 
     Args:
@@ -93,13 +97,14 @@ def pre_backward(
         eps: as in `pre`.
         manifold: as in `pre`.
         anchored: as in `pre`.
+        layout: as in `pre`.
 
     Returns:
         gradients of streams [*, n, C], phi [rows, n·C], scale and bias, each in the dtype of its tensor.
     """
     grads = (grad_layer_input, grad_post, grad_res)
     constants = manifold_constants(manifold, eps)
-    return backward(grads, (streams, phi, scale, bias), projection, iters, norm_eps, eps, constants, anchored)
+    return backward(grads, (streams, phi, scale, bias), projection, iters, norm_eps, eps, constants, anchored, layout)
 
 
 def backward(
@@ -111,7 +116,8 @@ def backward(
     eps: float,
     constants: dict[str, Any],
     anchored: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout: PhiLayout,
+) -> tuple[Tensor, ...]:
     """Differentiate `pre` or `head`; arguments and results are those of `pre_backward`.
 
     Args:
@@ -123,16 +129,16 @@ def backward(
         eps: as in `pre`.
         constants: as from `manifold_constants`.
         anchored: as in `pre`.
+        layout: as in `pre`.
     """
-    geometry = geometry_of(tensors[0], tensors[1], anchored)
+    geometry = geometry_of(tensors[0], tensors[1], anchored, layout)
     if geometry.tokens == 0:
-        zeros = [torch.zeros_like(tensor) for tensor in tensors]
-        return zeros[0], zeros[1], zeros[2], zeros[3]
+        return tuple(torch.zeros_like(tensor) for tensor in tensors)
     streams, phi, scale, bias = (tensor.contiguous() for tensor in tensors)
     grad_input, grad_post, grad_res = (grad.contiguous() for grad in grads)
     gate_parts = gates(streams, grad_input, geometry)
     found = coefficient_gradients(
         projection.contiguous(), gate_parts, grad_post, grad_res, scale, bias, iters, norm_eps, eps, geometry, constants
     )
-    grad_streams, phi_parts = stream_gradients(streams, phi, grad_input, found, geometry)
+    grad_streams, phi_parts, _ = stream_gradients(streams, phi, grad_input, found, geometry)
     return (grad_streams, *parameter_gradients(phi_parts, found.parts, phi, scale, bias, geometry))

@@ -38,6 +38,8 @@ def projection_kernel(
     SLOTS: tl.constexpr,
     PIECES: tl.constexpr,
     PREPARED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     MIX: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -77,7 +79,9 @@ def projection_kernel(
                     tl.store(place, stream, mask=mask)
             else:
                 stream = tiles[o]
-            factors = load_phi(phi, slot[None, :], column[:, None], o, width, n, ROWS, ANCHORED, PREPARED, PIECES)
+            factors = load_phi(
+                phi, slot[None, :], column[:, None], o, width, n, ROWS, ANCHORED, PREPARED, PIECES, COLUMNS, TRANSPOSED
+            )
             step = stream_product(stream, factors, step, PRECISION)
             released = stream.to(tl.float32)
             if ANCHORED:
@@ -106,7 +110,7 @@ def project(
 
     Args:
         streams: [tokens, n, C].
-        phi: [rows, n·C].
+        phi: [rows, n·C], as the geometry's layout says.
         geometry: of the call.
         mixing: (branch [tokens, C], post [tokens, n], res [tokens, n, n]) of a `post` that comes first; the
             projection is then of the streams after it.
@@ -128,6 +132,6 @@ def project(
         MIX=mixing is not None, STORE=fresh_streams is not None,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
         num_warps=config.warps, num_stages=config.stages,
-        **register_limit(255), **geometry.constants(), **product_options(),
+        **register_limit(255), **geometry.constants(), **geometry.phi(), **product_options(),
     )  # fmt: skip
     return sums

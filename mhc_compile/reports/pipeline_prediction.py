@@ -335,7 +335,7 @@ def _site_seconds(gpu: GPU, name: str, tokens: int, width: int, n_streams: int, 
         traffic.evaluate, tokens=tokens, width=width, n_streams=n_streams, element_size=dtype.itemsize, sites=2
     )
     site, plain = getattr(traffic.PER_SITE[fusion], name), getattr(traffic.PLAIN, name)
-    return (evaluate(site.ours.bytes) - evaluate(plain.ours.bytes)) / gpu.copy_rate
+    return (evaluate(site.ours.bytes) - evaluate(plain.ours.bytes)) / gpu.kernel_rate
 
 
 def _told(step: Step) -> str:

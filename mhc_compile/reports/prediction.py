@@ -1,9 +1,11 @@
 """Predict what mHC costs on a GPU: activation memory and step time. Nothing is measured here.
 
 The step of the plain model is taken as its matrix products at the rate that the GPU reaches in training, three times
-the forward's; mHC adds the traffic of its operators at the rate of a copy, less what the plain residual adds move.
+the forward's; mHC adds the counted traffic of its kernels at the share of a copy's rate that they are taken to reach,
+less what the plain residual adds move. Beside it stands what no kernel could do better: the least traffic at that rate.
 Whatever else a step does (norms, activations, optimizer, communication) is in neither, so a real share is smaller, and
-gaps between launches come on top where tokens are few.
+gaps between launches come on top where tokens are few. Nor is what `fold_norms` saves of the model's own norms, 2C
+elements a token and site in the forward and 3C in the backward.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 from ..errors import MHCOptionError
 from ..kernels.costs import traffic
 from ..kernels.costs.fusion_choice import FusionChoice, choose_on
-from ..kernels.costs.gpus import find_gpu
+from ..kernels.costs.gpus import KERNEL_SHARE, find_gpu
 from ..kernels.fusions import FUSIONS
 from ..passes.count_branch_work import BranchWork
 from ..planning.chain_sizes import ChainSize
@@ -56,9 +58,9 @@ class FusionOverhead:
 
     Attributes:
         fusion: the choice.
-        least_stored: with the streams stored, every kernel moving the least that it can.
-        stored: the same, with the traffic of the kernels that exist.
-        least_recomputed: with streams stored at intervals and replayed, moving the least.
+        least_stored: with the streams stored, every kernel moving the least that it can, as fast as a copy.
+        stored: the same, with the counted traffic of the kernels that exist, at their rate.
+        least_recomputed: with streams stored at intervals and replayed, the least as fast as a copy.
         recomputed: the same, with the kernels that exist.
     """
 
@@ -118,9 +120,9 @@ class Prediction:
             + f" (streams kept every {intervals} sites). Counted as eager autograd saves them; compiled graphs save "
             "less of the plain part.",
             f"Plain step: {self.plain_seconds * 1e3:.1f} ms of matrix products at {gpu.matmul_share:.0%} of the "
-            f"datasheet's rate. mHC's traffic runs at {gpu.copy_share:.0%} of {gpu.bandwidth / 1e12:.1f} TB/s, less "
-            "what the residual adds move. The rest of a step (norms, activations, optimizer) is left out, so that real "
-            "shares are smaller.",
+            f"datasheet's rate. mHC's kernels move what was counted, less what the residual adds move, at "
+            f"{KERNEL_SHARE:.0%} of a copy's rate, {gpu.copy_share:.0%} of {gpu.bandwidth / 1e12:.1f} TB/s. The rest "
+            "of a step (norms, activations, optimizer) is left out, so that real shares are smaller.",
             f"fusion='auto' takes {self.auto}.",
         ]
 
@@ -138,7 +140,7 @@ class Prediction:
         buffer = io.StringIO()
         console = Console(file=buffer, width=118, color_system=None, highlight=False, emoji=False, markup=False)
         console.print("\n".join(self.summary))
-        console.print("Step time that mHC adds, if every kernel moved the least possible / with these kernels:")
+        console.print("Step time that mHC adds, if every kernel moved the least, as a copy does / with these kernels:")
         console.print(table)
         return buffer.getvalue().rstrip()
 
@@ -170,7 +172,8 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
             _added_bytes(chain, scale, n_streams, fusion, amount, interval if recomputed else None)
             for chain, interval in zip(chains, intervals, strict=True)
         )
-        return moved / gpu.copy_rate / plain_seconds
+        rate = gpu.kernel_rate if amount == "ours" else gpu.copy_rate
+        return moved / rate / plain_seconds
 
     def kept(recomputed: bool) -> int:
         return sum(

@@ -8,8 +8,9 @@ streams and weights of several sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ _FACTORS = (1.0, 2.0, 0.5)
 _LEAST_FACTOR, _LARGEST_FACTOR = 0.01, 200.0
 # Of `torch.nn.functional.normalize`.
 _SHORTEST = 1e-12
+_Found = TypeVar("_Found")
+
 _NORMALIZATIONS = {"softmax", "log_softmax", "logsumexp", "normalize", "div", "truediv", "itruediv", "div_"}
 
 
@@ -39,6 +42,7 @@ class _Reads:
         phi: rows of weights.
         scale: one number, or none.
         bias: one number a row, or none.
+        shift: another, that scale multiplies: the bias of the projection itself.
         gain: of the norm before the projection.
         norm_eps: of that norm.
         features_first: the streams are flattened as [C, n].
@@ -49,6 +53,7 @@ class _Reads:
     scale: Part | None
     bias: Part | None
     gain: Part | None
+    shift: Part | None = None
     norm_eps: float = 0.0
     features_first: bool = False
     factor: float = 1.0
@@ -61,7 +66,14 @@ class _Reads:
             (self._numbers(self.bias, rows, 0.0),),
             self.gain,
             self.features_first,
+            (self.shift,) if self.shift is not None else (),
         )
+
+    def readings(self) -> list[_Reads]:
+        """Return what it may be: of numbers beside the rows, gradients do not tell whether scale multiplies them."""
+        if self.bias is None or (self.scale is None and self.shift is None):
+            return [self]
+        return [self, replace(self, bias=self.shift, shift=self.bias)]
 
     def _numbers(self, part: Part | None, count: int, fill: float) -> Part:
         if part is None:
@@ -111,7 +123,7 @@ def fit_site(
     reads = _reads(sample, layer_input, n)
     if isinstance(reads, Mismatch):
         return replace(reads, what=f"pre {reads.what}")
-    found = _fit_pre(sample, layer_input, reads)
+    found = _fitted(lambda reading: _fit_pre(sample, layer_input, reading), reads)
     if isinstance(found, Mismatch):
         return found
     reads, eps = found
@@ -119,7 +131,7 @@ def fit_site(
     gates = _reads(sample, post, n)
     if isinstance(gates, Mismatch):
         return replace(gates, what=f"post {gates.what}")
-    affine = _fit_post(sample, post, _normed_like(gates, reads))
+    affine = _fitted(lambda reading: _fit_post(sample, post, reading), _normed_like(gates, reads))
     if isinstance(affine, Mismatch):
         return affine
     gates, magnitude, post_eps = affine
@@ -131,7 +143,8 @@ def fit_site(
         mixing = _reads(sample, res, n * n)
         if isinstance(mixing, Mismatch):
             return replace(mixing, what=f"res {mixing.what}")
-        fitted = _fit_res(sample, res, _normed_like(mixing, reads), mixes_by_rows, form)
+        like = _normed_like(mixing, reads)
+        fitted = _fitted(lambda reading: _fit_res(sample, res, reading, mixes_by_rows, form), like)
         if isinstance(fitted, Mismatch):
             return fitted
         mixing, form = fitted
@@ -152,12 +165,24 @@ def fit_head(piece: Piece, output: Node) -> tuple[Mapping, float, float] | Misma
     reads = _reads(sample, output, piece.cut.n_streams)
     if isinstance(reads, Mismatch):
         return reads
-    found = _fit_pre(sample, output, reads)
+    found = _fitted(lambda reading: _fit_pre(sample, output, reading), reads)
     if isinstance(found, Mismatch):
         return found
     reads, eps = found
     mapping = _packed([reads], piece.cut.n_streams)
     return prove_head(piece, output, mapping, reads.norm_eps, eps) or (mapping, reads.norm_eps, eps)
+
+
+def _fitted(fit: Callable[[_Reads], _Found | Mismatch], reads: _Reads) -> _Found | Mismatch:
+    """Return the first fit of the readings, or how the likeliest differs."""
+    first, *others = reads.readings()
+    found = fit(first)
+    for reading in others:
+        if not isinstance(found, Mismatch):
+            break
+        other = fit(reading)
+        found = found if isinstance(other, Mismatch) else other
+    return found
 
 
 def _normed_like(reads: _Reads, other: _Reads) -> _Reads:
@@ -188,6 +213,8 @@ def _reads(sample: _Sample, result: Node, rows: int) -> _Reads | Mismatch:
         kind, part = _kind_of(index, touched, rows, flat)
         if kind is None:
             return Mismatch(f"reads {int(touched.sum())} numbers of {path_of(piece.leaves[index])}, which fits nothing")
+        if kind == "bias" and kind in found and "shift" not in found:
+            kind = "shift"
         if kind in found:
             first = found[kind].leaf
             assert first is not None
@@ -195,7 +222,7 @@ def _reads(sample: _Sample, result: Node, rows: int) -> _Reads | Mismatch:
         found[kind] = part
     if "phi" not in found:
         return Mismatch("is no projection of the flattened streams")
-    return _Reads(found["phi"], found.get("scale"), found.get("bias"), found.get("gain"))
+    return _Reads(found["phi"], found.get("scale"), found.get("bias"), found.get("gain"), found.get("shift"))
 
 
 def _kind_of(index: int, touched: Tensor, rows: int, flat: int) -> tuple[str | None, Part]:
@@ -338,7 +365,14 @@ def _packed(groups: Sequence[_Reads], n: int) -> Mapping:
         bias=_joined([part for mapping in alone for part in mapping.bias]),
         gain=groups[0].gain,
         features_first=groups[0].features_first,
+        shift=_shifts(groups, n),
     )
+
+
+def _shifts(groups: Sequence[_Reads], n: int) -> tuple[Part, ...]:
+    if all(group.shift is None for group in groups):
+        return ()
+    return tuple(group.shift or Part(None, 0, rows) for group, rows in zip(groups, (n, n, n * n), strict=False))
 
 
 def _joined(parts: list[Part]) -> tuple[Part, ...]:

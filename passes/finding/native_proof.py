@@ -73,7 +73,10 @@ def parameters_of(mapping: Mapping, leaves: Sequence[Tensor], n: int, width: int
         phi = phi * leaves[mapping.gain.leaf].reshape(-1)
     if mapping.features_first:
         phi = phi.unflatten(-1, (width, n)).mT.flatten(-2)
-    return phi, vector(mapping.scale), vector(mapping.bias)
+    scale, bias = vector(mapping.scale), vector(mapping.bias)
+    if mapping.shift:
+        bias = bias + torch.cat([one * vector((part,)) for one, part in zip(scale, mapping.shift, strict=True)])
+    return phi, scale, bias
 
 
 def prove_site(

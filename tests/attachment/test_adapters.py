@@ -1,5 +1,7 @@
 """peft and mHC parameters, in either order: trained, saved with the adapter, switched with it."""
 
+import copy
+import functools
 import warnings
 
 import pytest
@@ -10,8 +12,10 @@ from safetensors.torch import load_file
 import mhc_compile
 from mhc_compile import MHCWarning
 
-from ..models import QUICK, llama, token_ids
+from ..models import llama, token_ids
 
+# Adapters change which parameters a graph is given, before anything compiles it.
+QUICK = {"inner": "eager"}
 LORA = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
 
 
@@ -19,10 +23,15 @@ def adaptable():
     return llama(num_hidden_layers=1)
 
 
-def attached():
+@functools.cache
+def _attached():
     model = adaptable()
     mhc_compile.attach(model, input_ids=token_ids())
     return model
+
+
+def attached():
+    return copy.deepcopy(_attached())
 
 
 def perturb(model, seed=3):
@@ -76,7 +85,10 @@ def test_switching_adapters_switches_the_mixing():
 
 
 def test_an_adapter_without_the_mhc_parameters_is_warned_of():
-    model = get_peft_model(attached(), LoraConfig(**LORA))
+    # A copy of an attached model is not watched.
+    base = adaptable()
+    mhc_compile.attach(base, input_ids=token_ids())
+    model = get_peft_model(base, LoraConfig(**LORA))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     logits(model).sum().backward()
     with pytest.warns(MHCWarning, match=r'modules_to_save=\["mhc"\]'):

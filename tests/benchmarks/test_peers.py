@@ -11,6 +11,7 @@ from mhc_compile.kernels import reference
 
 from benchmarks import adapters, peers
 from benchmarks.problems import Shape
+from benchmarks.record import Options, Record
 
 LIGER, TILE = adapters.ADAPTERS
 
@@ -102,6 +103,20 @@ def test_tile_kernels_computes_our_operator(operator):
 def test_a_wrong_orientation_is_far_beyond_the_tolerance(adapter, monkeypatch):
     monkeypatch.setattr(adapters, "transposed_mapping", lambda phi, bias, n: (phi, bias))
     assert error(adapter, "pre") > 3.0 * peers._TOLERANCE
+
+
+@pytest.mark.usefixtures("liger")
+def test_another_function_is_flagged_and_not_hidden(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "can_run", lambda *_: None)
+    record = Record("peers", tmp_path / "peers.json")
+    shape = Shape("pre", 6, 4, 24, torch.float32, anchored=False)
+    for wrong in (False, True):
+        if wrong:
+            monkeypatch.setattr(adapters, "transposed_mapping", lambda phi, bias, n: (phi, bias))
+        peers.compare(shape, LIGER, Options("cpu"), record, 1.0, 1)
+    record.content["facts"] = {"tolerance": 0.03}
+    (table,) = peers.tables(record.content)
+    assert [row[1] for row in table.rows] == ["liger-kernel", "liger-kernel ✗"]
 
 
 def test_what_a_package_cannot_take_is_named():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 
 import pytest
 
-from benchmarks import environment, record, report, suite, terminal
+from benchmarks import counted, environment, record, report, suite, terminal
 from benchmarks.record import Benchmark, Options, Record
 from benchmarks.terminal import Table
 
@@ -141,3 +142,25 @@ def test_a_part_gets_the_options_and_its_share_of_the_time(tmp_path):
     for pair in (("--device", "cpu"), ("--minutes", "1.500"), ("--note", "busy"), ("--only", "liger-kernel")):
         assert line[line.index(pair[0]) + 1] == pair[1]
     assert "--quick" in line
+
+
+def test_three_calls_are_what_a_lent_machine_runs():
+    ran = {call: [part.name for part in suite.parts_of(call, "cuda")] for call in suite.CALLS}
+    assert ran == {"checks": ["checks"], "speed": ["kernels", "peers"], "training": ["training_step"]}
+    assert suite.CALL_MINUTES < 10
+    assert suite.parts_of(None, "cuda") is suite._GPU_PARTS
+
+
+def test_rows_of_another_commit_stay_beside_those_of_this_one(tmp_path):
+    def keep(label, *rows, identity=0):
+        given = argparse.Namespace(label=label, out=tmp_path / counted.FOLDER)
+        counted.keep("numbers", Table("title", ("name", "value"), rows, note="n"), given, identity)
+        (table,) = counted.tables(tmp_path)
+        return [(row[0], *row[2:]) for row in table.rows]
+
+    keep("before", ("a", "1"), ("b", "2"))
+    both = keep("after", ("a", "3"))
+    assert both == [("before", "a", "1"), ("before", "b", "2"), ("after", "a", "3")]
+    assert keep("after", ("c", "4"), identity=1) == [*both, ("after", "c", "4")]
+    # What was before comes first, whenever it was kept.
+    assert keep("before", ("a", "5")) == [("before", "a", "5"), *both[2:], ("after", "c", "4")]

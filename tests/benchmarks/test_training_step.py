@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -73,6 +75,16 @@ def test_ratios_are_to_the_plain_model_of_the_same_run(outcomes):
 def test_another_function_is_a_failure(outcomes):
     content = outcomes({PLAIN: measured(1.0), "site/none": measured(1.001)})
     assert [entry["why"][:33] for entry in content["failures"]] == ["its first loss is 1.001, the plai"]
+    (table,) = training_report.tables(content)
+    assert [row[0] for row in table.rows] == ["plain", "site ✗"]
+    assert table.best == frozenset()
+
+
+def test_a_step_that_compiled_is_a_failure(outcomes):
+    late = dataclasses.replace(measured(1.0), compiled=2)
+    content = outcomes({PLAIN: measured(1.0), "site/none": late, "boundary/auto": measured(1.0)})
+    assert [row["problems"] != [] for row in content["rows"]] == [False, False, True, False]
+    assert [entry["why"] for entry in content["failures"]] == ["something was compiled in the steps that were timed"]
 
 
 def test_one_case_that_breaks_leaves_the_others(outcomes):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .models import VOCABULARY, WIDTH
-
-HEADS = 4
+WIDTH, VOCABULARY, HEADS = 32, 64, 4
 
 
 class Attention(nn.Module):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -20,42 +18,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-import mhc_compile
 from mhc_compile import distributed
 
-from ..carrying import perturb
 from .decoder import Decoder
 from .launch import run
-from .models import average, gap, gradients, tokens
-
-
-def decoder(layers: int = 2, readout: str = "mean") -> Decoder:
-    """Return a decoder with perturbed mHC parameters, the same on every rank."""
-    return copy.deepcopy(_decoder(layers, readout))
-
-
-@functools.cache
-def _decoder(layers: int, readout: str) -> Decoder:
-    torch.manual_seed(0)
-    model = Decoder(layers)
-    mhc_compile.attach(model, tokens(1), config=mhc_compile.MHCConfig(readout=readout))
-    perturb(model)
-    return model
-
-
-def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the loss of predicting the next token."""
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-@functools.cache
-def in_one_graph(readout: str = "mean") -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients of the decoder in one process."""
-    model = decoder(readout=readout)
-    loss = loss_of(torch.compile(model, backend="mhc", options={"inner": "aot_eager"})(tokens()), tokens())
-    loss.backward()
-    torch._dynamo.reset()
-    return float(loss.detach()), gradients(model)
+from .models import attached, average, gap, gradients, in_one_graph, loss_of, tokens
 
 
 def parallelize(model: Decoder, mesh: DeviceMesh, stream: str) -> None:
@@ -96,8 +63,8 @@ def compile_blocks(model: Decoder, stream: str, inner: str = "aot_eager") -> Non
 
 def exact(stream: str, way: str, inner: str = "aot_eager", readout: str = "mean") -> dict[str, Any]:
     """Two steps' gradients of a decoder that is split over two ranks, against one process."""
-    wanted = in_one_graph(readout)
-    model = decoder(readout=readout)
+    wanted = in_one_graph(readout=readout)
+    model = attached(readout=readout)
     parallelize(model, init_device_mesh("cpu", (2,)), stream)
     call: Any = model
     if way == "whole":
@@ -107,7 +74,7 @@ def exact(stream: str, way: str, inner: str = "aot_eager", readout: str = "mean"
     found = []
     for _ in range(2):
         model.zero_grad()
-        loss = loss_of(call(tokens()), tokens())
+        loss = loss_of(call, tokens())
         loss.backward()
         found.append((abs(float(loss.detach()) - wanted[0]), gap(wanted[1], gradients(model))))
     return {"loss": max(loss for loss, _ in found), "gradient": max(gradient for _, gradient in found)}
@@ -117,7 +84,7 @@ def with_fsdp() -> dict[str, Any]:
     """Data and tensor parallel at once, on four ranks: FSDP2 over two, a sequence-parallel stream over two."""
     wanted = in_one_graph()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    model = decoder()
+    model = attached()
     parallelize(model, mesh["tensor"], "local")
     distributed.shard_parameters(model, mesh["data"])
     for block in model.blocks:
@@ -125,7 +92,7 @@ def with_fsdp() -> dict[str, Any]:
     fully_shard(model, mesh=mesh["data"])
     compile_blocks(model, "local")
     share = tokens().chunk(2)[mesh["data"].get_local_rank()]
-    loss = loss_of(model(share), share)
+    loss = loss_of(model, share)
     loss.backward()
     return {"loss": abs(average(float(loss.detach())) - wanted[0]), "gradient": gap(wanted[1], gradients(model))}
 
@@ -143,4 +110,4 @@ CASES = EXACT
 SHARDED_CASES = {"local, FSDP2": with_fsdp}
 
 if __name__ == "__main__":
-    run(CASES if int(os.environ["WORLD_SIZE"]) == 2 else SHARDED_CASES)
+    run(parallel=CASES if int(os.environ["WORLD_SIZE"]) == 2 else SHARDED_CASES)

@@ -8,34 +8,38 @@ import tempfile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import mhc_compile
 from mhc_compile import distributed
 
-from . import trained
+from ..carrying import compile_blocks
 from .launch import run
-from .models import attached, average, differences, gradients, llama, loss_of, mine, tokens
-from .parallel import decoder
-from .parallel import loss_of as next_token_loss
+from .models import (
+    INNER,
+    as_attached,
+    attached,
+    average,
+    decoder,
+    differences,
+    in_one_graph,
+    loss_of,
+    mine,
+    small_first_bucket,
+    tokens,
+)
 
-INNER = {"inner": "aot_eager"}
 LAYERS = 3
 
 
 def ddp(optimize: Any, way: str) -> dict[str, Any]:
     """Two steps' gradients under DDP with a bucket a block, against one process."""
-    wanted = in_one_process()
-    model = decoder(LAYERS)
-    # Dynamo's bucket for the first gradients holds 1 MB, more than this model has.
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 8000
+    wanted = in_one_graph(LAYERS)
+    model = attached(LAYERS)
     block = 4 * sum(parameter.numel() for parameter in model.blocks[0].parameters())
-    with torch._dynamo.config.patch(optimize_ddp=optimize):
+    with small_first_bucket(), torch._dynamo.config.patch(optimize_ddp=optimize):
         if way == "inside":
             model.compile(backend="mhc", options=INNER)
         call: Any = DistributedDataParallel(model, bucket_cap_mb=block / 2**20)
@@ -44,30 +48,19 @@ def ddp(optimize: Any, way: str) -> dict[str, Any]:
         found = []
         for _ in range(2):
             model.zero_grad()
-            loss = next_token_loss(call(mine(tokens())), mine(tokens()))
+            loss = loss_of(call, mine(tokens()))
             loss.backward()
             found.append(differences(wanted, float(loss.detach()), model))
     return {key: max(entry[key] for entry in found) for key in found[0]}
 
 
-@functools.cache
-def in_one_process() -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients of the decoder in one graph."""
-    model = decoder(LAYERS)
-    loss = next_token_loss(torch.compile(model, backend="mhc", options=INNER)(tokens()), tokens())
-    loss.backward()
-    torch._dynamo.reset()
-    return float(loss.detach()), gradients(model)
-
-
 def sharded(model: Any) -> Any:
     """Shard a model and compile its blocks."""
     distributed.shard_parameters(model)
-    for block in model.model.layers:
+    for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    for block in model.model.layers:
-        block.compile(backend="mhc", options=INNER)
+    compile_blocks(model, backend="mhc", options=INNER)
     return model
 
 
@@ -77,15 +70,12 @@ def checkpointed() -> dict[str, Any]:
     model = sharded(attached(LAYERS))
     wanted = average(float(loss_of(model, mine(tokens())).detach()))
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
-    other = llama(LAYERS)
-    mhc_compile.attach(other, input_ids=tokens(1))
-    sharded(other)
+    other = sharded(as_zeros())
     state = {"model": get_model_state_dict(other)}
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(other, state["model"])
     again = average(float(loss_of(other, mine(tokens())).detach()))
-    alone = llama(LAYERS)
-    mhc_compile.attach(alone, input_ids=tokens(1))
+    alone = as_zeros()
     state = {"model": alone.state_dict()}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     alone.load_state_dict(state["model"])
@@ -93,16 +83,23 @@ def checkpointed() -> dict[str, Any]:
     return {"loss": wanted, "on two ranks": abs(again - wanted), "on one": abs(in_one - wanted)}
 
 
+def as_zeros() -> Any:
+    """Return an attached model in which every parameter is zero."""
+    model = as_attached(LAYERS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
 def plain_checkpoint() -> dict[str, Any]:
     """Load a plain model's state into an attached and sharded model: what it computes is the plain model's."""
-    plain = llama(LAYERS)
+    plain = decoder(LAYERS)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(1.5)
     wanted = average(float(loss_of(plain, mine(tokens())).detach()))
-    model = llama(LAYERS)
-    mhc_compile.attach(model, input_ids=tokens(1))
-    sharded(model)
+    model = sharded(as_attached(LAYERS))
     options = StateDictOptions(full_state_dict=True, strict=False)
     missing = set_model_state_dict(model, plain.state_dict(), options=options).missing_keys
     loss = average(float(loss_of(model, mine(tokens())).detach()))
@@ -114,14 +111,7 @@ DDP = {
     for optimize in (False, "python_reducer", "ddp_optimizer")
     for way in ("inside", "outside")
 }
-CASES = (
-    DDP
-    | trained.CASES
-    | {
-        "checkpointed": checkpointed,
-        "plain checkpoint": plain_checkpoint,
-    }
-)
+CASES = DDP | {"checkpointed": checkpointed, "plain checkpoint": plain_checkpoint}
 
 if __name__ == "__main__":
-    run(CASES)
+    run(replicated=CASES)

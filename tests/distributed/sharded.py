@@ -18,17 +18,29 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 import mhc_compile
 from mhc_compile import distributed
 
+from ..carrying import blocks_of, compile_blocks
 from .launch import run
-from .models import attached, differences, gap, gradients, in_one_graph, llama, loss_of, mine, tokens
-
-INNER = {"inner": "aot_eager"}
+from .models import (
+    INNER,
+    as_attached,
+    attached,
+    decoder,
+    differences,
+    gap,
+    gradients,
+    in_one_graph,
+    llama,
+    loss_of,
+    mine,
+    tokens,
+)
 
 
 def shard(model: Any, own_group: bool = True, **options: Any) -> None:
-    """Shard a Llama block by block."""
+    """Shard a model block by block."""
     if own_group:
         distributed.shard_parameters(model)
-    for block in model.model.layers:
+    for block in blocks_of(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
 
@@ -40,17 +52,18 @@ def compiled(model: Any, way: str) -> Any:
     if way == "in place":
         model.compile(backend="mhc", options=INNER)
     else:
-        for block in model.model.layers:
-            block.compile(backend="mhc", options=INNER)
+        compile_blocks(model, backend="mhc", options=INNER)
     return model
 
 
-def exact(way: str, first: str, reshard: bool, own_group: bool, checkpoint: bool = False) -> dict[str, Any]:
+def exact(
+    way: str, first: str, reshard: bool, own_group: bool, checkpoint: bool = False, build: Any = decoder
+) -> dict[str, Any]:
     """Attach, then shard and compile in either order; two steps' worth of gradients against one process."""
-    model = attached()
-    wanted = in_one_graph()
+    model = attached(build=build)
+    wanted = in_one_graph(build=build)
     if checkpoint:
-        block_class = type(model.model.layers[0])
+        block_class = type(blocks_of(model)[0])
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block_class))
     call = model
     if first == "compile":
@@ -97,8 +110,8 @@ def refuses_bf16() -> dict[str, Any]:
 
 def bf16_model() -> dict[str, Any]:
     """A bf16 model, whose mHC parameters FSDP2 would not take into the group of their block."""
-    model = llama(dtype=torch.bfloat16)
-    mhc_compile.attach(model, input_ids=tokens(1))
+    model = decoder().bfloat16()
+    mhc_compile.attach(model, tokens(1))
     shard(model)
     loss = loss_of(compiled(model, "by block"), mine(tokens()))
     loss.backward()
@@ -108,10 +121,9 @@ def bf16_model() -> dict[str, Any]:
 
 def from_meta() -> dict[str, Any]:
     """Attach on meta, shard, materialize: the parameters start as those of a model that was never on meta."""
-    wanted = llama()
-    mhc_compile.attach(wanted, input_ids=tokens(1))
-    model = llama(device="meta")
-    mhc_compile.attach(model, input_ids=tokens(1).to("meta"))
+    wanted = as_attached()
+    model = decoder().to("meta")
+    mhc_compile.attach(model, tokens(1).to("meta"))
     shard(model)
     model.to_empty(device="cpu")
     names = mhc_compile.parameters(wanted)
@@ -126,15 +138,15 @@ def from_meta() -> dict[str, Any]:
 
 def attach_late() -> dict[str, Any]:
     """Attaching to a model that is sharded already."""
-    model = llama()
+    model = decoder()
     shard(model, own_group=False)
-    mhc_compile.attach(model, input_ids=tokens(1))
+    mhc_compile.attach(model, tokens(1))
     return {}
 
 
 def never_attached() -> dict[str, Any]:
     """Compiling a sharded model that has no mHC parameters."""
-    model = llama()
+    model = decoder()
     shard(model, own_group=False)
     loss_of(compiled(model, "by block"), mine(tokens()))
     return {}
@@ -146,7 +158,7 @@ def selective() -> dict[str, Any]:
     wanted = in_one_graph()
     keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     context = functools.partial(create_selective_checkpoint_contexts, keep)
-    block_class = type(model.model.layers[0])
+    block_class = type(blocks_of(model)[0])
     apply_activation_checkpointing(
         model,
         checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, context_fn=context),
@@ -161,11 +173,11 @@ def selective() -> dict[str, Any]:
 def hooks_in_order() -> dict[str, Any]:
     """The order in which FSDP2 gathers and reduces in the backward, beside that of a model without mHC."""
     orders = []
-    for model in (llama(3), attached(3)):
+    for model in (decoder(3), attached(3)):
         with_mhc = bool(mhc_compile.parameters(model))
         shard(model, own_group=with_mhc)
         order: list[str] = []
-        names = {id(block): f"block {number}" for number, block in enumerate(model.model.layers)} | {id(model): "root"}
+        names = {id(block): f"block {number}" for number, block in enumerate(blocks_of(model))} | {id(model): "root"}
         states = {name: fully_shard.state(module) for module in model.modules() if (name := names.get(id(module)))}
         for name, state in states.items():
             for group in state._fsdp_param_groups:
@@ -188,7 +200,7 @@ def _record(group: Any, method: str, name: str, order: list[str]) -> None:
 
 
 EXACT = {
-    "whole": ("whole", "shard", True, True),
+    "whole, a Llama": ("whole", "shard", True, True, False, llama),
     "by block": ("by block", "shard", True, True),
     "by block, compiled before sharding, kept gathered": ("by block", "compile", False, True),
     "in place, compiled before sharding": ("in place", "compile", False, True),
@@ -208,4 +220,4 @@ CASES = {name: functools.partial(exact, *how) for name, how in EXACT.items()} | 
 }
 
 if __name__ == "__main__":
-    run(CASES)
+    run(sharded=CASES)

@@ -14,8 +14,8 @@ from torch import nn
 import mhc_compile
 
 from .launch import run
-from .models import llama, tokens
-from .pipelined import Part, loss_of
+from .models import llama, next_token_loss, tokens
+from .pipelined import LlamaPart
 
 README = Path(__file__).parents[2] / "README.md"
 SNIPPETS = re.findall(r"^```py\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -23,16 +23,16 @@ SNIPPETS = re.findall(r"^```py\n(.*?)^```", README.read_text(encoding="utf-8"), 
 
 def cut(model: Any, rank: int) -> nn.Module:
     """Return this rank's half of a Llama."""
-    return Part(model, range(2) if rank == 0 else range(2, 4))
+    return LlamaPart(model, range(rank, rank + 1))
 
 
 def snippet(code: str) -> dict[str, Any]:
     """Run a snippet as it stands, but for what Inductor would take its time for."""
-    torch._dynamo.config.optimize_ddp = "ddp_optimizer"
-    model = llama(4)
+    model = llama()
     names = {"torch": torch, "mhc_compile": mhc_compile, "model": model, "ids": tokens(8), "rank": dist.get_rank()}
     quick = code.replace('backend="mhc"', 'backend="mhc", options={"inner": "aot_eager"}')
-    exec(compile(quick, "README.md", "exec"), {**names, "cut": cut, "loss_fn": loss_of})
+    with torch._dynamo.config.patch(optimize_ddp="ddp_optimizer"):
+        exec(compile(quick, "README.md", "exec"), {**names, "cut": cut, "loss_fn": next_token_loss})
     gradients = {name: parameter.grad for name, parameter in mhc_compile.parameters(model).items()}
     return {"trained": sorted(name for name, gradient in gradients.items() if gradient is not None)}
 
@@ -40,4 +40,4 @@ def snippet(code: str) -> dict[str, Any]:
 CASES = {str(number): functools.partial(snippet, code) for number, code in enumerate(SNIPPETS)}
 
 if __name__ == "__main__":
-    run(CASES)
+    run(snippets=CASES)

@@ -17,6 +17,6 @@ def test_a_stream_on_a_mesh_is_the_stream_of_one_process(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHARDED_CASES)
 def test_tensor_and_data_parallel_together(name: str) -> None:
-    for outcome in outcomes("parallel", ranks=4):
+    for outcome in outcomes("parallel", launch="parallel", ranks=4):
         assert outcome[name].get("loss", 1.0) <= 1e-6, outcome[name]
         assert outcome[name]["gradient"] <= 1e-5

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import subprocess
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import mhc_compile
 from mhc_compile import MHCError, NotAttachedError, StreamCutError, distributed
 
-from .launch import environment, outcomes, torchrun
-from .pipelined import CASES, Part
+from .launch import outcomes, output
+from .models import WIDTH, as_attached
+from .pipelined import LAYERS, SCHEDULES, WHOLE, Part
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_pipeline_trains_as_one_process(name: str) -> None:
-    parameters = 0
-    for outcome in outcomes("pipelined"):
-        assert outcome[name].get("loss", 1.0) <= 1e-6, outcome[name]
-        assert outcome[name]["gradient"] <= 1e-5
-        parameters += outcome[name]["parameters"]
-    assert parameters == 63
+def check(found: list[dict[str, Any]], parameters: int) -> None:
+    for outcome in found:
+        assert outcome.get("loss", 1.0) <= 1e-6, outcome
+        assert outcome["gradient"] <= 1e-5
+    assert sum(outcome["parameters"] for outcome in found) == parameters
+
+
+# Of a block: attention 4, MLP 2 (of a Llama 3), two norms, 2 x 3 of mHC; then embedding, norm and head.
+@pytest.mark.parametrize(("name", "parameters"), zip(WHOLE, (2 * 15 + 3, LAYERS * 14 + 3), strict=True))
+def test_a_pipeline_trains_as_one_process(name: str, parameters: int) -> None:
+    check([outcome[name] for outcome in outcomes("pipelined")], parameters)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pipeline_of_blocks_compiled_alone_trains_as_one_process(schedule: str) -> None:
+    found = [outcome["by block"] for outcome in outcomes("pipelined")]
+    check([outcome.get(schedule, outcome) for outcome in found], LAYERS * 14 + 3)
 
 
 def test_a_stage_that_was_not_wrapped_ends_every_rank() -> None:
-    done = subprocess.run(
-        torchrun("failing", 2), env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode != 0
-    assert "StreamCutError: the streams are lost before model.layers.2.mhc.self_attn" in done.stdout + done.stderr
+    said = output()
+    assert "StreamCutError: the streams are lost before blocks.2.mhc.attention" in said
+    assert "together ended with status 1" in said
 
 
 def parts() -> list[Part]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2, use_cache=False
-    )
-    model = LlamaForCausalLM(config)
-    mhc_compile.attach(model, input_ids=torch.zeros(1, 4, dtype=torch.long))
+    model = as_attached(4)
     return [Part(model, range(2)), Part(model, range(2, 4))]
 
 
@@ -56,10 +57,10 @@ def test_names_stay_and_a_stage_is_made_once() -> None:
 def test_what_arrives_is_checked() -> None:
     _, last = parts()
     distributed.stage(last)
-    with pytest.raises(StreamCutError, match=r"has received \(2, 4, 8\) of torch.float32, and takes 4 streams"):
-        last(torch.zeros(2, 4, 8))
+    with pytest.raises(StreamCutError, match=r"has received \(2, 4, 32\) of torch.float32, and takes 4 streams"):
+        last(torch.zeros(2, 4, WIDTH))
     with pytest.raises(StreamCutError, match="as its first argument"):
-        last(torch.zeros(2, 4, 32, dtype=torch.long))
+        last(torch.zeros(2, 4, 4 * WIDTH, dtype=torch.long))
 
 
 def test_a_stage_needs_parameters() -> None:

@@ -185,4 +185,4 @@ CASES = EXACT | {"from meta": from_meta, "flex attention": flex, "refused": refu
 if __name__ == "__main__":
     # torchtitan 0.3.0 takes "cuda" where it finds no accelerator (tools/utils.py, `get_device_info`).
     parallel_dims.device_type = "cpu"
-    run(CASES)
+    run(titan=CASES)

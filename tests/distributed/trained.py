@@ -1,7 +1,4 @@
-"""Cases of Hugging Face's Trainer and of accelerate in two processes, against a plain training loop in one.
-
-They share the launch of `replicated`.
-"""
+"""Cases of Hugging Face's Trainer and of accelerate in two processes, against a plain training loop in one."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import tempfile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
@@ -21,12 +17,18 @@ from transformers import Trainer, TrainingArguments
 import mhc_compile
 from mhc_compile import distributed
 
-from .models import attached, average, gap, loss_of, tokens
+from .launch import run
+from .models import INNER, average, gap, llama, loss_of, small_first_bucket, tokens
+from .models import attached as attached_of
 
-INNER = {"inner": "aot_eager"}
 STEPS, BATCH, LR = 3, 4, 0.5
 # A block has 13 KiB of mHC parameters and 36 KiB of its own.
 BUCKET_MB = 0.03
+
+
+def attached() -> Any:
+    """Return a Llama with perturbed mHC parameters."""
+    return attached_of(build=llama)
 
 
 def batches() -> list[Tensor]:
@@ -91,9 +93,9 @@ class _Recording(Trainer):
         return result
 
 
+@small_first_bucket()
 def trainer() -> dict[str, Any]:
     """The Trainer as a user starts it with torchrun: compiled in place, with the callback."""
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 8000
     model = attached()
     model.compile(backend="mhc", options=INNER)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,9 +105,9 @@ def trainer() -> dict[str, Any]:
             lr_scheduler_type="constant", max_grad_norm=0.0, disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         rows = [{"input_ids": row, "labels": row} for row in tokens(STEPS * BATCH)]
-        run = _Recording(model=model, args=arguments, train_dataset=rows, callbacks=[mhc_compile.MHCCallback()])
-        run.train()
-    return differences(run.losses, model) | {"buckets": buckets(run.model_wrapped)}
+        training = _Recording(model=model, args=arguments, train_dataset=rows, callbacks=[mhc_compile.MHCCallback()])
+        training.train()
+    return differences(training.losses, model) | {"buckets": buckets(training.model_wrapped)}
 
 
 def loop(accelerator: Accelerator, model: Any) -> tuple[Any, list[float]]:
@@ -123,9 +125,9 @@ def loop(accelerator: Accelerator, model: Any) -> tuple[Any, list[float]]:
     return model, losses
 
 
+@small_first_bucket()
 def accelerated() -> dict[str, Any]:
     """Accelerate with DDP."""
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 8000
     handler = DistributedDataParallelKwargs(bucket_cap_mb=BUCKET_MB)
     model = attached()
     model.compile(backend="mhc", options=INNER)
@@ -156,3 +158,6 @@ def accelerated_fsdp() -> dict[str, Any]:
 
 
 CASES = {"Trainer": trainer, "accelerate": accelerated, "accelerate, FSDP2": accelerated_fsdp}
+
+if __name__ == "__main__":
+    run(trained=CASES)

@@ -15,6 +15,8 @@ from mhc_compile.kernels.ops import OPERATORS as TABLE
 from torch import Tensor
 
 OPERATORS = ("sinkhorn", "pre", "paper_pre", "post", "post_pre", "head")
+# There is no C++ for these.
+NORMED = ("pre_norm", "post_pre_norm")
 # `paper_pre` has none of its own: test_paper_pre.py shows that it is that of `pre`, function for function.
 WITH_BACKWARD = tuple(operator for operator in OPERATORS if operator != "paper_pre")
 
@@ -24,7 +26,7 @@ FunctionOf = Callable[[str], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes, how large logits and gradients are, and how the streams are stored."""
+    """Shapes, how large logits and gradients are, how the streams are stored, and which norm follows."""
 
     tokens: int
     n: int
@@ -37,6 +39,7 @@ class Problem:
     grad_scale: float = 1.0
     seed: int = 0
     anchored: bool = False
+    centered: bool = True
 
 
 def inputs(operator: str, problem: Problem, device: str = "cpu") -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -56,12 +59,17 @@ def inputs(operator: str, problem: Problem, device: str = "cpu") -> tuple[tuple[
     mapping = (phi, normal(scales).abs() + 0.5, problem.logit_std * normal(rows))
     layout = (True,) if problem.anchored else ()
     site = (problem.iters, 1e-6, problem.eps, problem.manifold, *layout)
+    normed_site = (*site[:4], 1e-5, problem.centered, *layout)
+    logits = problem.logit_std * normal(tokens, n, n)
+    norm = (normal(width).to(problem.dtype), normal(width).to(problem.dtype))
     return {
-        "sinkhorn": ((problem.logit_std * normal(tokens, n, n),), (problem.iters, problem.eps)),
+        "sinkhorn": ((logits,), (problem.iters, problem.eps)),
         "pre": ((streams, *mapping), site),
         "paper_pre": ((streams, *mapping), site),
         "post": ((streams, branch, *mixing), ()),
         "post_pre": ((streams, branch, *mixing, *mapping), site),
+        "pre_norm": ((streams, *norm, *mapping), normed_site),
+        "post_pre_norm": ((streams, branch, *mixing, *norm, *mapping), normed_site),
         "head": ((streams, *mapping), (1e-6, problem.eps, *layout)),
     }[operator]
 
@@ -109,7 +117,8 @@ def assert_as_good(
         allowed = (theirs.double() - true).abs().max().item()
         size = sizes[index]
         slack = (128 if dtype == torch.bfloat16 else 64) * torch.finfo(torch.float32).eps * max(size, 1e-3)
-        rounded = dtype if what.startswith("post_pre_backward") and index in (2, 3) else ours.dtype
+        behind_post = what.startswith(("post_pre_backward", "post_pre_norm_backward"))
+        rounded = dtype if behind_post and index in (2, 3) else ours.dtype
         if rounded != torch.float32:
             slack += torch.finfo(rounded).eps / 2 * size
         assert error <= allowed + slack, f"{what}: output {index} errs by {error:.2e}, plain PyTorch {allowed:.2e}"
@@ -123,7 +132,7 @@ def differentiable(operator: str, outputs: Sequence[Tensor]) -> tuple[Tensor, ..
 def run_backward(
     operator: str, arguments: Sequence[Tensor], constants: Sequence[Any], function_of: FunctionOf = kernel_of
 ) -> tuple[Tensor, ...]:
-    """Run an operator's backward with what its forward kept for it.
+    """Run an operator's backward with what its forward keeps for it.
 
     Args:
         operator: its name.
@@ -131,29 +140,44 @@ def run_backward(
         constants: of the operator.
         function_of: the implementation.
     """
-    signature = TABLE[operator].signature
-    grads = arguments[: len(signature.outputs)]
-    tensors = arguments[-len(signature.inputs) :]
-    kept = many(function_of(operator)(*tensors, *constants))[len(signature.outputs) :]
-    return many(function_of(f"{operator}_backward")(*grads, *tensors, *kept, *constants))
+    tensors = arguments[-len(TABLE[operator].signature.inputs) :]
+    outputs = many(function_of(operator)(*tensors, *constants))
+    return backward_of(operator, arguments, outputs, tensors, constants, function_of)
 
 
-def check_forward(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
+def backward_of(
+    operator: str,
+    grads: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    constants: Sequence[Any],
+    function_of: FunctionOf = kernel_of,
+) -> tuple[Tensor, ...]:
+    """Run an operator's backward with what its forward, whose `outputs` these are, kept for it; see `run_backward`."""
+    count = len(TABLE[operator].signature.outputs)
+    return many(function_of(f"{operator}_backward")(*grads[:count], *tensors, *outputs[count:], *constants))
+
+
+def check(
+    operator: str,
+    problem: Problem,
+    device: str = "cpu",
+    function_of: FunctionOf = kernel_of,
+    backward: bool = True,
+) -> None:
+    """Check an implementation of an operator, and of its backward if it has one of its own and it is wanted."""
     tensors, constants = inputs(operator, problem, device)
+    exact = double(tensors)
     ours = many(function_of(operator)(*tensors, *constants))
     plain = many(reference_of(operator)(*tensors, *constants))
-    truth = many(reference_of(operator)(*double(tensors), *constants))
+    truth = many(reference_of(operator)(*exact, *constants))
     assert_as_good(ours, plain, truth, problem.dtype, f"{operator} {problem}")
-
-
-def check_backward(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
-    tensors, constants = inputs(operator, problem, device)
-    outputs = many(reference_of(operator)(*tensors, *constants))
-    grads = output_grads(differentiable(operator, outputs), problem)
-    ours = run_backward(operator, (*grads, *tensors), constants, function_of)
-    plain = run_backward(operator, (*grads, *tensors), constants, reference_of)
-    truth = run_backward(operator, double((*grads, *tensors)), constants, reference_of)
-    assert_as_good(ours, plain, truth, problem.dtype, f"{operator}_backward {problem}")
+    if backward and operator in (*WITH_BACKWARD, *NORMED):
+        grads = output_grads(differentiable(operator, plain), problem)
+        ours = backward_of(operator, grads, ours, tensors, constants, function_of)
+        plain = backward_of(operator, grads, plain, tensors, constants, reference_of)
+        truth = backward_of(operator, double(grads), truth, exact, constants, reference_of)
+        assert_as_good(ours, plain, truth, problem.dtype, f"{operator}_backward {problem}")
 
 
 def check_halves(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
@@ -161,17 +185,14 @@ def check_halves(operator: str, problem: Problem, device: str = "cpu", function_
     tensors, constants = inputs(operator, problem, device)
     whole = function_of(operator)(*tensors, *constants)
     measure, collapse = HALVES[operator]
-    measured = function_of(measure)(*tensors, *constants)
+    given = TABLE[operator].signature.shared_with(TABLE[measure].signature, (*tensors, *constants))
+    measured = function_of(measure)(*given)
     again = function_of(collapse)(*tensors, *measured, *constants)
-    for ours, wanted in zip((*again, measured[-1]), whole, strict=True):
+    names = (*TABLE[collapse].signature.results, "projection")
+    wanted_of = dict(zip(TABLE[operator].signature.results, whole, strict=True))
+    for name, ours in zip(names, (*again, measured[-1]), strict=True):
+        wanted = wanted_of[name]
         torch.testing.assert_close(ours, wanted, rtol=torch.finfo(ours.dtype).eps, atol=2e-6)
-
-
-def check(operator: str, problem: Problem, device: str = "cpu", function_of: FunctionOf = kernel_of) -> None:
-    """Check an implementation of an operator, and of its backward if it has one of its own."""
-    check_forward(operator, problem, device, function_of)
-    if operator in WITH_BACKWARD:
-        check_backward(operator, problem, device, function_of)
 
 
 @dataclass(frozen=True)

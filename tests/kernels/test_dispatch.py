@@ -16,11 +16,11 @@ from mhc_compile.kernels.fusions import HALVES
 from mhc_compile.kernels.manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
 
 from mhc_compile import functional
-from tests.kernels.problems import OPERATORS, Problem, differentiable, inputs, many, output_grads
+from tests.kernels.problems import NORMED, OPERATORS, Problem, differentiable, inputs, many, output_grads
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [*OPERATORS, *NORMED])
 def test_opcheck_of_the_kernels(operator, device):
     tensors, constants = inputs(operator, Problem(3, 3, 8), device)
     leaves = tuple(tensor.requires_grad_() for tensor in tensors)
@@ -28,13 +28,13 @@ def test_opcheck_of_the_kernels(operator, device):
 
 
 def test_every_operator_is_in_the_table():
-    assert set(ops.OPERATORS) == {*OPERATORS, *(half for halves in HALVES.values() for half in halves)}
+    assert set(ops.OPERATORS) == {*OPERATORS, *NORMED, *(half for halves in HALVES.values() for half in halves)}
     for name, operator in ops.OPERATORS.items():
         assert operator.reference is reference_of(name)
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [*OPERATORS, *NORMED])
 def test_autograd_through_the_kernels(operator, device):
     problem = Problem(5, 4, 16)
     tensors, constants = inputs(operator, problem, device)
@@ -72,6 +72,14 @@ def no_kernels(monkeypatch):
         raise AssertionError(f"the kernel of {name} was called")
 
     monkeypatch.setattr(dispatch, "kernel_of", refuse)
+
+
+def test_an_operator_without_cpp_takes_the_reference():
+    tensors, constants = inputs("pre_norm", Problem(3, 4, 8))
+    assert dispatch.compiled_of("pre_norm") is None
+    with choosing("cpu"):
+        ours = ops.OPERATORS["pre_norm"].forward(*tensors, *constants)
+    torch.testing.assert_close(tuple(ours), reference_of("pre_norm")(*tensors, *constants))
 
 
 @pytest.mark.usefixtures("no_kernels")

@@ -14,7 +14,7 @@ from mhc_compile.passes.expand_streams import LOWERINGS
 
 import mhc_compile
 from mhc_compile import config
-from tests.kernels.problems import OPERATORS, Problem, launches
+from tests.kernels.problems import NORMED, OPERATORS, Problem, launches
 from tests.models import Stack, features
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def _launched(run):
     return found
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [*OPERATORS, *NORMED])
 @pytest.mark.parametrize("tokens", [3, 150])
 def test_an_operator_launches_the_kernels_that_the_table_names(operator, tokens):
     forward, backward = launches(operator, Problem(tokens, 4, 64))

@@ -19,6 +19,7 @@ def _samples():
     coefficients = (draw(*TOKENS, N), draw(*TOKENS, N, N))
     measured = (torch.rand(*TOKENS, N), torch.rand(*TOKENS, N, N), torch.rand(*TOKENS, N * N + 2 * N + 1))
     constants = (20, 1e-6, 0.0, "sinkhorn")
+    norm, normed = (draw(WIDTH), draw(WIDTH)), (*constants, 1e-5, True)
     return {
         "sinkhorn": (draw(*TOKENS, N, N), 20, 0.0),
         "pre": (streams, *site, *constants),
@@ -30,6 +31,10 @@ def _samples():
         "collapse": (streams, *site, *measured, *constants),
         "post_measure": (streams, draw(*TOKENS, WIDTH), *coefficients, *site, *constants),
         "post_collapse": (streams, draw(*TOKENS, WIDTH), *coefficients, *site, *measured, *constants),
+        "pre_norm": (streams, *norm, *site, *normed),
+        "post_pre_norm": (streams, draw(*TOKENS, WIDTH), *coefficients, *norm, *site, *normed),
+        "collapse_norm": (streams, *norm, *site, *measured, *normed),
+        "post_collapse_norm": (streams, draw(*TOKENS, WIDTH), *coefficients, *norm, *site, *measured, *normed),
     }
 
 
@@ -42,7 +47,10 @@ _MIXING = "Tensor streams, Tensor branch, Tensor post, Tensor res"
 _MEASURED, _NEXT = "Tensor post, Tensor res, Tensor projection", "Tensor next_post, Tensor next_res, Tensor projection"
 _GRADS = "Tensor grad_layer_input, Tensor grad_post, Tensor grad_res"
 _NEXT_GRADS = "Tensor grad_fresh, Tensor grad_layer_input, Tensor grad_next_post, Tensor grad_next_res"
-THREE, FOUR, FIVE = (f"({', '.join(['Tensor'] * count)})" for count in (3, 4, 5))
+THREE, FOUR, FIVE, SIX, NINE = (f"({', '.join(['Tensor'] * count)})" for count in (3, 4, 5, 6, 9))
+_NORM = "Tensor norm_weight, Tensor norm_bias"
+_NORMED_SITE = _SITE.replace("str manifold, ", "str manifold, float layer_eps, bool centered, ")
+_SAVED = "Tensor projection, Tensor statistics"
 SCHEMAS = {
     "sinkhorn": "(Tensor logits, SymInt iters, float eps) -> Tensor",
     "sinkhorn_backward": "(Tensor grad_res, Tensor logits, SymInt iters, float eps) -> Tensor",
@@ -58,12 +66,21 @@ SCHEMAS = {
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "post_measure": f"({_MIXING}, {_PARAMETERS}, {_SITE}) -> {THREE}",
     "post_collapse": f"({_MIXING}, {_PARAMETERS}, {_NEXT}, {_SITE}) -> {FOUR}",
+    "pre_norm": f"(Tensor streams, {_NORM}, {_PARAMETERS}, {_NORMED_SITE}) -> {FIVE}",
+    "pre_norm_backward": f"(Tensor grad_normed, Tensor grad_post, Tensor grad_res, Tensor streams, {_NORM}, "
+    f"{_PARAMETERS}, {_SAVED}, {_NORMED_SITE}) -> {SIX}",
+    "collapse_norm": f"(Tensor streams, {_NORM}, {_PARAMETERS}, {_MEASURED}, {_NORMED_SITE}) -> {FOUR}",
+    "post_pre_norm": f"({_MIXING}, {_NORM}, {_PARAMETERS}, {_NORMED_SITE}) -> {SIX}",
+    "post_pre_norm_backward": f"({_NEXT_GRADS.replace('layer_input', 'normed')}, {_MIXING}, {_NORM}, {_PARAMETERS}, "
+    f"{_SAVED}, {_NORMED_SITE}) -> {NINE}",
+    "post_collapse_norm": f"({_MIXING}, {_NORM}, {_PARAMETERS}, {_NEXT}, {_NORMED_SITE}) -> {FIVE}",
     "head": f"({_HEAD}, {_LAYOUT}) -> (Tensor, Tensor)",
     "head_backward": f"(Tensor grad_output, {_HEAD}, Tensor projection, {_LAYOUT}) -> {FOUR}",
 }
 # Operators that share another's backward, and those that have none.
 BACKWARDS = {
     "paper_pre": "pre", "collapse": "pre", "post_collapse": "post_pre", "measure": None, "post_measure": None,
+    "collapse_norm": "pre_norm", "post_collapse_norm": "post_pre_norm",
 }  # fmt: skip
 
 
@@ -108,15 +125,19 @@ def test_opaque_to_the_compiler(name):
 @pytest.mark.parametrize("name", sorted(HALVES))
 def test_halves_are_the_whole(name):
     """Outputs and gradients: all of the whole's gradient is that of its second half."""
-    arguments, (measure, collapse) = _samples()[name], HALVES[name]
-    tensors, constants = arguments[:-4], arguments[-4:]
+    arguments, (measure, collapse) = _samples()[name], (OPERATORS[half] for half in HALVES[name])
+    signature = OPERATORS[name].signature
+    tensors, constants = arguments[: len(signature.tensors)], arguments[len(signature.tensors) :]
     whole = OPERATORS[name].forward(*arguments)
-    measured = OPERATORS[measure].forward(*arguments)
-    halves = OPERATORS[collapse].forward(*tensors, *measured, *constants)
-    torch.testing.assert_close((*halves, measured[-1]), tuple(whole))
-    grads = [torch.randn_like(part) for part in halves]
+    measured = measure.forward(*signature.shared_with(measure.signature, arguments))
+    halves = collapse.forward(*tensors, *measured, *constants)
+    made = dict(zip(signature.results, whole, strict=True))
+    torch.testing.assert_close(tuple(halves), tuple(made[result] for result in collapse.signature.results))
+    torch.testing.assert_close(measured[-1], made["projection"])
+    count = len(signature.outputs)
+    grads = [torch.randn_like(part) for part in whole[:count]]
     torch.testing.assert_close(
-        torch.autograd.grad(halves, tensors, grads), torch.autograd.grad(whole[:-1], tensors, grads)
+        torch.autograd.grad(halves[:count], tensors, grads), torch.autograd.grad(whole[:count], tensors, grads)
     )
 
 

@@ -117,14 +117,18 @@ def test_the_benchmark_writes_rows_that_are_read(monkeypatch):
             ),
         )
         monkeypatch.setitem(bench.OPERATORS, name, counted)
+    rotated = []
+    monkeypatch.setattr(bench, "copies_to_rotate", lambda size, device: rotated.append(size) or 2)
     monkeypatch.setattr(bench, "median_seconds", lambda calls, device, repeats: calls[0]() or 1e-3)
     shape = bench.Shape("post_pre", 3, 2, 8, torch.bfloat16)
     written = bench.measure_row(shape, "cpu", "h200", training=False, repeats=1)
     assert run == ["post", "pre", "post_pre"]
+    # Two streams and a branch of eight channels, at least; there are two sets, of which one runs here.
+    assert all(size > 3 * 3 * 8 * 2 for size in rotated)
     assert written["microseconds"] == {"site": 1000.0, "boundary": 1000.0}
     assert choose_on(GPUS["h200"], 3, 8, 2, torch.bfloat16, training=False, table=[written]).reason.name == "MEASURED"
     run.clear()
     bench.measure_row(shape, "cpu", "h200", training=True, repeats=1)
-    # Each forward once for the gradients' shapes, then the site.
-    assert run[-2:] == ["post_pre", "post_pre_backward"]
-    assert run[2:6] == ["post", "pre", "post_backward", "pre_backward"]
+    # Each forward of both sets once for the gradients' shapes, then the site.
+    assert run[-4:] == ["post_pre"] * 3 + ["post_pre_backward"]
+    assert run[4:8] == ["post", "pre", "post_backward", "pre_backward"]

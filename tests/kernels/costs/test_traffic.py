@@ -11,7 +11,7 @@ from mhc_compile.kernels.dispatch import reference_of
 
 from benchmarks import traffic as counter
 from benchmarks.problems import Shape
-from tests.kernels.problems import OPERATORS, Problem, inputs, launches
+from tests.kernels.problems import NORMED, OPERATORS, Problem, inputs, launches
 
 WIDTH = 4096
 MANY = 8192
@@ -19,7 +19,7 @@ MANY = 8192
 
 def rows(moved: traffic.Traffic, n: int = 4, tokens: int = MANY, width: int = WIDTH) -> float:
     """Stream traffic in units of C elements a token."""
-    return traffic.evaluate(moved.streams, n_streams=n, width=width, tokens=tokens) / width
+    return traffic.evaluate(moved.streams, n_streams=n, width=width, tokens=tokens, element_size=2) / width
 
 
 # arXiv 2512.24880, Table 2: elements read and written a token, C = 1 beside the coefficients' n² + 2n.
@@ -85,7 +85,8 @@ def test_a_chain_of_boundaries_has_one_end_of_each_kind():
 @pytest.mark.parametrize(("operator", "tokens", "width", "n", "anchored"), [
     ("post_pre", 40, 96, 4, True), ("post_pre", 150, 64, 2, False), ("pre", 130, 96, 4, True),
     ("head", 20, 40, 3, True), ("post_measure", 20, 96, 4, True), ("collapse", 20, 96, 4, True),
-    ("post", 20, 96, 4, True),
+    ("post", 20, 96, 4, True), ("pre", 20, 64, 6, True), ("pre", 20, 64, 6, False),
+    ("post_pre_norm", 40, 96, 4, True), ("collapse_norm", 130, 64, 2, True),
 ])  # fmt: skip
 def test_our_traffic_is_what_the_kernels_move(operator, tokens, width, n, anchored):
     """Bytes counted in the interpreter at the launches of a device."""
@@ -93,6 +94,14 @@ def test_our_traffic_is_what_the_kernels_move(operator, tokens, width, n, anchor
     for backward, counted in enumerate(counter.count(shape)):
         assert counted or operator == "post_measure"
         assert counter.disagreement(shape, counted, bool(backward)) <= counter.TOLERANCE
+
+
+def test_a_norm_within_saves_what_it_moves():
+    """2C elements a token in the forward, 3C in the backward, against a kernel of its own."""
+    for whole, normed in (("pre", "pre_norm"), ("post_pre", "post_pre_norm")):
+        alone, within = traffic.OPERATORS[whole] + traffic.NORM, traffic.OPERATORS[normed]
+        assert rows(alone.forward.ours) - rows(within.forward.ours) == 2
+        assert rows(alone.backward.ours) - rows(within.backward.ours) == 3
 
 
 def test_a_replay_is_one_pass_and_the_backward_three():
@@ -116,7 +125,7 @@ def test_a_site_that_is_replayed_costs_its_second_half_again(fusion):
     assert rows(replayed.ours) == {"site": 9 + 5, "boundary": 10 + 1}[fusion]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [*OPERATORS, *NORMED])
 @pytest.mark.parametrize("n", [1, 4, 5, 8])
 @pytest.mark.parametrize("tokens", [1, 64, 150])
 def test_launches_are_counted(operator, n, tokens):

@@ -68,6 +68,14 @@ def test_manifolds_and_epsilon(operator, eps, manifold, layout):
     check_compiled(operator, Problem(21, 4, 24, manifold=manifold, eps=eps, anchored=layout))
 
 
+@pytest.mark.parametrize("layout", [False, True])
+@pytest.mark.parametrize(
+    ("manifold", "n"), [*(("permutation", n) for n in (2, 3, 4)), *(("kronecker", n) for n in (2, 4, 8))]
+)
+def test_manifolds_of_fewer_or_more_logits(manifold, n, layout):
+    check_compiled("post_pre", Problem(21, n, 24, manifold=manifold, anchored=layout))
+
+
 @pytest.mark.parametrize("iters", [1, 2, 5, 40])
 @pytest.mark.parametrize("eps", [0.0, 1e-3])
 def test_sinkhorn_differentiates_every_iteration(iters, eps):

@@ -114,8 +114,8 @@ def test_processes_that_start_together_share_one_library(fresh):
         "assert functional.sinkhorn(torch.zeros(3, 1, 1)).eq(1).all()\n"
     )
     environment = {**os.environ, "MHC_KERNELS": "cpu"}
-    running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
+    running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
     assert len(list(fresh.glob("mhc_1_float32_*"))) == 1
 
 

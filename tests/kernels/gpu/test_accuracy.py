@@ -14,17 +14,14 @@ from mhc_compile.kernels.gpu.projection import project
 from mhc_compile import functional
 from tests.kernels.problems import (
     OPERATORS,
-    WITH_BACKWARD,
     Problem,
+    backward_of,
     check,
-    check_backward,
-    check_forward,
     check_halves,
     inputs,
     many,
     output_grads,
     rounded_truth,
-    run_backward,
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,16 +42,17 @@ SHAPES = (
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(("tokens", "n", "width"), SHAPES)
-def test_forward_is_as_good_as_plain_pytorch(operator, tokens, n, width, device):
+def test_as_good_as_plain_pytorch(operator, tokens, n, width, device):
     dtype = DTYPES[(tokens + n) % 3]
-    check_forward(operator, Problem(tokens, n, width, dtype), device)
+    check(operator, Problem(tokens, n, width, dtype, anchored=True), device)
 
 
-@pytest.mark.parametrize("operator", WITH_BACKWARD)
-@pytest.mark.parametrize(("tokens", "n", "width"), SHAPES)
-def test_backward_is_as_good_as_plain_pytorch(operator, tokens, n, width, device):
-    dtype = DTYPES[(tokens + n) % 3]
-    check_backward(operator, Problem(tokens, n, width, dtype), device)
+# 65 tokens are shared out over two programs.
+@pytest.mark.parametrize("operator", ["pre", "paper_pre", "post_pre", "head"])
+@pytest.mark.parametrize(("n", "tokens"), [(n, t) for n in (1, 2, 3, 4, 5, 8) for t in (1, 65)])
+def test_streams_as_they_are(n, tokens, operator, device):
+    # The tests above hold them anchored, as rewritten graphs do; the functional interface does not.
+    check(operator, Problem(tokens, n, 40, DTYPES[(n // 4 + n + tokens) % 3]), device)
 
 
 # test_anchored.py does the same for the operators that take a layout.
@@ -71,6 +69,22 @@ def test_other_manifolds(operator, tokens, manifold, device):
     check(operator, problem, device)
 
 
+# Matrices that are made of a row of logits; anchored ones, too.
+@pytest.mark.parametrize(
+    ("operator", "manifold", "n", "anchored"),
+    [
+        ("pre", "permutation", 4, True),
+        ("paper_pre", "permutation", 3, False),
+        ("post_pre", "permutation", 2, True),
+        ("pre", "kronecker", 8, False),
+        ("paper_pre", "kronecker", 4, True),
+        ("post_pre", "kronecker", 2, False),
+    ],
+)
+def test_manifolds_of_fewer_or_more_logits(operator, manifold, n, anchored, device):
+    check(operator, Problem(37, n, 40, manifold=manifold, anchored=anchored), device)
+
+
 @pytest.mark.parametrize("operator", ["pre", "post_pre"])
 @pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.float32), (37, torch.bfloat16), (150, torch.float16)])
 def test_halves_are_the_whole(operator, tokens, dtype, device):
@@ -81,14 +95,14 @@ def test_halves_are_the_whole(operator, tokens, dtype, device):
 def test_the_check_sees_phi_in_one_piece(device, monkeypatch):
     # The slack of bfloat16 streams would hide it: res would err by 1e-3.
     problem = Problem(40, 4, 64, torch.bfloat16, anchored=True)
-    check_forward("pre", problem, device)
+    check("pre", problem, device, backward=False)
 
     def rounded(streams, phi, *rest, **how):
         return project(streams, phi.bfloat16().float(), *rest, **how)
 
     monkeypatch.setattr(measure, "project", rounded)
     with pytest.raises(AssertionError, match=r"output [12] errs"):
-        check_forward("pre", problem, device)
+        check("pre", problem, device, backward=False)
 
 
 @pytest.mark.parametrize("operator", ["sinkhorn", "pre", "head"])
@@ -116,7 +130,7 @@ def test_post_pre_reads_the_streams_as_they_are_stored(tokens, n, device):
         assert torch.allclose(fused, separate, rtol=0, atol=2e-6)
     truth, true_grads = rounded_truth(problem, device)
     assert (outputs[0].double() != truth[0]).float().mean() < 0.01
-    grads = run_backward("post_pre", (*output_grads(outputs, problem), *tensors), constants, kernel_of)
+    grads = backward_of("post_pre", output_grads(outputs, problem), outputs, tensors, constants)
     for ours, true in zip(grads[4:], true_grads[4:], strict=True):
         assert (ours - true).abs().max() <= 5e-3 * true.abs().max()
 
@@ -191,7 +205,7 @@ def test_agrees_with_deepseek_v4(device):
 
 @pytest.mark.parametrize("operator", ["sinkhorn", "pre", "post_pre"])
 def test_large_gradients_and_logits_stay_finite(operator, device):
-    check_backward(operator, Problem(20, 4, 40, logit_std=8.0, grad_scale=1e4), device)
+    check(operator, Problem(20, 4, 40, logit_std=8.0, grad_scale=1e4), device)
 
 
 def test_extreme_logits(device):
@@ -204,7 +218,8 @@ def test_extreme_logits(device):
     tensors, constants = inputs("pre", Problem(3, 4, 24), device)
     bias = torch.linspace(-1e4, 1e4, 24, device=device)
     outputs = kernel_of("pre")(*tensors[:3], bias, *constants)
-    grads = run_backward("pre", (*(torch.ones_like(out) for out in outputs), *tensors[:3], bias), constants, kernel_of)
+    ones = tuple(torch.ones_like(out) for out in outputs)
+    grads = backward_of("pre", ones, outputs, (*tensors[:3], bias), constants)
     assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *grads))
 
 
@@ -214,7 +229,6 @@ def test_all_zero_tokens(operator, tokens, device):
     tensors, constants = inputs(operator, Problem(tokens, 4, 24), device)
     zero = tuple(torch.zeros_like(tensor) for tensor in tensors[:-3])
     outputs = many(kernel_of(operator)(*zero, *tensors[-3:], *constants))
-    grads = run_backward(
-        operator, (*(torch.ones_like(out) for out in outputs), *zero, *tensors[-3:]), constants, kernel_of
-    )
+    ones = tuple(torch.ones_like(out) for out in outputs)
+    grads = backward_of(operator, ones, outputs, (*zero, *tensors[-3:]), constants)
     assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *grads))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mhc_compile.kernels.dispatch import kernel_of, reference_of
 
-from tests.kernels.problems import OPERATORS, Problem, check, inputs, many, output_grads, run_backward
+from tests.kernels.problems import OPERATORS, Problem, backward_of, check, inputs, many, output_grads
 
 
 @pytest.mark.parametrize(("width", "operator"), [
@@ -37,7 +37,7 @@ def test_no_tokens(operator, device):
     outputs = many(kernel_of(operator)(*tensors, *constants))
     expected = many(reference_of(operator)(*tensors, *constants))
     assert [out.shape for out in outputs] == [out.shape for out in expected]
-    grads = run_backward(operator, (*outputs, *tensors), constants, kernel_of)
+    grads = backward_of(operator, outputs, outputs, tensors, constants)
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors]
     assert not any(grad.any() for grad in grads)
 
@@ -75,8 +75,8 @@ def test_strided_inputs(operator, device):
     outputs = many(kernel_of(operator)(*strided, *constants))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
     grads = output_grads(outputs, Problem(5, 4, 24))
-    expected = run_backward(operator, (*grads, *tensors), constants, kernel_of)
-    ours = run_backward(operator, (*(_scattered(grad) for grad in grads), *strided), constants, kernel_of)
+    expected = backward_of(operator, grads, expected, tensors, constants)
+    ours = backward_of(operator, tuple(_scattered(grad) for grad in grads), outputs, strided, constants)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
 
 
@@ -90,8 +90,8 @@ def test_expanded_inputs(operator, device):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
     grads = tuple(torch.ones((), device=device, dtype=out.dtype).expand(out.shape) for out in outputs)
     dense = tuple(grad.contiguous() for grad in grads)
-    ours = run_backward(operator, (*grads, streams, *tensors[1:]), constants, kernel_of)
-    theirs = run_backward(operator, (*dense, streams.contiguous(), *tensors[1:]), constants, kernel_of)
+    ours = backward_of(operator, grads, outputs, (streams, *tensors[1:]), constants)
+    theirs = backward_of(operator, dense, expected, (streams.contiguous(), *tensors[1:]), constants)
     assert all(torch.equal(mine, yours) for mine, yours in zip(ours, theirs, strict=True))
 
 
@@ -114,7 +114,7 @@ def test_half_precision_parameters(device):
     outputs = kernel_of("pre")(*halves, *constants)
     expected = reference_of("pre")(*halves, *constants)
     assert torch.allclose(outputs[2], expected[2], atol=1e-6)
-    grads = run_backward("pre", (*output_grads(outputs, Problem(5, 4, 24)), *halves), constants, kernel_of)
+    grads = backward_of("pre", output_grads(outputs, Problem(5, 4, 24)), outputs, halves, constants)
     assert [grad.dtype for grad in grads] == [torch.float16] * 4
 
 
@@ -124,6 +124,6 @@ def test_results_do_not_depend_on_the_run(device):
     runs = []
     for _ in range(2):
         outputs = kernel_of("post_pre")(*tensors, *constants)
-        grads = run_backward("post_pre", (*output_grads(outputs, problem), *tensors), constants, kernel_of)
+        grads = backward_of("post_pre", output_grads(outputs, problem), outputs, tensors, constants)
         runs.append((*outputs, *grads))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))

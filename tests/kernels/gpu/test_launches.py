@@ -16,7 +16,7 @@ from tests.kernels.problems import OPERATORS, Problem, launches
 
 ROOT = Path(__file__).parents[3]
 # Kernels that walk over streams.
-WALKS = ("projection_kernel", "collapse_kernel", "gates_kernel", "stream_gradients_kernel", "post_backward_kernel")
+WALKS = ("projection_kernel", "collapse_kernel", "gates_kernel", "stream_gradients_kernel", "last_gradients_kernel")
 
 
 @pytest.mark.parametrize("operator", ["pre", "post_pre", "head"])
@@ -47,7 +47,7 @@ def test_backward_of_post_pre_never_reads_the_new_streams_nor_projects(n, anchor
     _, backward = launches("post_pre", Problem(70, n, 64, anchored=anchored))
     assert [launch.kernel for launch in backward] == [
         "gates_kernel", "coefficient_gradients_kernel", *["stream_gradients_kernel"] * math.ceil(n / 4),
-        "post_backward_kernel", "parameter_gradients_kernel",
+        "last_gradients_kernel",
     ]  # fmt: skip
     assert all(launch.options["MIX"] for launch in backward if "MIX" in launch.options)
 
@@ -115,10 +115,14 @@ def test_twenty_token_counts_compile_once():
         "projection_kernel": 2 * 4,
         "coefficients_kernel": 2,
         "collapse_kernel": 4,
+        "collapse_norm_kernel": 6,
         "gates_kernel": 2,
-        "coefficient_gradients_kernel": 2,
-        "stream_gradients_kernel": 3,
-        "parameter_gradients_kernel": 2,
+        "norm_gates_kernel": 4,
+        # Without a norm and with each of the two.
+        "coefficient_gradients_kernel": 4,
+        "stream_gradients_kernel": 7,
+        "parameter_gradients_kernel": 4,
+        "last_gradients_kernel": 3,
     }
     compiled, atomic = _compile(PROGRAM, counts, list(uses))
     assert compiled == uses

@@ -35,7 +35,7 @@ def test_its_backward_is_that_of_pre():
     assert OPERATORS["paper_pre"].backward is OPERATORS["pre"].backward
 
 
-@pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity", "row"])
+@pytest.mark.parametrize("manifold", ["sinkhorn", "none", "identity", "row", "permutation"])
 def test_table_names_its_kernels(manifold):
     tensors, constants = inputs("paper_pre", Problem(65, 4, 64, manifold=manifold))
     found = []
