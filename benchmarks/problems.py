@@ -80,13 +80,17 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
         return (streams, *mapping), site
     if shape.operator == "collapse":
         return (streams, *mapping, *many(OPERATORS["measure"].forward(streams, *mapping, *site))), site
-    norm = (normal(width).to(shape.dtype), normal(width).to(shape.dtype))
+
+    def norm() -> tuple[Tensor, Tensor]:
+        # Drawn where it is wanted, so that problems without are what they were.
+        return normal(width).to(shape.dtype), normal(width).to(shape.dtype)
+
     normed_site = (*site[:4], NORM_EPS, False, *site[4:])
     if shape.operator == "pre_norm":
-        return (streams, *norm, *mapping), normed_site
+        return (streams, *norm(), *mapping), normed_site
     if shape.operator == "collapse_norm":
         measured = many(OPERATORS["measure"].forward(streams, *mapping, *site))
-        return (streams, *norm, *mapping, *measured), normed_site
+        return (streams, *norm(), *mapping, *measured), normed_site
     if shape.operator == "head":
         return (streams, *mapping), (NORM_EPS, 0.0, shape.anchored)
     coefficients = (normal(tokens, n).sigmoid() * 2, normal(tokens, n, n).softmax(-1))
@@ -97,7 +101,7 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
     if shape.operator in ("post_pre_norm", "post_collapse_norm"):
         halved = shape.operator == "post_collapse_norm"
         measured = many(OPERATORS["post_measure"].forward(*tensors, *site)) if halved else ()
-        return (*tensors[:4], *norm, *mapping, *measured), normed_site
+        return (*tensors[:4], *norm(), *mapping, *measured), normed_site
     if shape.operator == "post_collapse":
         tensors = (*tensors, *many(OPERATORS["post_measure"].forward(*tensors, *site)))
     return tensors, site
