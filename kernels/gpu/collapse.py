@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
-from .coefficients import collapse_weights, copy_coefficients, weight_of
+from .collapse_weights import collapse_weights, copy_coefficients, weight_of
 from .configurations import Geometry, ceil_div, collapse_config
 from .launch import empty, geometry_of, launch, product_options, register_limit
 from .primitives import rounded

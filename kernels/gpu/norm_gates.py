@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import collapse_weights, weight_of
+from .collapse_weights import collapse_weights, weight_of
 from .configurations import Geometry, ceil_div, chunk_width, gates_config
 from .launch import empty, launch, product_options
 from .primitives import total
