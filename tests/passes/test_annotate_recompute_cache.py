@@ -21,14 +21,14 @@ def _saved(out, model):
 
 def test_inductor_saves_less_gives_the_same_and_its_caches_tell_policies_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    # Caches do not care how fast the code is, and plain loops compile sooner than vectorized ones.
-    monkeypatch.setattr(inductor_config.cpp, "simdlen", 1)
     model = Stack(1, dropout=0.3).train()
     mhc_compile.attach(model, features(), config=MHCConfig(init="paper"))
     saved, gradients, hits = [], [], []
     caches_on = (
         functorch_config.patch(enable_autograd_cache=True),
-        inductor_config.patch(fx_graph_cache=True, fx_graph_remote_cache=False),
+        # Caches do not care how fast the code is, and plain loops compile sooner than vectorized ones. (Not by
+        # monkeypatch: it takes config.cpp for a class and undoes by deleting, which hides the option for good.)
+        inductor_config.patch({"fx_graph_cache": True, "fx_graph_remote_cache": False, "cpp.simdlen": 1}),
     )
     with caches_on[0], caches_on[1]:
         for recompute in ("none", 2, "none", 2):
