@@ -49,9 +49,11 @@ def lines(path: Path, panels: Sequence[tuple[Panel, Mapping[str, Points]]]) -> P
     names = list(dict.fromkeys(name for _, curves in panels for name in curves))
     for ax, (panel, curves) in zip(axes, panels, strict=True):
         for name, points in curves.items():
-            color = _COLORS[names.index(name) % len(_COLORS)]
+            # Where colors come round again, lines are dashed.
+            again, color = divmod(names.index(name), len(_COLORS))
+            looks = {"color": _COLORS[color], "linestyle": "--" if again else "-", "linewidth": 1.4}
             marker = "o" if len(points) < 12 else None
-            ax.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, color=color, label=name)
+            ax.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name, **looks)
         _dress(ax, panel)
     return _save(figure, path)
 

@@ -27,13 +27,19 @@ def trainer(folder, *, callbacks, model=None, **changes):
 
 
 def test_groups_scalars_and_a_checkpoint_that_resumes(tmp_path):
-    run = trainer(tmp_path, callbacks=[mhc_compile.MHCCallback()], save_strategy="steps", save_steps=1)
+    faster = {"callbacks": [mhc_compile.MHCCallback(mixing_rate=10)]}
+    run = trainer(tmp_path, **faster, save_strategy="steps", save_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MHCWarning)
         run.train()
     ours = mhc_compile.parameters(run.model)
     decays = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
     assert {name.rsplit(".")[-1]: decays[id(p)] for name, p in ours.items()} == {"phi": 0.1, "scale": 0.0, "bias": 0.0}
+    groups = zip(run.lr_scheduler.base_lrs, run.optimizer.param_groups, strict=True)
+    rates = {id(parameter): rate for rate, group in groups for parameter in group["params"]}
+    assert {rates.pop(id(p)) for p in ours.values()} == {10 * 1e-2}
+    assert len(rates) == len([*run.model.parameters()]) - len(ours)
+    assert {*rates.values()} == {1e-2}
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logged) == 2
     assert 0 < logged[0]["mhc_moved"] < logged[1]["mhc_moved"]
@@ -41,7 +47,7 @@ def test_groups_scalars_and_a_checkpoint_that_resumes(tmp_path):
     trained = {name: p.detach().clone() for name, p in ours.items()}
     loaded = mhc_compile.from_pretrained(AutoModelForCausalLM, tmp_path / "checkpoint-2")
     assert all(torch.equal(p, trained[name]) for name, p in mhc_compile.parameters(loaded).items())
-    again = trainer(tmp_path, callbacks=[mhc_compile.MHCCallback()])
+    again = trainer(tmp_path, **faster)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert all(torch.equal(p, trained[name]) for name, p in mhc_compile.parameters(again.model).items())
 

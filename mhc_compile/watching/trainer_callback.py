@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 try:
@@ -29,6 +30,8 @@ class MHCCallback(TrainerCallback):
     """For `Trainer(model=model, …, callbacks=[mhc_compile.MHCCallback()])`, on a model that is attached.
 
     - The Trainer's default groups let `scale` decay; with this neither scale nor bias does, phi does.
+    - With `mixing_rate=10` the mHC parameters learn at ten times the Trainer's rate, schedule included: what a
+      checkpoint that is trained on wants (`param_groups` says why).
     - Every log line has four scalars of the mixing at phi = 0: `mhc_moved`, the largest distance of a coefficient from
       its start; `mhc_projection`, how much the input decides (root mean square of phi times scale); `mhc_gain_forward`
       and `mhc_gain_backward` of the product over all sites (arXiv 2512.24880, section 3.1).
@@ -38,9 +41,15 @@ class MHCCallback(TrainerCallback):
     - Checkpoints get the file that `mhc_compile.from_pretrained` needs to load them without tracing the model.
     """
 
-    def __init__(self, warn_after: int = 100) -> None:
-        """Set the number of optimizer steps after which a mixing that has not moved is worth a warning."""
+    def __init__(self, warn_after: int = 100, mixing_rate: float = 1.0) -> None:
+        """Set when to warn, and how fast the mixing learns.
+
+        Args:
+            warn_after: optimizer steps after which a mixing that has not moved is worth a warning.
+            mixing_rate: the mHC parameters' learning rate, as a multiple of the Trainer's.
+        """
         self.warn_after = warn_after
+        self.mixing_rate = mixing_rate
         self._warned = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,7 +63,7 @@ class MHCCallback(TrainerCallback):
                 "the Trainer's model has no mHC parameters: call mhc_compile.attach(model, example_input) before "
                 "Trainer(model=model, …)."
             )
-        decayed, log = trainer.get_decay_parameter_names, trainer.log
+        decayed, log, create_optimizer = trainer.get_decay_parameter_names, trainer.log, trainer.create_optimizer
 
         def without_gates(model: nn.Module) -> list[str]:
             kept = {name for name in named_parameters(model) if not name.endswith(".phi")}
@@ -63,6 +72,15 @@ class MHCCallback(TrainerCallback):
         def with_scalars(logs: dict[str, float], *arguments: Any, **options: Any) -> None:
             log({**logs, **(self.scalars(root) if "loss" in logs else {})}, *arguments, **options)
 
+        def with_mixing_rate(*arguments: Any, **options: Any) -> Any:
+            fresh = trainer.optimizer is None
+            optimizer = create_optimizer(*arguments, **options)
+            if fresh and self.mixing_rate != 1.0:
+                # Before the scheduler is made, which takes the groups' rates for those to begin with.
+                _learn_at(self.mixing_rate, trainer.optimizer, set(map(id, named_parameters(root).values())))
+            return optimizer
+
+        trainer.create_optimizer = with_mixing_rate
         trainer.get_decay_parameter_names = without_gates
         trainer.log = with_scalars
 
@@ -87,7 +105,7 @@ class MHCCallback(TrainerCallback):
             warnings.warn(
                 f"after {state.global_step} steps no mixing coefficient has moved by more than {STILL:g}: the model "
                 "still computes what the plain one would. Give the mHC parameters a larger learning rate: "
-                "mhc_compile.param_groups(model, weight_decay=…, lr=…).",
+                "MHCCallback(mixing_rate=10).",
                 MHCWarning,
                 stacklevel=2,
             )
@@ -121,3 +139,13 @@ class MHCCallback(TrainerCallback):
             if handler is not None and any(callback is self for callback in handler.callbacks):
                 return candidate
         return None
+
+
+def _learn_at(multiple: float, optimizer: torch.optim.Optimizer, ours: set[int]) -> None:
+    """Move the parameters with these ids to groups that learn at a multiple of the rate of those they were in."""
+    for group in [*optimizer.param_groups]:
+        mine = [parameter for parameter in group["params"] if id(parameter) in ours]
+        if not mine:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+        optimizer.add_param_group({**group, "params": mine, "lr": multiple * group["lr"]})

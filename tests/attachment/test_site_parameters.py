@@ -123,6 +123,17 @@ def test_param_groups_decay_phi_alone():
     assert len(decayed["params"]) + len(kept["params"]) == len(mhc_compile.parameters(model))
 
 
+def test_param_groups_beside_the_rate_of_a_checkpoint():
+    model = Stack()
+    mhc_compile.attach(model, features())
+    assert [group["lr"] for group in mhc_compile.param_groups(model, weight_decay=0.1, model_lr=1e-4)] == [1e-3, 1e-3]
+    slower = mhc_compile.param_groups(model, weight_decay=0.1, model_lr=1e-4, mixing_rate=2)
+    assert [group["lr"] for group in slower] == [2e-4, 2e-4]
+    assert all("lr" not in group for group in mhc_compile.param_groups(model, weight_decay=0.1))
+    with pytest.raises(mhc_compile.MHCOptionError, match="leave out one"):
+        mhc_compile.param_groups(model, weight_decay=0.1, model_lr=1e-4, lr=1e-3)
+
+
 def _perturbed(seed=3):
     torch.manual_seed(0)
     model = Stack()
