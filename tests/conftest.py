@@ -6,6 +6,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The workers share the cores already: more threads in each, and processes that wait to compile, are only in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Dynamo collects garbage after each compilation; the tests make enough to leave that to the thresholds below.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import pytest
 import torch
