@@ -84,7 +84,7 @@ def _hardware_section(folder: Path, place: Path, results: dict[str, dict[str, An
     if environment["device"] == "cpu":
         parts.append(
             "No GPU: these results show correctness, counted bytes, compile time and stability. Their times are those "
-            "of plain PyTorch on a CPU and say nothing about the kernels."
+            "of a CPU and say nothing about the GPU kernels."
         )
     for benchmark in benchmarks():
         if benchmark.name in results:

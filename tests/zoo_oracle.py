@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib.metadata
 import json
 import os
 import re
@@ -87,6 +88,10 @@ def _without_dropout(model: object, training: bool) -> None:
                 setattr(module, key, 0.0)
 
 
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+
+
 def main() -> int:
     """Run the children, print the differences, return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,7 +101,7 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="leave out the first so many of these")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=400, help="seconds for one architecture")
-    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--json", type=Path, help="write the records here; tests.compatibility makes a page of them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -121,10 +126,13 @@ def main() -> int:
         print(json.dumps(record), flush=True)
         return record
 
+    records = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        records = list(pool.map(child, names))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+        for record in pool.map(child, names):
+            records.append(record)
+            if arguments.json:
+                content = {"date": time.strftime("%Y-%m-%d"), "versions": _versions(), "records": records}
+                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     verdicts = collections.Counter("ok" if record["verdict"] == "ok" else "other" for record in records)
     for record in records:
         if record["verdict"] not in ("ok", "no sites"):
