@@ -27,12 +27,13 @@ def page(content: dict[str, Any], choices: int) -> str:
     """Return the page as Markdown."""
     records = sorted(content["records"], key=lambda record: record["name"])
     equal = sum(record["verdict"] == "ok" for record in records)
+    built = [record for record in records if not record["verdict"].startswith("not built")]
     nothing = sum(record["verdict"] == "no sites" for record in records)
     head = _HEAD.format(
-        date=content["date"], **content["versions"], choices=choices, equal=equal, all=len(records), none=nothing
+        date=content["date"], **content["versions"], choices=choices, equal=equal, all=len(built), none=nothing
     )
     lines = [head, "| architecture | sites | outputs differ by | gradients by | result |", "|---|--:|--:|--:|---|"]
-    for record in records:
+    for record in built:
         differences = [f"{record[key]:.0e}" if key in record else "–" for key in ("out", "gradient")]
         cells = (record["name"], str(record.get("sites", "–")), *differences, _result(record["verdict"]))
         lines.append("| " + " | ".join(cells) + " |")

@@ -52,7 +52,10 @@ def run_one(zoo_path: Path, name: str) -> dict[str, object]:
     config = MHCConfig(min_sites=1, **options)
     for double in (True, False):
         torch._dynamo.reset()
-        *_, model, inputs, _ = zoo.build(name)
+        try:
+            *_, model, inputs, _ = zoo.build(name)
+        except Exception as error:
+            return {**record, "verdict": f"not built: {type(error).__name__}: {str(error)[:200]}"}
         _without_dropout(model, training="_gc" in name)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
