@@ -19,7 +19,7 @@ independent interpreter of its plain graph (`tests/oracle.py`), outputs and the 
 {choices} combinations of fusion, recomputation, manifold, streams and readout.
 
 {equal} of {all} equal it (outputs within 1e-5, every gradient within 1e-4); {none} have no residual add between two
-branches or carry streams of their own.
+branches or carry streams of their own.{missing}
 """
 
 
@@ -29,9 +29,10 @@ def page(content: dict[str, Any], choices: int) -> str:
     equal = sum(record["verdict"] == "ok" for record in records)
     built = [record for record in records if not record["verdict"].startswith("not built")]
     nothing = sum(record["verdict"] == "no sites" for record in records)
-    head = _HEAD.format(
-        date=content["date"], **content["versions"], choices=choices, equal=equal, all=len(built), none=nothing
-    )
+    absent = ", ".join(record["name"] for record in records if record not in built)
+    missing = f" Not built with this transformers: {absent}." if absent else ""
+    counts = {"equal": equal, "all": len(built), "none": nothing, "missing": missing}
+    head = _HEAD.format(date=content["date"], **content["versions"], choices=choices, **counts)
     lines = [head, "| architecture | sites | outputs differ by | gradients by | result |", "|---|--:|--:|--:|---|"]
     for record in built:
         differences = [f"{record[key]:.0e}" if key in record else "–" for key in ("out", "gradient")]
