@@ -128,7 +128,7 @@ class Causes:
                 name = op_name(user)
                 if user in self.softmaxes:
                     weights.append(user)
-                elif name == "scaled_dot_product_attention" and value not in user.args[:3]:
+                elif name == "scaled_dot_product_attention" and value in (*user.args[3:], user.kwargs.get("attn_mask")):
                     is_mask = True
                 elif name in _MASKING | VIEW_NAMES | CAST_NAMES | {"getitem"} or is_dropout(user):
                     if user not in seen and len(seen) < _NEAR:
@@ -157,22 +157,27 @@ class Causes:
         return any(_origin(source) is _origin(value) for source in difference.all_input_nodes)
 
     def _of_blend(self, left: Node, right: Node) -> Reason | None:
-        """Return the cause of a sum of one value and its rearrangement, each times a factor fixed beforehand."""
-        origins = []
+        """Return the cause of a sum of one value and its rearrangement, each times a factor."""
+        origins: list[set[Node]] = []
+        either = False
         for operand in (left, right):
             product = behind_views(operand, "getitem")
             factors = [factor for factor in operands(product) if isinstance(factor, Node)]
             if op_name(product) not in PRODUCT_NAMES or len(factors) != 2:
                 return None
             fixed, moved = sorted(factors, key=self.kinds.__getitem__)
-            if self.kinds[fixed] is self.kinds[moved]:
-                return None
+            # Angles may come from positions that are an input: then both factors are candidates.
             origins.append(self._rearranged_from(moved))
+            if self.kinds[fixed] is self.kinds[moved]:
+                origins[-1] |= self._rearranged_from(fixed)
+                either = True
         shared = origins[0] & origins[1]
         if not shared:
             return None
         source = max(self.order[node] for node in shared)
         moves = {op_name(node) for node in origins[0] | origins[1] if self.order[node] > source}
+        if either and not moves - VIEW_NAMES - CAST_NAMES:
+            return None
         return Reason.TOKEN_SHIFT if moves & _SHIFTS else Reason.ROTATION
 
     def _rearranged_from(self, value: Node) -> set[Node]:

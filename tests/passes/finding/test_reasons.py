@@ -32,6 +32,17 @@ def _rotary(m, x):
     return queries * torch.cos(angles) + rotated * torch.sin(angles)
 
 
+def _rotary_by_positions_of_the_input(m, x):
+    """As Flux does: pairs of neighbors turn, by positions that come with the data, and attention takes keywords."""
+    angles = x[..., :1] * torch.arange(16.0)
+    turned = []
+    for values in (m.a(x), m.b(x)):
+        real, imaginary = values.reshape(3, 5, 8, 2).unbind(-1)
+        rotated = torch.stack((-imaginary, real), -1).flatten(2)
+        turned.append((values.float() * torch.cos(angles) + rotated.float() * torch.sin(angles)).to(x.dtype))
+    return F.scaled_dot_product_attention(query=turned[0], key=turned[1], value=x)
+
+
 def _token_shift(m, x):
     x = m.a(x)
     shifted = F.pad(x, (0, 0, 1, -1))
@@ -184,6 +195,7 @@ ALONE = {
     "Snake": (_snake, Reason.NO_MIXING),
     "GRN": (_grn, Reason.NO_MIXING),
     "rotary embedding": (_rotary, Reason.ROTATION),
+    "rotary embedding, positions from the input": (_rotary_by_positions_of_the_input, Reason.ROTATION),
     "token shift": (_token_shift, Reason.TOKEN_SHIFT),
     "token + position embedding": (_token_and_position, Reason.EMBEDDING),
     "attention bias, one head": (_attention_bias, Reason.ATTENTION_SCORES),
