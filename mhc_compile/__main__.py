@@ -179,12 +179,13 @@ def demo(
 def _continue_pretrained(steps: int, seed: int, backend: str, streams: int, manifold: str, out: Path) -> None:
     from .demo.pretrained import continue_training
 
+    typer.echo(f"Training SmolLM2-135M on for {steps} steps, plain and with mHC: some minutes each.")
     plain = continue_training(steps, seed, backend)
     typer.echo(f"plain  held out {plain.held_out:.4f} nats a token after {steps} steps")
     mhc = continue_training(steps, seed, backend, streams, manifold=manifold)
     typer.echo(f"mHC    held out {mhc.held_out:.4f} nats a token after {steps} steps")
     if mhc.mixing is not None:
-        typer.echo("\n".join(str(mhc.mixing).splitlines()[:2]))
+        typer.echo(mhc.mixing.headline())
         out.mkdir(parents=True, exist_ok=True)
         typer.echo(f"Saved {mhc.mixing.to_html(out / 'mixing.html')}")
 

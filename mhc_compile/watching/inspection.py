@@ -86,13 +86,15 @@ class Inspection:
 
         return draw(self, Path(path))
 
+    def headline(self) -> str:
+        """Return the scalars in one line, and a second line if nothing has moved."""
+        scalars = ", ".join(f"{name} {value:.4g}" for name, value in self.scalars().items())
+        still = f"\nnothing has moved by {STILL:g}: the model still computes what the plain one would"
+        return f"{self.model}: {len(self.sites)} sites, {scalars}{still if self.still else ''}"
+
     def __str__(self) -> str:
         """Return a table that a person can read."""
-        lines = [
-            f"{self.model}: {len(self.sites)} sites, " + ", ".join(f"{k} {v:.4g}" for k, v in self.scalars().items())
-        ]
-        if self.still:
-            lines.append(f"nothing has moved by {STILL:g}: the model still computes what the plain one would")
+        lines = [self.headline()]
         width = max(len(site.name) for site in self.sites)
         lines.append(f"{'site':<{width}}  reads  writes  kept   similarity  moved")
         for site in self.sites:
