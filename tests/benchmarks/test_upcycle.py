@@ -14,8 +14,8 @@ ROWS = [
     _row(PLAIN, 0, [1.0, 3.0]),
     _row("slow", 0, [1.1, 3.3]),
     _row("fast", 0, [0.9, 2.7]),
-    _row(PLAIN, 1, [2.0, 2.0]),
-    _row("fast", 1, [2.1, 2.1]),
+    _row(PLAIN, 1, [2.5, 2.5]),
+    _row("fast", 1, [2.6, 2.6]),
     # A later seed does not choose.
     _row("slow", 1, [0.0, 0.0]),
 ]
@@ -29,7 +29,7 @@ def test_the_first_seed_chooses_and_each_seed_is_compared_with_its_own_plain_mod
         ("slow", "2.2000", "+0.2000 ± 0.1000"),
     ]
     assert search.best == {0}
-    assert final.rows == (("0", "2.0000", "1.8000", "-0.2000"), ("1", "2.0000", "2.1000", "+0.1000"))
+    assert final.rows == (("0", "2.0000", "1.8000", "-0.2000"), ("1", "2.5000", "2.6000", "+0.1000"))
     assert "Mean -0.0500 ± 0.2121" in final.note
 
 
