@@ -12,6 +12,8 @@ os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 import pytest
 import torch
 
+from . import quick_interpreter
+
 # Tracing makes millions of small objects, and the default collects after every 700.
 gc.set_threshold(100_000, 50, 100)
 
@@ -19,6 +21,7 @@ gc.set_threshold(100_000, 50, 100)
 # any test module may do.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True)
