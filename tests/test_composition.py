@@ -46,7 +46,7 @@ def test_dynamic_shapes_compile_once():
 
 
 def test_trained_parameters_compute_the_same_in_every_lowering_and_inner_backend():
-    model = Stack()
+    model = Stack(depth=1)
     mhc_compile.attach(model, features(), config=MHCConfig(init="paper", sinkhorn_iters=3))
     _perturb(model)
     results, gradients = [], []
