@@ -35,17 +35,26 @@ def load_streams(
 def load_row(
     post: tl.tensor, res: tl.tensor, token: tl.tensor, live: tl.tensor, stream: tl.tensor, n: tl.constexpr
 ) -> tuple:
-    """Load what makes one stream after a site: res[stream, 0 … n-1], then post[stream], each [tokens].
-
-    Tokens that do not exist get those of token 0: a mask would cost gfx942 a scalar register a load, n² + n in all.
-    """
+    """Load what makes one stream after a site: res[stream, 0 … n-1], then post[stream], each [tokens]."""
     weights = ()
-    token = tl.where(live, token, 0).to(tl.int64)
+    token = token.to(tl.int64)
     for i in tl.static_range(n):
-        entry = tl.load(res + token * (n * n) + stream * n + i)
+        entry = tl.load(res + token * (n * n) + stream * n + i, mask=live, other=0.0)
         weights = weights + (entry.to(tl.float32),)
-    entry = tl.load(post + token * n + stream)
+    entry = tl.load(post + token * n + stream, mask=live, other=0.0)
     return weights + (entry.to(tl.float32),)
+
+
+@triton.jit
+def all_live(token: tl.tensor, live: tl.tensor, n: tl.constexpr) -> tuple:
+    """Return tokens to load coefficients of and whether they exist: of many streams all do, token 0 for those that not.
+
+    A mask takes gfx942 a scalar register a load, and for n² + n of them it has too few.
+    """
+    if n > 4:
+        return tl.where(live, token, 0), tl.full(live.shape, 1, tl.int1)
+    else:
+        return token, live
 
 
 @triton.jit
