@@ -68,6 +68,22 @@ ROW_CASES = (
     Case(4, torch.bfloat16, 8192, manifold="permutation", anchored=True),
     Case(8, torch.bfloat16, 8192, manifold="kronecker", anchored=True),
 )
+# The weights of a model that carries streams itself lie in its own way.
+NATIVE_CASES = tuple(replace(case, layout=PhiLayout(transposed=True, columns=True)) for case in MAIN_CASES)
+RARE_CASES = (*NATIVE_CASES, *ROW_CASES)
+# By target: kernels of other cases that fill the registers, and would be the first to spill.
+CROWDED_CASES: dict[str, tuple[tuple[Case, frozenset[str]], ...]] = {
+    "sm_90": (
+        (NATIVE_CASES[0], frozenset({"parameter_gradients_kernel", "last_gradients_kernel"})),
+        *((case, frozenset({"projection_kernel"})) for case in ROW_CASES),
+    ),
+    "gfx942": (
+        (
+            replace(MORE_CASES[0], anchored=True),
+            frozenset({"collapse_kernel", "post_backward_kernel", "last_gradients_kernel"}),
+        ),
+    ),
+}
 OTHER_CASES = tuple(
     Case(n, dtype, tokens)
     for n in (1, 2, 3, 5, 6, 7, 8)
@@ -128,12 +144,17 @@ def launches(case: Case, target: Target) -> list[Launch]:
     return found
 
 
-def compile_all(target: Target, cases: tuple[Case, ...], only: str = "", part: int = 0, parts: int = 1) -> list[Row]:
-    """Compile this part's share of the distinct kernels of `cases` for a target."""
+def compile_all(target: Target, everything: bool = False, only: str = "", part: int = 0, parts: int = 1) -> list[Row]:
+    """Compile this part's share of the distinct kernels for a target."""
     triton.runtime.driver.set_active(_Driver(target))
     rows: list[Row] = []
     seen: set[str] = set()
-    made = [(case, one) for case in cases for one in launches(case, target) if only in one[0].__name__]
+    made = [
+        (case, one)
+        for case, kernels in cases_for(target, everything)
+        for one in launches(case, target)
+        if only in one[0].__name__ and (kernels is None or one[0].__name__ in kernels)
+    ]
     different = {identity(one): (case, one) for case, one in reversed(made)}
     for case, (kernel, args, options) in list(reversed(different.values()))[part::parts]:
         compiled = kernel.warmup(*args, grid=(1,), **options)
@@ -207,21 +228,19 @@ def _print(rows: list[Row]) -> None:
     Console(width=132 if not sys.stdout.isatty() else None).print(table)
 
 
-def cases_for(target: Target, everything: bool) -> tuple[Case, ...]:
+def cases_for(target: Target, everything: bool) -> list[tuple[Case, frozenset[str] | None]]:
     """Return what to compile: what a rewritten model of the usual n and dtype runs, and on one target more.
 
-    A rewritten model holds its streams anchored, the functional interface as they are, and the weights of a model that
-    carries streams itself lie in its own way.
+    A rewritten model holds its streams anchored, the functional interface as they are. Beside a case stand the kernels
+    to compile of it, None for all.
     """
     cases = MAIN_CASES + (MORE_CASES if everything or target.name == "sm_90" else ())
     plain = MAIN_CASES if target.name == "sm_90" else ()
     if everything:
         cases += OTHER_CASES
         plain = cases
-    # Some of these spill a few registers still, as the table of `--all` shows.
-    native = tuple(replace(case, layout=PhiLayout(transposed=True, columns=True)) for case in MAIN_CASES)
-    rare = (*native, *ROW_CASES) if everything else ()
-    return (*(replace(case, anchored=True) for case in cases), *plain, *rare)
+    whole = [*(replace(case, anchored=True) for case in cases), *plain, *(RARE_CASES if everything else ())]
+    return [*((case, None) for case in whole), *(() if everything else CROWDED_CASES.get(target.name, ()))]
 
 
 def main() -> int:
@@ -237,7 +256,7 @@ def main() -> int:
     pool_of = ProcessPoolExecutor if arguments.jobs > 1 else ThreadPoolExecutor
     with pool_of(arguments.jobs) as pool:
         tasks = [
-            pool.submit(compile_all, target, cases_for(target, arguments.all), arguments.kernel, part, 4)
+            pool.submit(compile_all, target, arguments.all, arguments.kernel, part, 4)
             for target in TARGETS
             if arguments.target in ("", target.name)
             for part in range(4)

@@ -9,9 +9,7 @@ the first one left. `--only plain`, `--only site/16`, `--only site/16/generation
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -21,10 +19,8 @@ from typing import Any
 from .compile_child import BY_BLOCK, GENERATION, STEP
 from .figures import Panel, lines
 from .llama import PLAIN, Setting, missing
-from .record import OUT_OF_TIME, Benchmark, Options, Record, in_time, run_as_script
+from .record import OUT_OF_TIME, Benchmark, Options, Record, in_time, run_as_script, run_child
 from .terminal import Table, track
-
-_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -61,25 +57,13 @@ def cases(quick: bool) -> list[Case]:
 
 
 def compile_in_process(case: Case, setting: Setting, inner: str, options: Options, cache: str) -> dict[str, Any]:
-    """Return the seconds that `compile_child` prints, with the wall time of the process.
-
-    Raises:
-        RuntimeError: the process failed; the message is its last line.
-        subprocess.TimeoutExpired: the time is up.
-    """
+    """Return the seconds that `compile_child` prints, with the wall time of the process; raises as `run_child` does."""
     sizes = {key: value for key, value in asdict(setting).items() if key != "tokens"}
-    command = [
-        sys.executable, "-m", "benchmarks.compile_child", "--setting", json.dumps(sizes),
-        "--fusion", case.fusion, "--inner", inner, "--device", options.device, "--work", case.work,
-    ]  # fmt: skip
-    # Both caches: Inductor's own, and Triton's for the kernels.
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
-    limit = None if options.seconds_left == float("inf") else max(options.seconds_left, 1.0)
     begin = time.perf_counter()
-    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found = run_child(
+        "benchmarks.compile_child", "--setting", json.dumps(sizes), "--fusion", case.fusion, "--inner", inner,
+        "--device", options.device, "--work", case.work, limit=options.seconds_left, cache=cache,
+    )  # fmt: skip
     return {**found, "process_seconds": time.perf_counter() - begin}
 
 

@@ -11,19 +11,16 @@ same commit is kept.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .llama import missing
-from .record import OUT_OF_TIME, Benchmark, Options, Record, in_time, run_as_script
+from .record import OUT_OF_TIME, Benchmark, Options, Record, in_time, run_as_script, run_child
 from .terminal import Table, track
 
-_ROOT = Path(__file__).parents[1]
 INDUCTOR = "inductor"
 # Seconds that one case may take; where Inductor alone compiles many unrolled Sinkhorns, more than this is what there is
 # to know.
@@ -56,23 +53,11 @@ def cases(quick: bool) -> list[Case]:
 
 
 def compile_in_process(case: Case, inner: str, options: Options, cache: str) -> dict[str, Any]:
-    """Return what `native_child` prints.
-
-    Raises:
-        RuntimeError: the process failed; the message is its last line.
-        subprocess.TimeoutExpired: the time is up.
-    """
-    command = [
-        sys.executable, "-m", "benchmarks.native_child", "--compiler", case.compiler, "--layers", str(case.layers),
-        "--inner", inner, "--device", options.device,
-    ]  # fmt: skip
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
-    limit = min(case.limit, max(options.seconds_left, 1.0))
-    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    """Return what `native_child` prints; raises as `run_child` does."""
+    return run_child(
+        "benchmarks.native_child", "--compiler", case.compiler, "--layers", str(case.layers), "--inner", inner,
+        "--device", options.device, limit=min(case.limit, options.seconds_left), cache=cache,
+    )  # fmt: skip
 
 
 def _measured_before(options: Options, record: Record) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -127,6 +128,37 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def path_of(benchmark: str, options: Options) -> Path:
     """Return the file of a result: `OUT/<hardware>/<benchmark>.json`."""
     return options.out / slug(environment(options.device)["hardware"]) / f"{benchmark}.json"
+
+
+def run_child(module: str, *arguments: str, limit: float, cache: str | None = None) -> dict[str, Any]:
+    """Run a module in a process of its own, and return the JSON that its last line is.
+
+    Args:
+        module: its name; it is looked for in this repository first.
+        arguments: its command line.
+        limit: seconds that it may take; a second at least, and for ever if infinite.
+        cache: the folder in which Inductor and Triton keep what they compile; left out, the user's.
+
+    Raises:
+        RuntimeError: the process failed; the message is the last line of its errors.
+        subprocess.TimeoutExpired: the time is up.
+    """
+    environment = dict(os.environ)
+    if cache is not None:
+        # Both caches: Inductor's own, and Triton's for the kernels.
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=None if limit == float("inf") else max(limit, 1.0),
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def execute(benchmark: Benchmark, options: Options) -> int:

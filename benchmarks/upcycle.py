@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -24,11 +23,10 @@ from mhc_compile.errors import MHCError
 
 from .environment import usable_cores
 from .figures import Panel, Points, lines
-from .record import OUT_OF_TIME, Benchmark, Options, Record, run_as_script
+from .record import OUT_OF_TIME, Benchmark, Options, Record, run_as_script, run_child
 from .terminal import Table, track
 from .upcycle_child import PLAIN, RECIPES, Lengths
 
-_ROOT = Path(__file__).parents[1]
 FULL = Lengths(120, 1, 256, 32)
 QUICK = Lengths(2, 1, 32, 1)
 SEEDS = (0, 1, 2)
@@ -39,22 +37,11 @@ Row = dict[str, Any]
 
 
 def train_in_process(recipe: str, seed: int, lengths: Lengths, options: Options) -> Row:
-    """Return what `upcycle_child` prints.
-
-    Raises:
-        RuntimeError: the process failed; the message is its last line.
-        subprocess.TimeoutExpired: the time is up.
-    """
-    command = [
-        sys.executable, "-m", "benchmarks.upcycle_child", "--recipe", recipe, "--seed", str(seed),
-        "--lengths", json.dumps(asdict(lengths)),
-    ]  # fmt: skip
-    limit = None if options.seconds_left == float("inf") else max(options.seconds_left, 1.0)
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
-    found: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    """Return what `upcycle_child` prints; raises as `run_child` does."""
+    return run_child(
+        "benchmarks.upcycle_child", "--recipe", recipe, "--seed", str(seed), "--lengths", json.dumps(asdict(lengths)),
+        limit=options.seconds_left,
+    )  # fmt: skip
 
 
 def train_all(runs: list[tuple[str, int]], lengths: Lengths, options: Options, record: Record) -> None:

@@ -20,7 +20,7 @@ from functools import cache
 import sympy
 from sympy import Expr, Integer, ceiling
 
-from ..fusions import FUSIONS, HALVES
+from ..fusions import FUSIONS, HALVES, NORMED
 from ..manifolds import MANIFOLDS
 from .amounts import ELEMENT, FLOAT, INTERVAL, ITERS, SITES, STREAMS, WIDTH, ZERO, Cost, Passes, Traffic
 from .site_launches import MIXING, SiteLaunches
@@ -213,20 +213,37 @@ REPLAYED: dict[str, Cost] = {
 }
 
 
-@cache
-def chain(fusion: str) -> Passes:
-    """Return the cost of a whole chain of `SITES` sites, from the expansion to the mean.
+def _folding(operator: str) -> Passes:
+    """Return what it costs more that an operator does the norm behind it, too; what the norm moved is saved."""
+    return OPERATORS[NORMED[operator]] + (OPERATORS[operator] + NORM) * -1
 
-    A chain whose sites are joined begins with a `pre` and ends with a `post`, which share streams with their
-    neighbors.
+
+@cache
+def site(fusion: str, normed: bool = False) -> Passes:
+    """Return the cost of one site within a long chain; `normed` less its norm, where the fusion choice folds that in.
 
     Raises:
         KeyError: no such fusion choice.
     """
-    ends = OPERATORS["expand"] + OPERATORS["mean"]
-    if FUSIONS[fusion].post_pre is not None:
-        return ends + SITE_COSTS["site"] + PER_SITE[fusion] * (SITES - 1)
-    return ends + PER_SITE[fusion] * SITES
+    joined = FUSIONS[fusion].post_pre
+    return PER_SITE[fusion] + _folding(joined) if normed and joined is not None else PER_SITE[fusion]
+
+
+@cache
+def chain(fusion: str, normed: int = 0) -> Passes:
+    """Return the cost of a whole chain of `SITES` sites, from the expansion to the mean.
+
+    A chain whose sites are joined begins with a `pre` and ends with a `post`, which share streams with their
+    neighbors. The norms of `normed` of its sites, the first among them, are then folded in: what they moved is saved.
+
+    Raises:
+        KeyError: no such fusion choice.
+    """
+    ends, choice = OPERATORS["expand"] + OPERATORS["mean"], FUSIONS[fusion]
+    if choice.post_pre is None:
+        return ends + PER_SITE[fusion] * SITES
+    plain = ends + SITE_COSTS["site"] + PER_SITE[fusion] * (SITES - 1)
+    return plain + _folding(choice.pre) + _folding(choice.post_pre) * (normed - 1) if normed else plain
 
 
 def evaluate(expression: Expr, **values: int) -> float:

@@ -20,7 +20,7 @@ from .collapse_weights import collapse_weights, copy_coefficients, weight_of
 from .configurations import Geometry, ceil_div, collapse_config
 from .launch import empty, geometry_of, launch, product_options, register_limit
 from .primitives import rounded
-from .stream_tiles import load_streams, mix_stream
+from .stream_tiles import all_live, load_streams, mix_stream
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -67,13 +67,14 @@ def collapse_kernel(
     tiles = load_streams(streams, base, column, mask, n, width)
     if MIX:
         written = tl.load(branch + base[:, None] + column[None, :], mask=mask, other=0.0)
+        read, there = all_live(token, live, n)
     weights = collapse_weights(
         projection, scale, bias, token, live, width, norm_eps, eps, n, N, ROWS, ANCHORED, GATED
     )  # fmt: skip
     collapsed = tl.full([BLOCK_TOKENS, BLOCK_WIDTH], 0.0, tl.float32)
     for i in tl.static_range(n):
         if MIX:
-            stream = mix_stream(tiles, written, post, res, token, live, i, n, PRECISION)
+            stream = mix_stream(tiles, written, post, res, read, there, i, n, PRECISION)
             tl.store(fresh_streams + base[:, None] * n + i * width + column[None, :], stream, mask=mask)
         else:
             stream = tiles[i]

@@ -118,8 +118,10 @@ def projection_config(geometry: Geometry, mixes: bool) -> ProjectionConfig:
     tiles = ceil_div(geometry.tokens, block_tokens)
     prepared = tiles > 4
     crowded = geometry.slots > 64 or (wide and geometry.slots > 16)
-    narrow = crowded or (geometry.n > 6 and not prepared)
-    block_width = 16 if narrow else 32 if wide or mixes or geometry.n > 4 or not prepared else 64
+    narrow = crowded or (geometry.n > 6 and not prepared) or (geometry.n > 7 and mixes)
+    # A row of logits of 24 permutations fills phi's tile: 64 channels of it do not fit beside the streams.
+    halved = wide or mixes or geometry.n > 4 or not prepared or geometry.rows > 24
+    block_width = 16 if narrow else 32 if halved else 64
     splits = programs_wanted(tiles, ceil_div(geometry.width, 2 * block_width))
     return ProjectionConfig(block_tokens, block_width, 8 if crowded else 4, 1, splits, prepared)
 

@@ -166,6 +166,6 @@ def parameter_gradients(
         *(() if norm else grads[1:]), geometry.width, phi_parts.shape[0], coefficient_parts.shape[0],
         NORM=norm is not None, CENTERED=norm is not None and norm.centered,
         SLOTS=geometry.slots, BLOCK=BLOCK, BLOCK_PROGRAMS=BLOCK_PROGRAMS, num_warps=4,
-        **register_limit(64), **geometry.constants(), **geometry.phi(),
+        **register_limit(72 if geometry.layout.columns else 64), **geometry.constants(), **geometry.phi(),
     )  # fmt: skip
     return tuple(grads)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .configurations import ceil_div
 from .launch import launch
 from .primitives import rounded, total
-from .stream_tiles import load_mixing, load_streams, mix, store_mix_backward
+from .stream_tiles import all_live, load_mixing, load_streams, mix, store_mix_backward
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def post_backward_tile(
     token = program * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     live = token < tokens
     base = token.to(tl.int64) * width
-    weights = load_mixing(post, res, token, live, n)
+    read, there = all_live(token, live, n)
+    weights = load_mixing(post, res, read, there, n)
     sums = ()
     for _ in tl.static_range(n * (n + 1)):
         sums = sums + (tl.full([BLOCK_TOKENS, BLOCK_WIDTH // VECTOR], 0.0, tl.float32),)

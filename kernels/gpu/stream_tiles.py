@@ -46,6 +46,18 @@ def load_row(
 
 
 @triton.jit
+def all_live(token: tl.tensor, live: tl.tensor, n: tl.constexpr) -> tuple:
+    """Return tokens to load coefficients of and whether they exist: of many streams all do, token 0 for those that not.
+
+    A mask takes gfx942 a scalar register a load, and for n² + n of them it has too few.
+    """
+    if n > 4:
+        return tl.where(live, token, 0), tl.full(live.shape, 1, tl.int1)
+    else:
+        return token, live
+
+
+@triton.jit
 def load_mixing(post: tl.tensor, res: tl.tensor, token: tl.tensor, live: tl.tensor, n: tl.constexpr) -> tuple:
     """Load `load_row` of every stream, one after the other: n² + n vectors [tokens]."""
     weights = ()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..config import MHCConfig
 from ..kernels.costs.fusion_choice import FusionChoice, FusionReason, choose_fusion
+from ..passes.fold_norms import would_fold
 from ..passes.fx.node_info import form_of
 from ..passes.native import NativeSite
 from .sites import Plan, PlannedChain
@@ -24,6 +25,8 @@ class ChainSize:
         width: C.
         dtype: of the stream.
         device: of the stream.
+        normed: sites whose norm `fold_norms` folds in where it runs, on a GPU with boundaries joined; not for
+            `fusion_for`, which asks at every compilation.
     """
 
     sites: int
@@ -31,18 +34,19 @@ class ChainSize:
     width: int
     dtype: torch.dtype
     device: torch.device
+    normed: int = 0
 
 
-def chain_sizes(plan: Plan) -> tuple[ChainSize, ...]:
+def chain_sizes(plan: Plan, config: MHCConfig) -> tuple[ChainSize, ...]:
     """Return the size of each chain, without a guard on any of its symbols."""
-    return tuple(_size(chain) for chain in plan.chains)
+    return tuple(replace(_size(chain), normed=_normed(chain, config)) for chain in plan.chains)
 
 
 def fusion_for(plan: Plan, config: MHCConfig) -> FusionChoice:
     """Return the fusion choice for a graph: what the option asks for, or for "auto" what suits its largest chain."""
     if config.fusion != "auto":
         return FusionChoice(config.fusion, FusionReason.ASKED)
-    largest = max(chain_sizes(plan), key=lambda size: size.sites * size.tokens * size.width)
+    largest = max(map(_size, plan.chains), key=lambda size: size.sites * size.tokens * size.width)
     return choose_fusion(
         largest.tokens,
         largest.width,
@@ -74,3 +78,9 @@ def fusion_for_native(sites: Sequence[NativeSite], config: MHCConfig) -> FusionC
 def _size(chain: PlannedChain) -> ChainSize:
     form = chain.sites[-1].add.form
     return ChainSize(len(chain.selected), form.tokens, form.width, form.dtype, form.device)
+
+
+def _normed(chain: PlannedChain, config: MHCConfig) -> int:
+    if "fold_norms" in config.disable_passes:
+        return 0
+    return sum(would_fold(site.add, config.n_streams, config.manifold) for site in chain.selected)

@@ -324,18 +324,25 @@ class _Costs:
         if not self.n_streams:
             return 0.0
         sizes = (self.tokens, self.chain.width, self.n_streams, self.chain.dtype)
-        return sum(_site_seconds(self.gpu, name, *sizes) for name in passes)
+        share = self.chain.normed / self.chain.sites
+        return sum(_site_seconds(self.gpu, name, *sizes, share) for name in passes)
 
 
 # Putting numbers into a formula takes longer than all that is done with the result.
 @functools.cache
-def _site_seconds(gpu: GPU, name: str, tokens: int, width: int, n_streams: int, dtype: torch.dtype) -> float:
+def _site_seconds(
+    gpu: GPU, name: str, tokens: int, width: int, n_streams: int, dtype: torch.dtype, normed: float
+) -> float:
+    """Return the seconds of a pass beyond a plain residual add, on average where a share of the sites is normed."""
     fusion = choose_on(gpu, tokens, width, n_streams, dtype).fusion
     evaluate: Callable[..., float] = partial(
         traffic.evaluate, tokens=tokens, width=width, n_streams=n_streams, element_size=dtype.itemsize, sites=2
     )
-    site, plain = getattr(traffic.PER_SITE[fusion], name), getattr(traffic.PLAIN, name)
-    return (evaluate(site.ours.bytes) - evaluate(plain.ours.bytes)) / gpu.kernel_rate
+    moved, folded, plain = (
+        evaluate(getattr(one, name).ours.bytes)
+        for one in (traffic.site(fusion), traffic.site(fusion, normed=True), traffic.PLAIN)
+    )
+    return (moved + normed * (folded - moved) - plain) / gpu.kernel_rate
 
 
 def _told(step: Step) -> str:

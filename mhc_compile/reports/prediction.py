@@ -2,10 +2,10 @@
 
 The step of the plain model is taken as its matrix products at the rate that the GPU reaches in training, three times
 the forward's; mHC adds the counted traffic of its kernels at the share of a copy's rate that they are taken to reach,
-less what the plain residual adds move. Beside it stands what no kernel could do better: the least traffic at that rate.
-Whatever else a step does (norms, activations, optimizer, communication) is in neither, so a real share is smaller, and
-gaps between launches come on top where tokens are few. Nor is what `fold_norms` saves of the model's own norms, 2C
-elements a token and site in the forward and 3C in the backward.
+less what the plain residual adds move, and with boundaries joined less what the norms move that `fold_norms` folds in.
+Beside it stands what no kernel could do better: the least traffic at that rate. Whatever else a step does (other norms,
+activations, optimizer, communication) is in neither, so a real share is smaller, and gaps between launches come on top
+where tokens are few.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class Prediction:
         intervals: sites between stored streams, for each chain.
         fusions: what each fusion choice adds, the slowest first.
         auto: what `fusion="auto"` would take.
+        sites: of all chains.
+        normed: those whose norm is folded in where boundaries are joined.
     """
 
     gpu: str
@@ -98,6 +100,8 @@ class Prediction:
     intervals: tuple[int, ...]
     fusions: tuple[FusionOverhead, ...]
     auto: FusionChoice
+    sites: int
+    normed: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
@@ -121,8 +125,9 @@ class Prediction:
             "less of the plain part.",
             f"Plain step: {self.plain_seconds * 1e3:.1f} ms of matrix products at {gpu.matmul_share:.0%} of the "
             f"datasheet's rate. mHC's kernels move what was counted, less what the residual adds move, at "
-            f"{KERNEL_SHARE:.0%} of a copy's rate, {gpu.copy_share:.0%} of {gpu.bandwidth / 1e12:.1f} TB/s. The rest "
-            "of a step (norms, activations, optimizer) is left out, so that real shares are smaller.",
+            f"{KERNEL_SHARE:.0%} of a copy's rate, {gpu.copy_share:.0%} of {gpu.bandwidth / 1e12:.1f} TB/s. "
+            f"fusion='boundary' folds in the norms of {self.normed} of {self.sites} sites: what they moved is taken "
+            "off. The rest of a step (other norms, activations, optimizer) is left out: real shares are smaller.",
             f"fusion='auto' takes {self.auto}.",
         ]
 
@@ -203,13 +208,15 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
             for fusion in traffic.PER_SITE
         ),
         auto=choose_on(gpu, tokens, first.width, n_streams, first.dtype),
+        sites=sum(chain.sites for chain in chains),
+        normed=sum(chain.normed for chain in chains),
     )
 
 
 def _added_bytes(
     chain: ChainSize, scale: float, n_streams: int, fusion: str, amount: str, interval: int | None
 ) -> float:
-    """Return the bytes that a chain moves in a step beyond what its plain residual adds move."""
+    """Return the bytes that a chain moves in a step beyond what its plain residual adds, and folded norms, move."""
     sizes = {
         "tokens": max(1, round(chain.tokens * scale)),
         "sites": chain.sites,
@@ -222,7 +229,7 @@ def _added_bytes(
         moved: traffic.Traffic = getattr(one, amount)
         return traffic.evaluate(moved.bytes, **sizes)
 
-    passes, again = traffic.chain(fusion), traffic.REPLAYED[FUSIONS[fusion].cost]
+    passes, again = traffic.chain(fusion, chain.normed), traffic.REPLAYED[FUSIONS[fusion].cost]
     plain = chain.sites * (of(traffic.PLAIN.forward) + of(traffic.PLAIN.backward))
     replayed = chain.sites - -(-chain.sites // interval) if interval is not None else 0
     return of(passes.forward) + of(passes.backward) + replayed * of(again) - plain

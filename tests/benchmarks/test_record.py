@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -53,6 +55,27 @@ def test_a_run_out_of_time_is_not_complete(tmp_path):
 def test_a_failed_check_is_the_exit_status(tmp_path):
     assert record.execute(benchmark_of(lambda options, kept: kept.fail("a", "b")), Options("cpu", out=tmp_path)) == 1
     assert written(tmp_path)["complete"] is True
+
+
+def test_a_child_is_its_last_line_its_error_or_out_of_time(tmp_path, monkeypatch):
+    program = """
+    import json, os, sys, time
+    print("noise")
+    if sys.argv[1] == "fail":
+        sys.exit("first line\\nwhat went wrong")
+    if sys.argv[1] == "wait":
+        time.sleep(60)
+    print(json.dumps({"cache": os.environ.get("TRITON_CACHE_DIR")}))
+    """
+    (tmp_path / "kept_child.py").write_text(textwrap.dedent(program))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "the user's")
+    assert record.run_child("kept_child", "end", limit=float("inf")) == {"cache": "the user's"}
+    assert record.run_child("kept_child", "end", limit=60.0, cache="mine") == {"cache": "mine/triton"}
+    with pytest.raises(RuntimeError, match=r"\Awhat went wrong\Z"):
+        record.run_child("kept_child", "fail", limit=60.0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        record.run_child("kept_child", "wait", limit=0.1)
 
 
 def test_the_environment_names_hardware_and_versions():

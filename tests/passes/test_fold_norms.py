@@ -14,6 +14,7 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import MHCConfig
+from mhc_compile.reports.prediction import Workload
 from tests.models import CASES
 from tests.perturbed import assert_exact, perturbed
 
@@ -42,6 +43,26 @@ class WrittenOtherwise(WrittenOut):
     def forward(self, hidden):
         scale = (hidden * hidden).mean(dim=-1, keepdim=True).add(self.eps).rsqrt()
         return (hidden * scale * self.weight).to(hidden.dtype)
+
+
+class AsGemma(WrittenOut):
+    """The weight is an offset from 1, and all is float32 until one cast at the end."""
+
+    def scaled(self, normed):
+        return normed * (1.0 + self.weight.float())
+
+    def forward(self, hidden):
+        wide = hidden.float()
+        return self.scaled(wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(hidden)
+
+
+class AsGemma4(AsGemma):
+    """The root as a power, the weight as it is."""
+
+    def forward(self, hidden):
+        wide = hidden.float()
+        normed = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + self.eps, -0.5)
+        return (normed * self.weight.float()).type_as(hidden)
 
 
 class Blocks(nn.Module):
@@ -83,6 +104,13 @@ def _folded(model, called, hidden=None, choice="triton", **options):
     return sum(name.endswith("_norm") for name in sites), len(sites)
 
 
+def _predicted(model, *inputs, config=None, **kwargs):
+    """Return the same two numbers as `explain` foretells them, for a model that need not be attached."""
+    config = MHCConfig(min_sites=1) if config is None else config
+    found = mhc_compile.explain(model, *inputs, config=config, predict_for=Workload(), **kwargs).prediction
+    return found.normed, found.sites
+
+
 NORMS = {
     "LayerNorm": lambda: nn.LayerNorm(WIDTH),
     "LayerNorm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
@@ -90,13 +118,14 @@ NORMS = {
     "RMSNorm": lambda: nn.RMSNorm(WIDTH, eps=1e-5),
     "written out": WrittenOut,
     "written otherwise": WrittenOtherwise,
+    "as Gemma 4": AsGemma4,
 }
 
 
 @pytest.mark.parametrize("kind", sorted(NORMS))
 def test_every_spelling_is_folded_and_exact(kind, called):
-    assert _folded(Blocks(NORMS[kind]), called) == (3, 3)
     model = Blocks(NORMS[kind])
+    assert _predicted(model, torch.randn(2, 5, WIDTH)) == (3, 3)
     for norm in model.norms:
         for parameter in norm.parameters():
             nn.init.normal_(parameter)
@@ -104,14 +133,19 @@ def test_every_spelling_is_folded_and_exact(kind, called):
         assert_exact(
             model, (torch.randn(2, 5, WIDTH),), config=MHCConfig(min_sites=1, sinkhorn_iters=3), options=OPTIONS
         )
-    assert "post_pre_norm_backward" in called
-    assert "post_pre_backward" not in called
+    assert called.count("post_pre_norm_backward") == 2
+    assert not {"pre", "post_pre", "pre_backward", "post_pre_backward"} & {*called}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit", "gemma2"])
 def test_models_compute_what_the_oracle_says(kind, called):
     case = CASES[kind]()
     model, inputs = case.build().eval(), case.inputs()
+    for name, parameter in model.named_parameters():
+        # Gemma's begin as zeros, Llama's as ones.
+        if "norm" in name or "ln_" in name:
+            nn.init.normal_(parameter)
+    assert _predicted(model, **inputs) == (4, 4)
     with choosing("triton"):
         assert_exact(model, kwargs=inputs, config=MHCConfig(min_sites=1, sinkhorn_iters=3), options=OPTIONS)
     backward = [name for name in called if name.endswith("pre_norm_backward")]
@@ -152,6 +186,10 @@ def _a_statistic_that_is_read(norm, linear, x):
     return linear(norm.weight * (x * inverse) - inverse)
 
 
+def _a_power_that_is_no_root(norm, linear, x):
+    return linear(norm.weight * (x * torch.pow(x.pow(2).mean(-1, keepdim=True) + 1e-6, -0.25)))
+
+
 def _integers(norm, linear, x):
     x = (3 * x).to(torch.int32)
     return linear(norm.weight * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)))
@@ -166,11 +204,18 @@ def _rounded_between(norm, linear, x):
     "branch",
     [
         _other_reader, _two_norms, _two_dimensions, _default_epsilon, _a_weight_of_the_data, _another_power,
-        _over_tokens, _a_statistic_that_is_read, _integers, _rounded_between,
+        _a_power_that_is_no_root, _over_tokens, _a_statistic_that_is_read, _integers, _rounded_between,
     ],
 )  # fmt: skip
 def test_what_is_no_norm_alone_stays(branch, called):
-    assert _folded(Blocks(WrittenOut, branch), called) == (0, 3)
+    model = Blocks(WrittenOut, branch)
+    assert _predicted(model, torch.randn(2, 5, WIDTH)) == _folded(model, called) == (0, 3)
+
+
+def test_what_is_left_out_is_not_foretold():
+    model, hidden = Blocks(WrittenOut), torch.randn(2, 5, WIDTH)
+    for changes in ({"disable_passes": "fold_norms"}, {"n_streams": 5}):
+        assert _predicted(model, hidden, config=MHCConfig(min_sites=1, **changes)) == (0, 3)
 
 
 def test_what_the_kernels_do_not_run_stays(called):
@@ -186,10 +231,11 @@ def test_a_norm_that_promotes_stays(called):
     assert _folded(model, called, torch.randn(2, 5, WIDTH).bfloat16()) == (0, 3)
 
 
-def test_bfloat16_is_as_exact_as_the_unfolded_model(called):
+@pytest.mark.parametrize("norm", [WrittenOut, AsGemma])
+def test_bfloat16_is_as_exact_as_the_unfolded_model(norm, called):
     """Errors against float64 of the outputs and of all gradients, with the pass and without."""
     torch.manual_seed(3)
-    model, hidden = Blocks(WrittenOut), torch.randn(2, 6, WIDTH).bfloat16()
+    model, hidden = Blocks(norm), torch.randn(2, 6, WIDTH).bfloat16()
     mhc_compile.attach(model.bfloat16(), hidden, config=MHCConfig(min_sites=1, sinkhorn_iters=3))
     ours = mhc_compile.parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in ours.items()}

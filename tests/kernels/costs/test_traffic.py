@@ -104,6 +104,15 @@ def test_a_norm_within_saves_what_it_moves():
         assert rows(alone.backward.ours) - rows(within.backward.ours) == 3
 
 
+def test_a_chain_saves_the_norms_that_are_folded_in():
+    saved = [
+        rows(traffic.chain("boundary", normed).forward.ours + traffic.chain("boundary").forward.ours * -1)
+        for normed in (1, 3)
+    ]
+    assert saved == [-2, -6]
+    assert traffic.site("site", normed=True) == traffic.PER_SITE["site"]
+
+
 def test_a_replay_is_one_pass_and_the_backward_three():
     assert rows(traffic.OPERATORS["post_collapse"].forward.ours) == 10
     assert rows(traffic.OPERATORS["post_pre"].forward.ours) == 14

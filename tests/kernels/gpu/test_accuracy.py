@@ -92,6 +92,11 @@ def test_halves_are_the_whole(operator, tokens, dtype, device):
         check_halves(operator, Problem(tokens, 4, 40, dtype, manifold, anchored=anchored), device)
 
 
+def test_halves_of_many_streams_are_the_whole(device):
+    # A tile holds more tokens than there are, whose coefficients are another's.
+    check_halves("post_pre", Problem(5, 8, 24, torch.bfloat16, anchored=True), device)
+
+
 def test_the_check_sees_phi_in_one_piece(device, monkeypatch):
     # The slack of bfloat16 streams would hide it: res would err by 1e-3.
     problem = Problem(40, 4, 64, torch.bfloat16, anchored=True)
