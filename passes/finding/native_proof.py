@@ -86,8 +86,9 @@ def prove_site(
     """Compare a piece with `pre` on streams and weights of several sizes; None where they agree."""
 
     def ours(streams: Tensor, parameters: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        site: tuple[Any, ...] = (form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed)
-        got = reference.pre(streams, *parameters, *site, form.sinkhorn_eps)
+        layout = (False, form.transposed)
+        site: tuple[Any, ...] = (form.iters, form.norm_eps, form.eps, form.manifold, *layout, form.sinkhorn_eps)
+        got = reference.pre(streams, *parameters, *site)
         matrix = got.res.mT if form.columns_last == mixes_by_rows else got.res
         gates = got.post * (form.magnitude / 2) + form.post_eps
         return [got.layer_input, gates] if res is None else [got.layer_input, gates, matrix]
