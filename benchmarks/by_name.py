@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mhc_compile.kernels.dispatch import kernel_of
+from mhc_compile.kernels.epsilons import Eps, epsilons
 from mhc_compile.kernels.manifolds import MANIFOLDS
 from mhc_compile.kernels.orientation import ROWS_FIRST, PhiLayout
 
@@ -25,12 +26,14 @@ class Case:
     anchored: bool = False
     centered: bool = True
     layout: PhiLayout = ROWS_FIRST
+    eps: Eps = 0.0
 
     @property
     def label(self) -> str:
         """Short name for the table."""
         words = [f"n={self.n} {str(self.dtype).removeprefix('torch.')} {self.tokens}×{self.width}"]
         words += ["anchored"] * self.anchored + [self.manifold] * (self.manifold != "sinkhorn")
+        words += ["eps in every sum" if epsilons(self.eps).first else "eps"] * epsilons(self.eps).within
         words += ["columns"] * self.layout.columns + ["[in, out]"] * self.layout.transposed
         return " ".join(words)
 
@@ -59,7 +62,7 @@ def arguments_of(name: str, case: Case, device: str = "meta") -> list[Any]:
         "projection": lambda: make(tokens, rows + 1),
         "iters": lambda: 20,
         "norm_eps": lambda: 1e-6,
-        "eps": lambda: 0.0,
+        "eps": lambda: case.eps,
         "manifold": lambda: case.manifold,
         "anchored": lambda: case.anchored,
         "layout": lambda: case.layout,

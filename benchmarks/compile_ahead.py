@@ -27,6 +27,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 import triton
 from mhc_compile.kernels.dispatch import kernel_of
+from mhc_compile.kernels.epsilons import Epsilons
 from mhc_compile.kernels.fusions import MOST_NORMED_STREAMS
 from mhc_compile.kernels.gpu import launch
 from mhc_compile.kernels.ops import OPERATORS
@@ -84,6 +85,8 @@ CROWDED_CASES: dict[str, tuple[tuple[Case, frozenset[str]], ...]] = {
         ),
     ),
 }
+# Sinkhorn as models write it: DeepSeek-V4, and with an eps in every sum.
+EPS_CASES = tuple(Case(4, torch.bfloat16, 8192, eps=eps) for eps in (1e-6, Epsilons(0.0, 1e-6, 0.0, 1e-6)))
 OTHER_CASES = tuple(
     Case(n, dtype, tokens)
     for n in (1, 2, 3, 5, 6, 7, 8)
@@ -235,10 +238,10 @@ def cases_for(target: Target, everything: bool) -> list[tuple[Case, frozenset[st
     to compile of it, None for all.
     """
     cases = MAIN_CASES + (MORE_CASES if everything or target.name == "sm_90" else ())
-    plain = MAIN_CASES if target.name == "sm_90" else ()
+    plain = MAIN_CASES + EPS_CASES if target.name == "sm_90" else ()
     if everything:
         cases += OTHER_CASES
-        plain = cases
+        plain = cases + EPS_CASES
     whole = [*(replace(case, anchored=True) for case in cases), *plain, *(RARE_CASES if everything else ())]
     return [*((case, None) for case in whole), *(() if everything else CROWDED_CASES.get(target.name, ()))]
 

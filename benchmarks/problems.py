@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from mhc_compile.kernels.costs import traffic
 from mhc_compile.kernels.dispatch import reference_of
+from mhc_compile.kernels.manifolds import MANIFOLDS
 from mhc_compile.kernels.ops import OPERATORS, Operator
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class Shape:
         width: channels C.
         dtype: of streams and branch.
         anchored: how the streams are held, where the operator asks; as in rewritten graphs by default.
+        manifold: of the mixing matrix, where the operator makes one.
     """
 
     operator: str
@@ -36,13 +38,14 @@ class Shape:
     width: int
     dtype: torch.dtype
     anchored: bool = True
+    manifold: str = "sinkhorn"
 
     def traffic(self, backward: bool) -> int:
         """Least bytes between the device's memory and its processors: each input and output once."""
         passes = traffic.OPERATORS[self.operator]
         least = (passes.backward if backward else passes.forward).least
         sizes = {"tokens": self.tokens, "n_streams": self.n, "width": self.width}
-        return int(traffic.evaluate(least.bytes, **sizes, element_size=self.dtype.itemsize))
+        return int(traffic.evaluate(least.bytes, self.manifold, **sizes, element_size=self.dtype.itemsize))
 
     def with_tokens(self, tokens: int) -> Shape:
         """Return the same problem with another number of tokens."""
@@ -57,7 +60,8 @@ class Shape:
         """Return a short name, as it appears in lists of failures."""
         dtype = str(self.dtype).removeprefix("torch.")
         layout = "" if self.anchored or self.operator in _WITHOUT_LAYOUT else ", plain layout"
-        return f"{self.operator}, {self.tokens} tokens, n={self.n}, C={self.width}, {dtype}{layout}"
+        manifold = "" if self.manifold == "sinkhorn" else f", {self.manifold}"
+        return f"{self.operator}, {self.tokens} tokens, n={self.n}, C={self.width}, {dtype}{layout}{manifold}"
 
 
 def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -69,12 +73,13 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor,
         return torch.randn(size, generator=generator, device=device)
 
     tokens, n, width = shape.tokens, shape.n, shape.width
-    rows = n if shape.operator == "head" else n * n + 2 * n
-    site = (ITERS, NORM_EPS, 0.0, "sinkhorn", shape.anchored)
+    family = MANIFOLDS[shape.manifold]
+    rows = n if shape.operator == "head" else family.rows(n)
+    site = (ITERS, NORM_EPS, 0.0, shape.manifold, shape.anchored)
     if shape.operator == "sinkhorn":
         return (normal(tokens, n, n),), (ITERS, 0.0)
     streams = normal(tokens, n, width).to(shape.dtype)
-    scale = torch.ones(1 if shape.operator == "head" else 3, device=device)
+    scale = torch.ones(1 if shape.operator == "head" else family.scales, device=device)
     mapping = (normal(rows, n * width) / (n * width) ** 0.5, scale, normal(rows))
     if shape.operator in ("pre", "paper_pre", "measure"):
         return (streams, *mapping), site

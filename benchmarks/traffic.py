@@ -148,7 +148,7 @@ def predicted(shape: Shape, backward: bool, amount: str) -> float:
     passes = traffic.OPERATORS[shape.operator]
     moved = getattr(passes.backward if backward else passes.forward, amount)
     sizes = {"tokens": shape.tokens, "n_streams": shape.n, "width": shape.width, "anchored": int(shape.anchored)}
-    return traffic.evaluate(moved.bytes, **sizes, element_size=shape.dtype.itemsize)
+    return traffic.evaluate(moved.bytes, shape.manifold, **sizes, element_size=shape.dtype.itemsize)
 
 
 def disagreement(shape: Shape, counted: list[Counted], backward: bool) -> float:

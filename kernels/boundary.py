@@ -5,6 +5,7 @@ A file of its own because its arguments post and res would hide the functions of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ def post_pre(
     manifold: str = "sinkhorn",
     anchored: bool = False,
     transposed: bool = False,
+    sinkhorn_eps: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     """Run a site's `post`, then the next site's `pre`.
 
@@ -43,13 +45,15 @@ def post_pre(
         manifold: a name of `MANIFOLDS`.
         anchored: the streams given are anchored, and so is all that is returned.
         transposed: as in `pre`.
+        sinkhorn_eps: as in `pre`.
 
     Returns:
         the new streams [*, n, C]; layer_input [*, C], post [*, n], res [*, n, n] and the projection [*, rows + 1] of
         the next site.
     """
     fresh = reference.post(streams, branch, post, res)
-    return (fresh, *reference.pre(fresh, phi, scale, bias, iters, norm_eps, eps, manifold, anchored, transposed))
+    site = (iters, norm_eps, eps, manifold, anchored, transposed, sinkhorn_eps)
+    return (fresh, *reference.pre(fresh, phi, scale, bias, *site))
 
 
 def post_measure(

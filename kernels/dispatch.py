@@ -26,7 +26,7 @@ from torch import Tensor
 from . import boundary, normed, reference
 from .cpu import build
 from .manifolds import MANIFOLDS, MAX_STREAMS, is_built_in
-from .orientation import SITE_CONSTANTS, in_layout
+from .orientation import in_layout
 
 CHOICES = ("auto", "triton", "cpu", "reference")
 
@@ -106,9 +106,10 @@ def run(
     tensors: tuple[Tensor, ...],
     n_streams: int,
     manifold: str,
-    *constants: Any,
+    constants: tuple[Any, ...],
+    kernel_constants: tuple[Any, ...],
     phi_at: int | None = None,
-    kernel_constants: int = SITE_CONSTANTS,
+    transposed: bool = False,
 ) -> Any:
     """Call operator `name` (or `name_backward`) in the implementation that fits.
 
@@ -117,13 +118,14 @@ def run(
         tensors: of the call.
         n_streams: n.
         manifold: a name of `MANIFOLDS`.
-        constants: of the call.
+        constants: of the call, as plain PyTorch takes them.
+        kernel_constants: the same as kernels take them, which are given phi's layout beside them.
         phi_at: where phi, scale and bias begin among the tensors, None without.
-        kernel_constants: how many of the constants come before `transposed`.
+        transposed: as in `PhiLayout`.
     """
     streams = tensors[0]
     chosen = implementation(tensors, n_streams, manifold)
-    given = (tensors, constants, phi_at, name.endswith("_backward"), kernel_constants)
+    given = (tensors, kernel_constants, phi_at, name.endswith("_backward"), transposed)
     compiled = compiled_of(name) if chosen == "cpu" else None
     if compiled is not None:
         return in_layout(compiled, *given)

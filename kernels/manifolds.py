@@ -23,11 +23,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .epsilons import Eps, Epsilons, epsilons
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-Project = Callable[["Tensor", int, float], "Tensor"]
-ProjectBackward = Callable[["Tensor", "Tensor", int, float], "Tensor"]
+# A manifold of others, and any but Sinkhorn's, is given a number as eps.
+Project = Callable[["Tensor", int, Any], "Tensor"]
+ProjectBackward = Callable[["Tensor", "Tensor", int, Any], "Tensor"]
 
 # What the kernels cover, and what the option `n_streams` allows.
 MAX_STREAMS = 8
@@ -89,46 +92,58 @@ class Manifold:
         """Number of learnable scales: one each for pre, post and res."""
         return 3 if self.mixes else 2
 
-    def rows_are_exact(self, eps: float) -> bool:
+    def rows_are_exact(self, eps: Eps) -> bool:
         """Whether rows of res sum to 1 by construction, so that no rounding of their sums need be carried along."""
-        return self.exact_rows and (eps == 0.0 or not self.uses_eps)
+        return self.exact_rows and (not epsilons(eps).within or not self.uses_eps)
 
 
-def sinkhorn_project(logits: Tensor, iters: int, eps: float) -> Tensor:
+def sinkhorn_project(logits: Tensor, iters: int, eps: Eps) -> Tensor:
     """Project onto the doubly stochastic matrices by Sinkhorn-Knopp (arXiv 2512.24880, Eq. 9).
 
     Columns (sums over `out`, dim -2) are normalized first and rows (sums over `in`, dim -1) last, so that rows
-    sum to 1 exactly. `eps` is added to the first matrix and to every later sum, as DeepSeek-V4 does.
+    sum to 1 exactly. A number `eps` is added to the first matrix and to every later sum, as DeepSeek-V4 does.
 
     Args:
         logits: [*, n, n], float32 or float64.
         iters: column-then-row normalizations, at least 1.
-        eps: 0 for exact row sums.
+        eps: 0 for exact row sums; `Epsilons` for other places.
 
     Returns:
         [*, n, n] in the dtype of `logits`.
     """
-    res, _ = _sinkhorn_trace(logits, iters, eps)
+    given = epsilons(eps)
+    res, _ = _sinkhorn_trace(logits, iters, given, _first_columns(logits, given))
     return res
 
 
-def _sinkhorn_trace(logits: Tensor, iters: int, eps: float) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
+def _first_columns(logits: Tensor, eps: Epsilons) -> Tensor:
+    """Return the first column normalization: exp(logits) by its sums, to which `eps.first` is added."""
+    columns = logits.softmax(-2)
+    if eps.first == 0.0:
+        return columns
+    # s / (s + first) for the sums s, which may be beyond what the dtype holds.
+    return columns * (logits.logsumexp(-2, keepdim=True) - math.log(eps.first)).sigmoid()
+
+
+def _first_rows(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-2).softmax(-1)
+
+
+def _sinkhorn_trace(
+    logits: Tensor, iters: int, eps: Epsilons, columns: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
     """Run Sinkhorn, keeping (normalized matrix, sums, dim) of every normalization after the first column one.
 
-    With eps = 0 the first column and row normalizations stay in the log domain: exp would underflow a whole row
+    Without eps the first column and row normalizations stay in the log domain: exp would underflow a whole row
     to 0/0 once logits differ by more than about 100. After these two every sum lies in [1/n², n], so the rest
     is safe in the linear domain.
     """
     trace: list[tuple[Tensor, Tensor, int]] = []
-    columns = logits.log_softmax(-2)
-    if eps == 0.0:
-        matrix = columns.softmax(-1)
-    else:
-        matrix = columns.exp() + eps
-        matrix = _normalize(matrix, -1, eps, trace)
+    matrix = columns + eps.matrix
+    matrix = _normalize(matrix, -1, eps.sums, trace) if eps.within else _first_rows(logits)
     for _ in range(iters - 1):
-        matrix = _normalize(matrix, -2, eps, trace)
-        matrix = _normalize(matrix, -1, eps, trace)
+        matrix = _normalize(matrix, -2, eps.sums, trace)
+        matrix = _normalize(matrix, -1, eps.sums, trace)
     return matrix, trace
 
 
@@ -139,23 +154,20 @@ def _normalize(matrix: Tensor, dim: int, eps: float, trace: list[tuple[Tensor, T
     return matrix
 
 
-def sinkhorn_project_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+def sinkhorn_project_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: Eps) -> Tensor:
     """Differentiate `sinkhorn_project` exactly, through every iteration.
 
     Implicit differentiation of the limit is off by 60 % at a logit standard deviation of 4; the iterates are
     replayed instead.
     """
-    _, trace = _sinkhorn_trace(logits, iters, eps)
+    given = epsilons(eps)
+    probabilities = _first_columns(logits, given)
+    _, trace = _sinkhorn_trace(logits, iters, given, probabilities)
     grad = grad_res
     for normalized, sums, dim in reversed(trace):
         grad = (grad - (grad * normalized).sum(dim, keepdim=True)) / sums
-    columns = logits.log_softmax(-2)
-    probabilities = columns.exp()
-    if eps == 0.0:
-        first = columns.softmax(-1)
-        grad_columns = first * (grad - (grad * first).sum(-1, keepdim=True))
-    else:
-        grad_columns = grad * probabilities
+    # Divided by a sum with an eps in it, exponentials have the derivative of a softmax: p(δ - p).
+    grad_columns = grad * probabilities if given.within else _softmax_backward(grad, _first_rows(logits))
     return grad_columns - probabilities * grad_columns.sum(-2, keepdim=True)
 
 

@@ -69,7 +69,7 @@ def pre_norm(
     manifold: str,
     layer_eps: float,
     centered: bool,
-    *layout: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     """Run `pre`, and the norm of its layer input.
 
@@ -86,13 +86,13 @@ def pre_norm(
         manifold: a name of `MANIFOLDS`.
         layer_eps: the norm's epsilon, added to the mean square.
         centered: subtract the mean and add `norm_bias`: LayerNorm.
-        layout: anchored and transposed, as in `reference.pre`.
+        rest: anchored, transposed and sinkhorn_eps, as in `reference.pre`.
 
     Returns:
         the normed layer input [*, C] in the streams' dtype; post [*, n], res [*, n, n], the projection [*, rows + 1]
         and the norm's statistics [*, 2], the last two not differentiable.
     """
-    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *layout)
+    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *rest)
     layer_input, post, res, projection = reference.pre(_wide(streams), phi, scale, bias, *site)
     normed, statistics = norm(layer_input, norm_weight, norm_bias, layer_eps, centered)
     return normed.to(streams.dtype), post, res, projection, statistics.detach()
@@ -114,10 +114,10 @@ def collapse_norm(
     manifold: str,
     layer_eps: float,
     centered: bool,
-    *layout: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     """Return what `pre_norm` returns, given what `measure` did; see `reference.collapse`."""
-    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *layout)
+    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *rest)
     layer_input, *copies = reference.collapse(_wide(streams), phi, scale, bias, post, res, projection, *site)
     normed, statistics = norm(layer_input, norm_weight, norm_bias, layer_eps, centered)
     return normed.to(streams.dtype), *copies, statistics.detach()
@@ -141,10 +141,10 @@ def pre_norm_backward(
     manifold: str,
     layer_eps: float,
     centered: bool,
-    *layout: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `pre_norm` with respect to its six tensors, given its projection and statistics."""
-    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *layout)
+    site: tuple[Any, ...] = (iters, norm_eps, eps, manifold, *rest)
     wide, nothing = _wide(streams), projection.new_empty(0)
     layer_input, *_ = reference.collapse(wide, phi, scale, bias, nothing, nothing, projection, *site)
     grad_input, *grad_norm = norm_backward(grad_normed, layer_input, norm_weight, norm_bias, statistics, centered)

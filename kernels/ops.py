@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from .dispatch import reference_of, run
+from .epsilons import eps_of_site
 from .manifolds import MANIFOLDS
 from .orientation import like_phi
 from .reference import accumulation_dtype
@@ -44,6 +46,8 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 # What a forward hands to its backward beside its inputs.
 _SAVED = ("projection", "statistics")
+# Defaults in schemas.
+_DEFAULTS: dict[str, Any] = {"False": False, "[]": ()}
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,25 @@ class Signature:
         """Where the tensors phi, scale and bias begin, None without."""
         return self.tensors.index("phi") if "phi" in self.tensors else None
 
-    @property
-    def kernel_constants(self) -> int:
-        """How many constants the kernels know: all but `transposed`, which is the last."""
-        return len(self.constants) - ("bool transposed=False" in self.constants)
+    @cached_property
+    def constant_names(self) -> tuple[str, ...]:
+        """Names of the constants."""
+        return tuple(constant.partition("=")[0].split()[-1] for constant in self.constants)
+
+    def completed(self, constants: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return a call's constants with the defaults of those that it leaves out."""
+        defaults = [constant.partition("=")[2] for constant in self.constants[len(constants) :]]
+        return (*constants, *(_DEFAULTS[default] for default in defaults))
+
+    def for_kernels(self, constants: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
+        """Return a call's constants as kernels take them, and whether phi's rows are transposed, which is apart."""
+        if "transposed" not in self.constant_names:
+            return constants, False
+        *known, transposed, sinkhorn_eps = constants
+        if sinkhorn_eps:
+            place = self.constant_names.index("eps")
+            known[place] = eps_of_site(known[place], sinkhorn_eps, self.manifold(constants))
+        return tuple(known), transposed
 
     def shared_with(self, other: Signature, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Return of a call's arguments those that another operator takes, too, in its order."""
@@ -109,7 +128,7 @@ class Signature:
 
     def manifold(self, constants: tuple[Any, ...]) -> str:
         """Return the manifold that a call's constants name; operators that take none are covered by every kernel."""
-        return constants[self.constants.index("str manifold")] if "str manifold" in self.constants else "sinkhorn"
+        return constants[self.constant_names.index("manifold")] if "manifold" in self.constant_names else "sinkhorn"
 
 
 @dataclass(frozen=True)
@@ -142,8 +161,10 @@ def _fake_measure(
     manifold: str,
     anchored: bool = False,
     transposed: bool = False,
+    sinkhorn_eps: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
     *tokens, n, _ = streams.shape
+    eps_of_site(eps, sinkhorn_eps, manifold)
     rows = MANIFOLDS[manifold].rows(n)
     torch._check(phi.shape[0] == rows, lambda: f"phi has {phi.shape[0]} rows; {n} streams on {manifold!r} need {rows}")
     shapes = ((n,), (n, n), (rows + 1,))
@@ -200,14 +221,11 @@ def _define(name: str, signature: Signature, fake: Callable[..., Outputs]) -> Cu
     position = next(index for index, given in enumerate(signature.tensors) if not given.startswith("grad_"))
 
     def call(*arguments: Any) -> Outputs:
-        # What a call leaves to its defaults does not come: all of them are False.
-        missing = (False,) * (count + len(signature.constants) - len(arguments))
-        tensors, constants = arguments[:count], (*arguments[count:], *missing)
-        n_streams = tensors[position].shape[-2]
-        result = run(
-            name, tensors, n_streams, signature.manifold(constants), *constants,
-            phi_at=signature.phi_at, kernel_constants=signature.kernel_constants,
-        )  # fmt: skip
+        # What a call leaves to its defaults does not come.
+        tensors, constants = arguments[:count], signature.completed(arguments[count:])
+        n_streams, (known, transposed) = tensors[position].shape[-2], signature.for_kernels(constants)
+        manifold = signature.manifold(constants)
+        result = run(name, tensors, n_streams, manifold, constants, known, signature.phi_at, transposed)
         return result if isinstance(result, Tensor) else tuple(result)
 
     operator = torch.library.custom_op(f"mhc::{name}", call, mutates_args=(), schema=signature.schema)
@@ -266,7 +284,10 @@ def _without_gradient(name: str, signature: Signature, fake: Callable[..., Outpu
 _PARAMETERS = ("phi", "scale", "bias")
 _NORMED = ("norm_weight", "norm_bias", *_PARAMETERS)
 _MIXING = ("streams", "branch", "post", "res")
-_SITE = ("SymInt iters", "float norm_eps", "float eps", "str manifold", "bool anchored=False", "bool transposed=False")
+_SITE = (
+    "SymInt iters", "float norm_eps", "float eps", "str manifold",
+    "bool anchored=False", "bool transposed=False", "float[] sinkhorn_eps=[]",
+)  # fmt: skip
 _NORMED_SITE = (*_SITE[:4], "float layer_eps", "bool centered", *_SITE[4:])
 _HEAD = ("float norm_eps", "float eps", "bool anchored=False")
 _KEPT, _STATISTICS = ("projection",), ("statistics",)

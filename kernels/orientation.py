@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
     from .manifolds import Manifold
 
-# Behind iters, norm_eps, eps, manifold and anchored: where the constants of a site's operators hold `transposed`.
-SITE_CONSTANTS = 5
-
 
 @dataclass(frozen=True)
 class PhiLayout:
@@ -64,24 +61,24 @@ def in_layout(
     constants: tuple[Any, ...],
     phi_at: int | None,
     gradients: bool = False,
-    kernel_constants: int = SITE_CONSTANTS,
+    transposed: bool = False,
 ) -> Any:
     """Call a kernel with phi as it lies, and the layout that says how as its last constant.
 
     Args:
         call: the kernel.
         tensors: of the call.
-        constants: of the call, all that the operator's signature has.
+        constants: of the call, as kernels take them.
         phi_at: where phi, scale and bias begin among the tensors, None without.
         gradients: the kernel returns the gradients of phi, scale and bias last.
-        kernel_constants: how many of the constants come before `transposed`, if they are as many.
+        transposed: as in `PhiLayout`.
     """
     if phi_at is None:
         return call(*tensors, *constants)
     phi = tensors[phi_at]
-    layout = PhiLayout(any(constants[kernel_constants:]), in_columns(phi))
+    layout = PhiLayout(transposed, in_columns(phi))
     given = (*tensors[:phi_at], phi.mT if layout.columns else phi, *tensors[phi_at + 1 :])
-    results = call(*given, *constants[:kernel_constants], layout)
+    results = call(*given, *constants, layout)
     if not gradients or not layout.columns:
         return results
     *grads, grad_phi, grad_scale, grad_bias = results

@@ -10,13 +10,14 @@ differentiated by autograd, which is how the hand-written backward functions bes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import anchored as anchoring
+from .epsilons import eps_of_site
 from .manifolds import MANIFOLDS, Manifold, sinkhorn_project, sinkhorn_project_backward
 from .orientation import in_columns, in_kernel_rows
 
@@ -79,6 +80,7 @@ def pre(
     manifold: str = "sinkhorn",
     anchored: bool = False,
     transposed: bool = False,
+    sinkhorn_eps: Sequence[float] = (),
 ) -> SiteOutput:
     """Compute a site's coefficients and collapse its streams into the branch's input (Eq. 5, 7, 8).
 
@@ -94,13 +96,15 @@ def pre(
         anchored: the streams are anchored (see `anchored`), and so are the post and res that are returned.
         transposed: the n·n last rows of phi and bias are ordered [in, out], as DeepSeek-V4 stores them; the res that is
             returned is `res[out, in]` all the same, and the projection is in that order too.
+        sinkhorn_eps: added to Sinkhorn's first sums, to the matrix behind them, and to later sums (see `epsilons`);
+            empty, `eps` is where DeepSeek-V4 has it.
 
     Returns:
         layer_input [*, C] in the streams' dtype; post [*, n], res [*, n, n] and the projection [*, rows + 1], which is
         not differentiable, in the accumulation dtype.
     """
     projection = torch.cat(products(streams, phi, manifold, anchored, transposed), dim=-1)
-    site = pre_of(streams, scale, bias, projection, iters, norm_eps, eps, manifold, anchored, transposed)
+    site = pre_of(streams, scale, bias, projection, iters, norm_eps, eps, manifold, anchored, transposed, sinkhorn_eps)
     return SiteOutput(*site, projection.detach())
 
 
@@ -124,6 +128,7 @@ def pre_of(
     manifold: str,
     anchored: bool = False,
     transposed: bool = False,
+    sinkhorn_eps: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `pre`'s layer_input, post and res, given its projection."""
     family, n = MANIFOLDS[manifold], streams.shape[-2]
@@ -132,10 +137,11 @@ def pre_of(
     pre_logits, post_logits, res_logits = _split(logits, family, n)
     weights = torch.sigmoid(pre_logits) + eps if family.gated else pre_logits
     post_weights = 2.0 * torch.sigmoid(post_logits) if family.gated else post_logits
-    res = family.project(res_logits, iters, eps)
+    within = eps_of_site(eps, sinkhorn_eps, manifold)
+    res = family.project(res_logits, iters, within)
     if anchored:
         weights, post_weights = anchoring.read_weights(weights), anchoring.write_weights(post_weights)
-        res = anchoring.mixing(res, family.rows_are_exact(eps))
+        res = anchoring.mixing(res, family.rows_are_exact(within))
     return _weighted_sum(streams, weights), post_weights.contiguous(), res
 
 
@@ -159,7 +165,7 @@ def collapse(
     eps: float,
     manifold: str,
     anchored: bool = False,
-    transposed: bool = False,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `pre` returns, given what `measure` did: the layer input, and copies of post and res.
 
@@ -189,11 +195,13 @@ def pre_backward(
     manifold: str,
     anchored: bool = False,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinkhorn_eps: Sequence[float] = (),
+) -> tuple[Tensor, ...]:
     """Return the gradients of `pre` with respect to streams, phi, scale and bias, given its projection."""
     family = MANIFOLDS[manifold]
     dtype = accumulation_dtype(streams)
     n = streams.shape[-2]
+    within = eps_of_site(eps, sinkhorn_eps, manifold)
     groups = _groups(family, n)
     wide = anchoring.release(_wide(streams)) if anchored else _wide(streams)
     ordered = functools.partial(in_kernel_rows, family=family, n=n, transposed=transposed)
@@ -205,7 +213,7 @@ def pre_backward(
     grad_post, grad_res = grad_post.to(dtype), grad_res.to(dtype)
     if anchored:
         grad_post = anchoring.write_weights_backward(grad_post)
-        grad_res = anchoring.mixing_backward(grad_res, family.rows_are_exact(eps))
+        grad_res = anchoring.mixing_backward(grad_res, family.rows_are_exact(within))
     if family.gated:
         pre_gate, post_gate = torch.sigmoid(pre_logits), torch.sigmoid(post_logits)
         weights = pre_gate + eps
@@ -215,20 +223,15 @@ def pre_backward(
         weights = pre_logits
     grad_logits = [grad_pre, grad_post]
     if family.mixes:
-        grad_mixing = family.project_backward(grad_res, res_logits, iters, eps)
+        grad_mixing = family.project_backward(grad_res, res_logits, iters, within)
         grad_logits.append(grad_mixing.flatten(-2) if family.logits is None else grad_mixing)
-    grad_streams, grad_phi, grad_scale, grad_bias = _project_by_phi_backward(
+    grad_streams, *grads = _project_by_phi_backward(
         torch.cat(grad_logits, dim=-1), wide, logits, phi, scale, groups, ordered
     )
     if anchored:
         grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
     grad_streams = grad_streams + weights.unsqueeze(-1) * grad_input.unsqueeze(-2)
-    return (
-        grad_streams.to(streams.dtype),
-        grad_phi.to(phi.dtype),
-        grad_scale.to(scale.dtype),
-        grad_bias.to(bias.dtype),
-    )
+    return _in_dtypes((grad_streams, *grads), (streams, phi, scale, bias))
 
 
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -307,7 +310,7 @@ def head_backward(
     norm_eps: float,
     eps: float,
     anchored: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the gradients of `head` with respect to streams, phi, scale and bias, given its projection."""
     dtype = accumulation_dtype(streams)
     n, width = streams.shape[-2:]
@@ -317,22 +320,19 @@ def head_backward(
     weights = gate + eps
     grad = grad_output.to(dtype)
     grad_weights = (wide @ grad.unsqueeze(-1)).squeeze(-1)
-    grad_streams, grad_phi, grad_scale, grad_bias = _project_by_phi_backward(
-        grad_weights * gate * (1.0 - gate), wide, logits, phi, scale, (n,)
-    )
+    grad_streams, *grads = _project_by_phi_backward(grad_weights * gate * (1.0 - gate), wide, logits, phi, scale, (n,))
     if anchored:
         grad_streams, weights = anchoring.release_backward(grad_streams), anchoring.read_weights(weights)
     grad_streams = grad_streams + weights.unsqueeze(-1) * grad.unsqueeze(-2)
-    return (
-        grad_streams.to(streams.dtype),
-        grad_phi.to(phi.dtype),
-        grad_scale.to(scale.dtype),
-        grad_bias.to(bias.dtype),
-    )
+    return _in_dtypes((grad_streams, *grads), (streams, phi, scale, bias))
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor))
+
+
+def _in_dtypes(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors, strict=True))
 
 
 def _groups(family: Manifold, n: int) -> tuple[int, ...]:

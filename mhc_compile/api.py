@@ -111,7 +111,7 @@ def explain(
     found = look(root, given.args, given.kwargs, config, predict_for is not None, pipeline is not None)
     if predict_for is not None:
         sizes = chain_sizes(found.merged(), config)
-        found.report.prediction = predict(sizes, found.work, config.n_streams, predict_for)
+        found.report.prediction = predict(sizes, found.work, config.n_streams, predict_for, config.manifold)
         if pipeline is not None:
             found.report.pipeline = _piped(found, sizes, predict_for, pipeline)
     found.forget()

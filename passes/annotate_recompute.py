@@ -170,7 +170,8 @@ def _projection_apart(graph: Graph, node: Node, argument: Callable[[Node], Node]
     *made, projection = node.meta["example_value"]
     parts = projection[..., :-1], projection[..., -1:]
     replay = _emitter(graph, node, CheckpointPolicy.MUST_RECOMPUTE)
-    both = replay(inlined.products, streams, phi, manifold, *flags, example_value=parts)
+    # Anchored and transposed; an eps comes later.
+    both = replay(inlined.products, streams, phi, manifold, *flags[:2], example_value=parts)
     pieces = [replay(operator.getitem, both, index, example_value=part) for index, part in enumerate(parts)]
     joined = _emitter(graph, node, CheckpointPolicy.MUST_SAVE)(torch.cat, pieces, -1, example_value=projection)
     constants = (iters, norm_eps, eps, manifold, *flags)

@@ -145,7 +145,8 @@ class _Lowerer:
             self.readouts[piece] = mark(output, Role.READOUT)
             return
         form = piece.form
-        constants = (form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed)
+        within = (list(form.sinkhorn_eps),) if form.sinkhorn_eps else ()
+        constants = (form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed, *within)
         result = self._emit(origin, torch.ops.mhc.pre.default, streams, *parameters, *constants)
         layer_input, post, res = (self._emit(origin, operator.getitem, result, index) for index in range(3))
         if form.magnitude != 2.0:

@@ -66,6 +66,7 @@ class NativeForm:
         columns_last: columns of res are normalized last, not rows.
         magnitude: post is this times a sigmoid; `pre` takes 2.
         post_eps: added to post.
+        sinkhorn_eps: as in `pre`.
     """
 
     mapping: Mapping
@@ -77,6 +78,7 @@ class NativeForm:
     columns_last: bool = False
     magnitude: float = 2.0
     post_eps: float = 0.0
+    sinkhorn_eps: tuple[float, ...] = ()
 
     @property
     def mixing(self) -> str:
@@ -89,6 +91,10 @@ class NativeForm:
     def __str__(self) -> str:
         """Return it in a few words for the report."""
         words = [self.mixing, f"eps {self.eps:g}, norm eps {self.norm_eps:g}"]
+        if self.sinkhorn_eps:
+            first, matrix, sums = self.sinkhorn_eps
+            place = "every sum" if first else "the matrix and later sums" if matrix else "later sums"
+            words.append(f"Sinkhorn's eps {sums:g} in {place}" if sums else "no eps in Sinkhorn")
         if self.magnitude != 2.0 or self.post_eps:
             words.append(f"post {self.magnitude:g}·sigmoid + {self.post_eps:g}")
         return ", ".join(words)

@@ -23,7 +23,9 @@ def install():
     def prepare_once(function):
         # Functions of `triton.language` see its core alone, kernels see both.
         seen = tuple(
-            sorted(id(value) for value in function.__globals__.values() if inspect.ismodule(value) and _is_language(value))
+            sorted(
+                id(value) for value in function.__globals__.values() if inspect.ismodule(value) and _is_language(value)
+            )
         )
         if seen in prepared:
             return scope_type()

@@ -50,6 +50,17 @@ def test_floor_of_a_llama_8b_layer_on_an_h200():
     assert rows["boundary"].least_stored < rows["boundary"].least_recomputed
 
 
+def test_a_prediction_is_of_the_manifold():
+    names = ("identity", "kronecker", "sinkhorn", "permutation")
+    found = [predict([chain()], layers_alone(), 4, Workload(8192, "h200"), name) for name in names]
+    for amount in ("stored", "least_recomputed"):
+        shares = [getattr(by_fusion(one)["boundary"], amount) for one in found]
+        assert shares == sorted(set(shares))
+    bytes_kept = [one.stored_bytes for one in found]
+    # Floats of the projection, a token and site.
+    assert [kept - bytes_kept[0] for kept in bytes_kept] == [4 * 64 * 8192 * more for more in (0, 2, 16, 24)]
+
+
 def test_kernels_are_predicted_by_counted_bytes_at_a_stated_share_of_a_copy():
     # By hand, at four fifths of 4.32 TB/s: 14C forward, 34C backward, less 6C.
     found = predict([chain()], layers_alone(), 4, Workload(8192, "h200"))

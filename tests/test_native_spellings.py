@@ -1,7 +1,11 @@
 """Native sites in spellings that no published model shares: run by the operators and exact, or left alone and told."""
 
+import copy
+
 import pytest
 import torch
+from mhc_compile.kernels.cpu import build
+from mhc_compile.kernels.dispatch import choosing
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,11 +57,11 @@ class Model(nn.Module):
         return streams.square().mean(-2)
 
 
-def sinkhorn(logits, eps=0.0):
+def sinkhorn(logits):
     matrix = logits.exp()
     for _ in range(ITERS):
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+        matrix = matrix / matrix.sum(-2, keepdim=True)
+        matrix = matrix / matrix.sum(-1, keepdim=True)
     return matrix
 
 
@@ -115,8 +119,53 @@ def features_first(site, x, branch):
     return mixed + post.sigmoid().unsqueeze(-1) @ branch((pre.sigmoid().unsqueeze(-2) @ x).squeeze(-2)).unsqueeze(-2)
 
 
+def eps_in_every_sum(site, x, branch):
+    """As most write it: exp, rows first, columns last, one eps in all sums and none in pre."""
+    pre, post, res = site.logits(F.rms_norm(x.flatten(-2), (N * WIDTH,), None, 1e-5))
+    matrix = res.unflatten(-1, (N, N)).exp()
+    for _ in range(ITERS):
+        matrix = matrix / (matrix.sum(dim=-1, keepdim=True) + 1e-8)
+        matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + 1e-8)
+    return written(x, (pre.sigmoid().unsqueeze(-1) * x).sum(-2), 2 * post.sigmoid(), matrix, branch)
+
+
+def eps_of_its_own(site, x, branch):
+    """Pre's eps is another than that of res, which is where DeepSeek-V4 has it."""
+    pre, post, res = site.logits(F.rms_norm(x.flatten(-2), (N * WIDTH,), None, 1e-5))
+    matrix = res.unflatten(-1, (N, N)).softmax(-2) + 1e-3
+    matrix = matrix / (matrix.sum(-1, keepdim=True) + 1e-3)
+    for _ in range(ITERS - 1):
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + 1e-3)
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + 1e-3)
+    return written(x, ((pre.sigmoid() + 1e-6).unsqueeze(-1) * x).sum(-2), 2 * post.sigmoid(), matrix, branch)
+
+
+def eps_behind_a_softmax(site, x, branch):
+    pre, post, res = site.logits(F.rms_norm(x.flatten(-2), (N * WIDTH,), None, 1e-5))
+    matrix = res.unflatten(-1, (N, N)).softmax(-1)
+    for last in range(2 * ITERS - 1):
+        matrix = matrix / (matrix.sum(last % 2 - 2, keepdim=True) + 1e-4)
+    return written(x, (pre.sigmoid().unsqueeze(-1) * x).sum(-2), 2 * post.sigmoid(), matrix, branch)
+
+
+def eps_of_pre_alone(site, x, branch):
+    pre, post, res = site.coefficients(x)
+    return written(x, ((pre + 1e-4).unsqueeze(-1) * x).sum(-2), post, res, branch)
+
+
 @pytest.mark.parametrize(
-    "spelling", [flattened_tokens, loops_and_potentials, one_product, projection_with_a_bias, features_first]
+    "spelling",
+    [
+        flattened_tokens,
+        loops_and_potentials,
+        one_product,
+        projection_with_a_bias,
+        features_first,
+        eps_in_every_sum,
+        eps_of_its_own,
+        eps_behind_a_softmax,
+        eps_of_pre_alone,
+    ],
 )
 def test_another_spelling_is_run_by_the_operators_and_exact(spelling):
     model = perturb(Model(spelling), 0.3).double()
@@ -128,6 +177,40 @@ def test_another_spelling_is_run_by_the_operators_and_exact(spelling):
     out, gradient, where = gaps(wanted, got, 1e-4)
     assert out <= 1e-12
     assert gradient <= 1e-9, where
+
+
+@pytest.mark.parametrize("choice", ["cpu", "triton"])
+@pytest.mark.parametrize("spelling", [eps_in_every_sum, eps_of_its_own])
+def test_an_eps_of_its_own_is_run_by_the_kernels(spelling, choice):
+    """With the streams stored and replayed, in float32."""
+    if choice == "cpu" and build.why_not(N, torch.float32) is not None:
+        pytest.skip("no C++ here")
+    model = perturb(Model(spelling), 0.3)
+    exact = copy.deepcopy(model).double()
+    wanted = outputs_and_gradients(exact, dict(exact.named_parameters()), (X,), {})
+    options = {"inner": "aot_eager", "strict": False, "fusion": "boundary", "recompute": 1}
+    with choosing(choice):
+        compiled = torch.compile(model, backend="mhc", options=options)
+        got = outputs_and_gradients(compiled, dict(model.named_parameters()), (X.float(),), {})
+    assert len(mhc_compile.report(model).native) == 2
+    out, gradient, where = gaps(wanted, got, 1e-4)
+    assert out <= 1e-5
+    assert gradient <= 1e-4, where
+
+
+@pytest.mark.parametrize(
+    ("spelling", "told"),
+    [
+        (eps_in_every_sum, "columns last, stored [out, in], eps 0, norm eps 1e-05, Sinkhorn's eps 1e-08 in every sum"),
+        (eps_of_its_own, "eps 1e-06, norm eps 1e-05, Sinkhorn's eps 0.001 in the matrix and later sums"),
+        (eps_behind_a_softmax, "eps 0, norm eps 1e-05, Sinkhorn's eps 0.0001 in later sums"),
+        (eps_of_pre_alone, "eps 0.0001, norm eps 1e-06, no eps in Sinkhorn"),
+    ],
+)
+def test_where_an_eps_is_is_told(spelling, told):
+    native = mhc_compile.explain(Model(spelling).double(), X, config=MHCConfig(strict=False)).native
+    assert len(native) == 2
+    assert all(row.mathematics.endswith(told) for row in native), native
 
 
 def detached_streams(site, x, branch):
@@ -146,9 +229,12 @@ def no_gradients(site, x, branch):
     return written(x, (pre.unsqueeze(-1) * x).sum(-2), post, res, branch)
 
 
-def eps_in_every_sum(site, x, branch):
+def eps_in_some_sums(site, x, branch):
     pre, post, _ = site.coefficients(x)
-    res = sinkhorn(site.logits(F.rms_norm(x.flatten(-2), (N * WIDTH,), None, 1e-6))[2].unflatten(-1, (N, N)), 1e-6)
+    res = site.logits(F.rms_norm(x.flatten(-2), (N * WIDTH,), None, 1e-6))[2].unflatten(-1, (N, N)).exp()
+    for _ in range(ITERS):
+        res = res / (res.sum(-2, keepdim=True) + 1e-6)
+        res = res / res.sum(-1, keepdim=True)
     return written(x, (pre.unsqueeze(-1) * x).sum(-2), post, res, branch)
 
 
@@ -172,7 +258,7 @@ def far_clamp(site, x, branch):
         (detached_streams, "the gradient of pre differs by"),
         (detached_coefficient, "the gradient of the write differs by"),
         (no_gradients, "a part of it is computed without gradients"),
-        (eps_in_every_sum, f"from sinkhorn, {ITERS} iterations, rows last"),
+        (eps_in_some_sums, f"from sinkhorn, {ITERS} iterations, rows last"),
         (changed_in_place, "is changed in place"),
         (far_clamp, "chooses or clamps, and no number that was tried is beyond"),
     ],

@@ -11,6 +11,11 @@ from sympy import Expr, Integer
 TOKENS, STREAMS, WIDTH, SITES, INTERVAL, ELEMENT, ITERS = sympy.symbols(
     "tokens n_streams width sites interval element_size iters", integer=True, positive=True
 )
+# What a manifold says: rows of phi, multiplications and additions that make a token's matrix, and, each 1 or 0, whether
+# streams mix and whether the matrix is made by Sinkhorn's iterations.
+ROWS = sympy.Symbol("rows", integer=True, positive=True)
+MATRIX_FLOPS = sympy.Symbol("matrix_flops", integer=True, nonnegative=True)
+MIXES, ITERATED = sympy.symbols("mixes iterated", integer=True, nonnegative=True)
 # Whether the streams are anchored, as rewritten graphs hold them: 1 or 0.
 ANCHORED = sympy.Symbol("anchored", integer=True, nonnegative=True)
 FLOAT = 4

@@ -6,8 +6,9 @@ are rows of `fusion_times.json` beside this file, a list of
     {"gpu": "h200", "dtype": "bfloat16", "n_streams": 4, "width": 4096, "tokens": 8192, "training": true,
      "microseconds": {"site": 310.0, "boundary": 220.0}}
 
-with the time of one site (forward, and with `training` backward) in each choice. There is no such file until a GPU
-has run the benchmark.
+with the time of one site (forward, and with `training` backward) in each choice. They are Sinkhorn's, and taken for
+every manifold: the streams decide which choice is faster, a matrix's logits are few beside them. There is no such file
+until a GPU has run the benchmark.
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ def choose_fusion(
         return FusionChoice("site", FusionReason.PLAIN_PYTORCH, _missing(device, one, n_streams, manifold))
     gpu = gpu_of_device(torch.cuda.get_device_name(device))
     if gpu is not None:
-        return choose_on(gpu, tokens, width, n_streams, dtype, training=training, table=table)
+        return choose_on(gpu, tokens, width, n_streams, dtype, manifold=manifold, training=training, table=table)
     # A GPU that the table lacks differs from the others in scale more than in the ratio that decides here.
     stand_in = GPUS["h100"]
-    choice = choose_on(stand_in, tokens, width, n_streams, dtype, training=training, table=())
+    choice = choose_on(stand_in, tokens, width, n_streams, dtype, manifold=manifold, training=training, table=())
     return replace(choice, detail=f"this GPU is not in the table; {choice.detail}")
 
 
@@ -111,6 +112,7 @@ def choose_on(
     n_streams: int,
     dtype: torch.dtype,
     *,
+    manifold: str = "sinkhorn",
     training: bool = True,
     table: Sequence[dict[str, Any]] | None = None,
 ) -> FusionChoice:
@@ -120,19 +122,26 @@ def choose_on(
         seconds = {name: row["microseconds"][name] / 1e6 for name in CANDIDATES}
         return _fastest(seconds, FusionReason.MEASURED, row["tokens"], row["width"], gpu)
     size = (tokens, width, n_streams, dtype.itemsize)
-    seconds = {name: site_seconds(name, gpu, *size, training) for name in CANDIDATES}
+    seconds = {name: site_seconds(name, gpu, *size, training, manifold) for name in CANDIDATES}
     return _fastest(seconds, FusionReason.PREDICTED, tokens, width, gpu)
 
 
 def site_seconds(
-    fusion: str, gpu: GPU, tokens: int, width: int, n_streams: int, element_size: int, training: bool
+    fusion: str,
+    gpu: GPU,
+    tokens: int,
+    width: int,
+    n_streams: int,
+    element_size: int,
+    training: bool,
+    manifold: str = "sinkhorn",
 ) -> float:
     """Predict the time of one site within a chain: what these kernels move, and their launches."""
     passes = traffic.PER_SITE[fusion]
     sizes = {"tokens": max(tokens, 1), "width": width, "n_streams": n_streams, "element_size": element_size}
     return sum(
-        traffic.evaluate(one.ours.bytes, **sizes) / gpu.kernel_rate
-        + traffic.evaluate(one.launches, **sizes) * LAUNCH_SECONDS
+        traffic.evaluate(one.ours.bytes, manifold, **sizes) / gpu.kernel_rate
+        + traffic.evaluate(one.launches, manifold, **sizes) * LAUNCH_SECONDS
         for one in ((passes.forward, passes.backward) if training else (passes.forward,))
     )
 

@@ -10,7 +10,7 @@ from sympy import Expr, Integer, ceiling
 
 from ..gpu import configurations
 from ..gpu.configurations import Geometry
-from .amounts import ANCHORED, ELEMENT, STREAMS, TOKENS, WIDTH, ZERO, Traffic
+from .amounts import ANCHORED, ELEMENT, MIXES, STREAMS, TOKENS, WIDTH, ZERO, Traffic
 
 _n, _C = STREAMS, WIDTH
 MIXING = _n**2 + _n  # what `post` reads: res and post
@@ -95,6 +95,11 @@ class SiteLaunches:
         return ZERO if self.rows == _n else MIXING
 
     @property
+    def differentiated(self) -> Expr:
+        """Floats a token of the gradients of post and res that are read; of a constant res none."""
+        return ZERO if self.rows == _n else _n + MIXES * _n**2
+
+    @property
     def kept(self) -> Expr:
         """Floats a token of the projection."""
         return self.rows + 1
@@ -142,7 +147,7 @@ class SiteLaunches:
         parts = 2 * self.number("programs") * 2 * self.rows
         shares = 2 * self.number("token_splits") * self.phi
         gates = Traffic((_n + 1) * _C, 2 * self.number("gate_splits") * (2 * _n + 1 if self.normed else _n))
-        coefficients = Traffic(ZERO, self.kept + self.written + slopes, parts)
+        coefficients = Traffic(ZERO, self.kept + self.differentiated + slopes, parts)
         again = (Traffic((_n + 1) * _C, slopes) + self.mixing) * self.stream_launches
         # The launch that differentiates an anchored stream 0 loads all of phi: the sum of its columns is stream 0's.
         anchor = ANCHORED * self.rows * (_n - sympy.Min(_n, 4)) * _C

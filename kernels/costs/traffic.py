@@ -9,8 +9,9 @@ amounts of traffic with the device's memory:
   once, what one launch leaves for the next counts twice. `python -m benchmarks.traffic` counts the same from the
   kernels themselves. Of few tokens a cache keeps much of it; their launches cost more than their bytes.
 
-The unit of a stream's traffic is the element, of coefficients and phi the float32. phi has n² + 2n rows, and
-the backward of a fusion choice includes adding up the gradients of streams that two operators read.
+The unit of a stream's traffic is the element, of coefficients and phi the float32. How many rows phi has and what
+making a matrix takes are symbols, which `evaluate` reads from the table of manifolds. The backward of a fusion choice
+includes adding up the gradients of streams that two operators read.
 """
 
 from __future__ import annotations
@@ -22,15 +23,29 @@ from sympy import Expr, Integer, ceiling
 
 from ..fusions import FUSIONS, HALVES, NORMED
 from ..manifolds import MANIFOLDS
-from .amounts import ELEMENT, FLOAT, INTERVAL, ITERS, SITES, STREAMS, WIDTH, ZERO, Cost, Passes, Traffic
+from .amounts import (
+    ELEMENT,
+    FLOAT,
+    INTERVAL,
+    ITERATED,
+    ITERS,
+    MATRIX_FLOPS,
+    ROWS,
+    SITES,
+    STREAMS,
+    WIDTH,
+    ZERO,
+    Cost,
+    Passes,
+    Traffic,
+)
 from .site_launches import MIXING, SiteLaunches
 
 _n, _C = STREAMS, WIDTH
-# The manifold that is counted throughout: it does all that any does.
-_SINKHORN = MANIFOLDS["sinkhorn"]
-_ROWS = _SINKHORN.rows(_n)
-_PHI = _ROWS * _n * _C
-_PROJECTION = _SINKHORN.flops(_n, ITERS)
+_PHI = ROWS * _n * _C
+# pre, post and res.
+_COEFFICIENTS = MIXING + _n
+_SINKHORN = MANIFOLDS["sinkhorn"].flops(_n, ITERS)
 # Squares and their sum, 1/RMS, the weight.
 _NORM_FLOPS = 4 * _C
 
@@ -39,7 +54,7 @@ def _pre(rows: Expr, matrix_flops: Expr, normed: bool = False) -> Passes:
     """Return the cost of `pre` with that many rows of phi, or of `head`; `normed` with the norm of its layer input."""
     site = SiteLaunches(rows, normed=normed)
     forward = site.norm + Traffic((_n + 1) * _C, site.written + site.kept, site.phi)
-    backward = site.norm * 2 + Traffic((2 * _n + 1) * _C, site.written + site.kept, 2 * site.phi)
+    backward = site.norm * 2 + Traffic((2 * _n + 1) * _C, site.differentiated + site.kept, 2 * site.phi)
     project, collapse = 2 * rows * _n * _C, 2 * _n * _C
     return Passes(
         Cost(
@@ -67,10 +82,10 @@ def _post() -> Passes:
 
 
 def _post_pre(normed: bool = False) -> Passes:
-    site, after = SiteLaunches(_ROWS, True, normed), SiteLaunches(_ROWS, normed=normed)
-    first, second = _post(), _pre(_ROWS, _PROJECTION, normed)
+    site, after = SiteLaunches(ROWS, True, normed), SiteLaunches(ROWS, normed=normed)
+    first, second = _post(), _pre(ROWS, MATRIX_FLOPS, normed)
     forward = site.norm + Traffic((2 * _n + 2) * _C, 2 * MIXING + site.kept, _PHI)
-    backward = site.norm * 2 + Traffic((3 * _n + 3) * _C, 3 * MIXING + site.kept, 2 * _PHI)
+    backward = site.norm * 2 + Traffic((3 * _n + 3) * _C, 2 * MIXING + site.differentiated + site.kept, 2 * _PHI)
     return Passes(
         Cost(
             forward,
@@ -89,12 +104,12 @@ def _post_pre(normed: bool = False) -> Passes:
 
 def _halves(mixes: bool) -> dict[str, Passes]:
     """Return the costs of the halves of `pre`, or of `post_pre`, and of those with a norm; backward as the whole."""
-    site, prefix = SiteLaunches(_ROWS, mixes), "post_" if mixes else ""
+    site, prefix = SiteLaunches(ROWS, mixes), "post_" if mixes else ""
     post = _post().forward.flops if mixes else ZERO
     read = site.mixing + Traffic(_n * _C)
     collapsed = site.mixing + Traffic((2 * _n + 1) * _C if mixes else (_n + 1) * _C, _n + 1 + 2 * MIXING)
     nothing = Cost(Traffic(ZERO), Traffic(ZERO), ZERO, ZERO)
-    projecting = 2 * _ROWS * _n * _C + 2 * _n * _C + _PROJECTION
+    projecting = 2 * ROWS * _n * _C + 2 * _n * _C + MATRIX_FLOPS
     return {
         f"{prefix}measure": Passes(
             Cost(
@@ -113,9 +128,9 @@ def _halves(mixes: bool) -> dict[str, Passes]:
                     post + 2 * _n * _C + (_NORM_FLOPS if one.normed else 0),
                     Integer(1),
                 ),
-                (_post_pre(one.normed) if mixes else _pre(_ROWS, _PROJECTION, one.normed)).backward,
+                (_post_pre(one.normed) if mixes else _pre(ROWS, MATRIX_FLOPS, one.normed)).backward,
             )
-            for suffix, one in (("", site), ("_norm", SiteLaunches(_ROWS, mixes, normed=True)))
+            for suffix, one in (("", site), ("_norm", SiteLaunches(ROWS, mixes, normed=True)))
         },
     }
 
@@ -128,11 +143,11 @@ def _simple(forward: Traffic, backward: Traffic, flops: Expr, flops_backward: Ex
 _SPREAD = Traffic((_n + 1) * _C)
 
 OPERATORS: dict[str, Passes] = {
-    "sinkhorn": _simple(Traffic(ZERO, 2 * _n**2), Traffic(ZERO, 3 * _n**2), _PROJECTION, 3 * _PROJECTION),
-    "pre": _pre(_ROWS, _PROJECTION),
+    "sinkhorn": _simple(Traffic(ZERO, 2 * _n**2), Traffic(ZERO, 3 * _n**2), _SINKHORN, 3 * _SINKHORN),
+    "pre": _pre(ROWS, MATRIX_FLOPS),
     "post": _post(),
     "post_pre": _post_pre(),
-    "pre_norm": _pre(_ROWS, _PROJECTION, normed=True),
+    "pre_norm": _pre(ROWS, MATRIX_FLOPS, normed=True),
     "post_pre_norm": _post_pre(normed=True),
     "head": _pre(_n, ZERO),
     **_halves(mixes=False),
@@ -157,9 +172,9 @@ def _unfused() -> Passes:
     and coefficients (2n) are differentiated each on its own; the streams' three gradients are added up (6n).
     """
     site = _site()
-    reads, writes = Traffic((5 * _n + 1) * _C, _ROWS), Traffic((3 * _n + 1) * _C, _ROWS)
+    reads, writes = Traffic((5 * _n + 1) * _C, _COEFFICIENTS), Traffic((3 * _n + 1) * _C, _COEFFICIENTS)
     forward = reads + writes + Traffic(ZERO, ZERO, _PHI)
-    backward = Traffic((14 * _n + 3) * _C, 4 * _ROWS, 2 * _PHI)
+    backward = Traffic((14 * _n + 3) * _C, 4 * _COEFFICIENTS, 2 * _PHI)
     return Passes(
         Cost(forward, forward, site.forward.flops, Integer(5)),
         Cost(backward, backward, site.backward.flops, Integer(6)),
@@ -171,11 +186,12 @@ def _paper() -> Passes:
 
     Their coefficients go through device memory: sums, gates, logits, matrices. The backward is that of `site`.
     """
-    one, site = SiteLaunches(_ROWS), _site()
-    # The affine kernel leaves the matrix's logits, which Sinkhorn's reads and writes over.
-    ours = one.measure(stored=False) + Traffic(ZERO, 2 * _n**2) + one.collapse(copied=False) + _post().forward.ours
-    least = Traffic((4 * _n + 2) * _C, 2 * MIXING + one.kept + 4 * _n**2, _PHI)
-    return Passes(Cost(least, ours, site.forward.flops, one.measure_launches + 3), site.backward)
+    one, site = SiteLaunches(ROWS), _site()
+    # The affine kernel leaves Sinkhorn's logits, which its own reads and writes over; other matrices are made by it.
+    matrix = Traffic(ZERO, 2 * ITERATED * _n**2)
+    ours = one.measure(stored=False) + matrix + one.collapse(copied=False) + _post().forward.ours
+    least = Traffic((4 * _n + 2) * _C, 2 * MIXING + one.kept + 4 * ITERATED * _n**2, _PHI)
+    return Passes(Cost(least, ours, site.forward.flops, one.measure_launches + 2 + ITERATED), site.backward)
 
 
 def _site() -> Passes:
@@ -246,25 +262,41 @@ def chain(fusion: str, normed: int = 0) -> Passes:
     return plain + _folding(choice.pre) + _folding(choice.post_pre) * (normed - 1) if normed else plain
 
 
-def evaluate(expression: Expr, **values: int) -> float:
+def evaluate(expression: Expr, manifold: str = "sinkhorn", **values: int) -> float:
     """Put numbers in: tokens, n_streams, width, sites, interval, element_size, iters; anchored is 1 if left out.
 
     Raises:
         ValueError: a symbol of the expression has no value; the message names it.
     """
     names = {str(symbol): symbol for symbol in sympy.sympify(expression).free_symbols}
-    values = {"anchored": 1, **values}
-    missing = sorted(names.keys() - values.keys())
+    values = {"anchored": 1, **_counts_of(manifold, **values), **values}
+    missing = sorted({_COUNTED_FROM.get(name, name) for name in names.keys() - values.keys()})
     if missing:
         raise ValueError(f"the cost depends on {', '.join(missing)}: pass a number for each")
     return float(sympy.sympify(expression).subs({names[name]: values[name] for name in names}))
+
+
+# Which number the symbols of a manifold lack where they have no value.
+_COUNTED_FROM = {"rows": "n_streams", "matrix_flops": "iters"}
+
+
+def _counts_of(manifold: str, n_streams: int | None = None, iters: int | None = None, **_: int) -> dict[str, int]:
+    """Return the symbols that a manifold gives a value to, as far as these numbers say."""
+    family = MANIFOLDS[manifold]
+    counts = {"mixes": int(family.mixes), "iterated": int(family.kernel_matrix == "sinkhorn")}
+    if n_streams is not None:
+        counts["rows"] = family.rows(n_streams)
+        if iters is not None:
+            counts["matrix_flops"] = family.flops(n_streams, iters)
+    return counts
 
 
 def recompute_interval(sites: int, n_streams: int) -> int:
     """Return L_r: store the streams every so many sites and replay those between in the backward.
 
     The minimum over L_r of n·C·ceil(L / L_r) stored and (n + 2)·C·L_r alive during one replay (arXiv 2512.24880,
-    section 4.3.2), near sqrt(n·L / (n + 2)). Of equals, the smallest: it replays the fewest sites.
+    section 4.3.2), near sqrt(n·L / (n + 2)), whatever the manifold: coefficients are stored always. Of equals, the
+    smallest: it replays the fewest sites.
 
     Raises:
         ValueError: fewer than one site or stream.
@@ -291,7 +323,12 @@ def held_elements(recomputed: bool) -> Expr:
 
 
 def saved_bytes_per_token(
-    sites: int, n_streams: int, width: int, element_size: int, interval: int | None = None
+    sites: int,
+    n_streams: int,
+    width: int,
+    element_size: int,
+    interval: int | None = None,
+    manifold: str = "sinkhorn",
 ) -> int:
     """Return the bytes a token that a chain keeps for the backward beside what its branches keep.
 
@@ -301,7 +338,8 @@ def saved_bytes_per_token(
         width: C.
         element_size: bytes of a stream's element.
         interval: sites between stored streams; None stores all. Then see `held_elements`. The float32 coefficients
-            post and res, n² + n a site, and the projection, n² + 2n + 1, are kept either way.
+            post and res, n² + n a site, and the projection, a float more than phi has rows, are kept either way.
+        manifold: a name of `MANIFOLDS`.
     """
     values = {
         "sites": sites,
@@ -310,5 +348,5 @@ def saved_bytes_per_token(
         "element_size": element_size,
         "interval": interval or 1,
     }
-    coefficients = FLOAT * (MIXING + _ROWS + 1) * SITES
-    return int(evaluate(ELEMENT * held_elements(interval is not None) + coefficients, **values))
+    coefficients = FLOAT * (MIXING + ROWS + 1) * SITES
+    return int(evaluate(ELEMENT * held_elements(interval is not None) + coefficients, manifold, **values))

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from ..epsilons import Epsilons
+
 _HERE = Path(__file__).parent
 SOURCES = ("operators.cpp", "mixing.h", "projection.h", "tiles.h", "coefficients.h", "vectors.h")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -30,10 +32,18 @@ _OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-tr
 _THREADS = "-fopenmp"
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_SITE = [_LONG, _LONG, _INT, _FLOAT, _FLOAT, _INT, _INT]
+
+
+class HeldEpsilons(ctypes.Structure):
+    """`Epsilons`, as coefficients.h has them."""
+
+    _fields_ = [(name, _FLOAT) for name in Epsilons._fields]
+
+
+_SITE = [_LONG, _LONG, _INT, _FLOAT, HeldEpsilons, _INT, _INT]
 _SIGNATURES = {
-    "mhc_sinkhorn": [_POINTER] * 2 + [_LONG, _INT, _FLOAT, _INT],
-    "mhc_sinkhorn_backward": [_POINTER] * 3 + [_LONG, _INT, _FLOAT, _INT],
+    "mhc_sinkhorn": [_POINTER] * 2 + [_LONG, _INT, HeldEpsilons, _INT],
+    "mhc_sinkhorn_backward": [_POINTER] * 3 + [_LONG, _INT, HeldEpsilons, _INT],
     "mhc_pre": [_POINTER] * 8 + _SITE,
     "mhc_collapse": [_POINTER] * 5 + _SITE,
     "mhc_pre_backward": [_POINTER] * 12 + _SITE,

@@ -23,6 +23,16 @@ static inline int stored_transposed(int row) {
     return entry < 0 ? row : 2 * N + entry % N * N + entry / N;
 }
 
+// What is added where: see epsilons.py.
+struct Epsilons {
+    float pre;
+    float first;
+    float matrix;
+    float sums;
+
+    bool within() const { return first != 0.0f || matrix != 0.0f || sums != 0.0f; }
+};
+
 // How logits become coefficients.
 struct Mapping {
     const float* scale;
@@ -31,7 +41,7 @@ struct Mapping {
     int rows;
     int iters;
     float norm_eps;
-    float eps;
+    Epsilons eps;
     bool anchored;
     bool gated;
     bool mixes;
@@ -93,8 +103,8 @@ static inline void normalise_backward(Vector (&grad)[N][N], float*& history) {
     }
 }
 
-// log_softmax over `out`, in place.
-static inline void log_columns(Vector (&matrix)[N][N]) {
+// log_softmax over `out`, in place. `kept` is what an eps in the sums of the exponentials leaves of each column.
+static inline void log_columns(Vector (&matrix)[N][N], float first_eps, Vector (&kept)[N]) {
     for (int in = 0; in < N; in++) {
         Vector most = matrix[0][in];
         for (int out = 1; out < N; out++) most = larger(most, matrix[out][in]);
@@ -102,6 +112,7 @@ static inline void log_columns(Vector (&matrix)[N][N]) {
         for (int out = 0; out < N; out++) sum += exponential(matrix[out][in] - most);
         const Vector log = logarithm(sum);
         for (int out = 0; out < N; out++) matrix[out][in] = (matrix[out][in] - most) - log;
+        kept[in] = first_eps == 0.0f ? all(1.0f) : sum / (sum + first_eps * exponential(-most));
     }
 }
 
@@ -127,40 +138,41 @@ static inline void soft_rows_backward(Vector (&grad)[N][N], const Vector (&matri
 }
 
 // The first column normalisation, and without eps the first row one too, are in the log domain: see manifolds.py.
-static inline void sinkhorn(Vector (&matrix)[N][N], int iters, float eps, float* history) {
-    log_columns(matrix);
-    if (eps == 0.0f) {
+static inline void sinkhorn(Vector (&matrix)[N][N], int iters, const Epsilons& eps, float* history) {
+    Vector kept[N];
+    log_columns(matrix, eps.first, kept);
+    if (!eps.within()) {
         soft_rows(matrix);
     } else {
         for (auto& row : matrix)
-            for (auto& entry : row) entry = exponential(entry) + eps;
-        normalise<false>(matrix, eps, history);
+            for (int in = 0; in < N; in++) row[in] = exponential(row[in]) * kept[in] + eps.matrix;
+        normalise<false>(matrix, eps.sums, history);
     }
     for (int round = 1; round < iters; round++) {
-        normalise<true>(matrix, eps, history);
-        normalise<false>(matrix, eps, history);
+        normalise<true>(matrix, eps.sums, history);
+        normalise<false>(matrix, eps.sums, history);
     }
 }
 
 // `grad` is that of the result and becomes that of the logits.
 static inline void sinkhorn_backward(
-    Vector (&grad)[N][N], const Vector (&logits)[N][N], int iters, float eps, float* history
+    Vector (&grad)[N][N], const Vector (&logits)[N][N], int iters, const Epsilons& eps, float* history
 ) {
     Vector matrix[N][N];
     memcpy(matrix, logits, sizeof matrix);
     sinkhorn(matrix, iters, eps, history);
-    history += int64_t(2 * (iters - 1) + (eps != 0.0f)) * STEP * LANES;
+    history += int64_t(2 * (iters - 1) + eps.within()) * STEP * LANES;
     for (int round = 1; round < iters; round++) {
         normalise_backward<false>(grad, history);
         normalise_backward<true>(grad, history);
     }
-    if (eps != 0.0f) normalise_backward<false>(grad, history);
+    if (eps.within()) normalise_backward<false>(grad, history);
     memcpy(matrix, logits, sizeof matrix);
-    log_columns(matrix);
-    Vector columns[N][N];
+    Vector columns[N][N], kept[N];
+    log_columns(matrix, eps.first, kept);
     for (int out = 0; out < N; out++)
-        for (int in = 0; in < N; in++) columns[out][in] = exponential(matrix[out][in]);
-    if (eps == 0.0f) {
+        for (int in = 0; in < N; in++) columns[out][in] = exponential(matrix[out][in]) * kept[in];
+    if (!eps.within()) {
         soft_rows(matrix);
         soft_rows_backward(grad, matrix);
     } else {
@@ -265,7 +277,7 @@ static void coefficients(const Mapping& mapping, const Lane* products, const flo
         };
         Vector pre[N];
         for (int stream = 0; stream < N; stream++)
-            pre[stream] = mapping.gated ? sigmoid(logit(stream)) + mapping.eps : logit(stream);
+            pre[stream] = mapping.gated ? sigmoid(logit(stream)) + mapping.eps.pre : logit(stream);
         if (mapping.anchored) anchor_reading(pre);
         for (int stream = 0; stream < N; stream++) store(result.pre[stream] + lane, pre[stream]);
         if (mapping.head) continue;
@@ -346,7 +358,7 @@ static void coefficient_gradients(
             Vector slope = load(gates[stream] + lane);
             if (mapping.anchored && stream) slope += first;
             leave(stream, mapping.gated ? slope * opened * (1.0f - opened) : slope);
-            pre[stream] = mapping.gated ? opened + mapping.eps : opened;
+            pre[stream] = mapping.gated ? opened + mapping.eps.pre : opened;
         }
         if (mapping.anchored) anchor_reading(pre);
         for (int stream = 0; stream < N; stream++) store(slopes.weights[stream] + lane, pre[stream]);

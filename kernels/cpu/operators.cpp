@@ -265,7 +265,7 @@ constexpr int ANCHORED = 1, GATED = 2, MIXES = 4, SINKHORN = 8, HEAD = 16, EXACT
 
 Site site_of(
     const Stored* streams, const float* scale, const float* bias, int64_t tokens, int64_t width, int iters,
-    float norm_eps, float eps, int flags
+    float norm_eps, Epsilons eps, int flags
 ) {
     Site site{};
     site.streams = streams;
@@ -347,7 +347,7 @@ struct MixGradient {
 
 extern "C" {
 
-int mhc_sinkhorn(const float* logits, float* res, int64_t tokens, int iters, float eps, int threads) {
+int mhc_sinkhorn(const float* logits, float* res, int64_t tokens, int iters, Epsilons eps, int threads) {
     return !in_parallel(chunks_of(tokens), threads, 0, [&](int64_t index) {
         const Chunk chunk = chunk_at(index, tokens);
         alignas(64) Lane lanes[N * N];
@@ -363,7 +363,7 @@ int mhc_sinkhorn(const float* logits, float* res, int64_t tokens, int iters, flo
 }
 
 int mhc_sinkhorn_backward(
-    const float* grad_res, const float* logits, float* grad_logits, int64_t tokens, int iters, float eps, int threads
+    const float* grad_res, const float* logits, float* grad_logits, int64_t tokens, int iters, Epsilons eps, int threads
 ) {
     return !in_parallel(chunks_of(tokens), threads, history_size(iters), [&](int64_t index) {
         const Chunk chunk = chunk_at(index, tokens);
@@ -387,7 +387,7 @@ int mhc_sinkhorn_backward(
 // Without `layer_input` as far as the coefficients.
 int mhc_pre(
     const Stored* streams, const float* phi, const float* scale, const float* bias, Stored* layer_input, float* post,
-    float* res, float* projection, int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags,
+    float* res, float* projection, int64_t tokens, int64_t width, int iters, float norm_eps, Epsilons eps, int flags,
     int threads
 ) {
     Site site = site_of(streams, scale, bias, tokens, width, iters, norm_eps, eps, flags);
@@ -400,7 +400,7 @@ int mhc_pre(
 
 int mhc_collapse(
     const Stored* streams, const float* scale, const float* bias, const float* projection, Stored* layer_input,
-    int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags, int threads
+    int64_t tokens, int64_t width, int iters, float norm_eps, Epsilons eps, int flags, int threads
 ) {
     const Site site = site_of(streams, scale, bias, tokens, width, iters, norm_eps, eps, flags);
     return !in_parallel(chunks_of(tokens), threads, STREAM_TILE + VALUE_TILE, [&](int64_t index) {
@@ -412,7 +412,7 @@ int mhc_pre_backward(
     const Stored* grad_layer_input, const float* grad_post, const float* grad_res, const Stored* streams,
     const float* phi, const float* scale, const float* bias, const float* projection, Stored* grad_streams,
     float* grad_phi, float* grad_scale, float* grad_bias, int64_t tokens, int64_t width, int iters, float norm_eps,
-    float eps, int flags, int threads
+    Epsilons eps, int flags, int threads
 ) {
     Site site = site_of(streams, scale, bias, tokens, width, iters, norm_eps, eps, flags);
     const Buffer panels(site.phi.size()), rows(MappingGradient::rows_size(site)), sums(MappingGradient::sums_size(site));
@@ -471,7 +471,7 @@ int mhc_post_backward(
 int mhc_post_pre(
     const Stored* streams, const Stored* branch, const float* post, const float* res, const float* phi,
     const float* scale, const float* bias, Stored* fresh, Stored* layer_input, float* next_post, float* next_res,
-    float* projection, int64_t tokens, int64_t width, int iters, float norm_eps, float eps, int flags, int threads
+    float* projection, int64_t tokens, int64_t width, int iters, float norm_eps, Epsilons eps, int flags, int threads
 ) {
     // The next site reads the new streams as they are stored, rounded.
     Site site = site_of(fresh, scale, bias, tokens, width, iters, norm_eps, eps, flags);
@@ -492,7 +492,7 @@ int mhc_post_pre(
 int mhc_post_collapse(
     const Stored* streams, const Stored* branch, const float* post, const float* res, const float* scale,
     const float* bias, const float* projection, Stored* fresh, Stored* layer_input, int64_t tokens, int64_t width,
-    int iters, float norm_eps, float eps, int flags, int threads
+    int iters, float norm_eps, Epsilons eps, int flags, int threads
 ) {
     const Site site = site_of(fresh, scale, bias, tokens, width, iters, norm_eps, eps, flags);
     return !in_parallel(chunks_of(tokens), threads, 2 * STREAM_TILE + VALUE_TILE, [&](int64_t index) {
@@ -512,7 +512,7 @@ int mhc_post_pre_backward(
     const Stored* streams, const Stored* branch, const float* post, const float* res, const float* phi,
     const float* scale, const float* bias, const float* projection, Stored* fresh, Stored* grad_streams,
     Stored* grad_branch, float* grad_post, float* grad_res, float* grad_phi, float* grad_scale, float* grad_bias, int64_t tokens, int64_t width, int iters,
-    float norm_eps, float eps, int flags, int threads
+    float norm_eps, Epsilons eps, int flags, int threads
 ) {
     Site site = site_of(fresh, scale, bias, tokens, width, iters, norm_eps, eps, flags);
     const Buffer panels(site.phi.size()), rows(MappingGradient::rows_size(site)), sums(MappingGradient::sums_size(site));

@@ -5,6 +5,7 @@ Streams stay in their dtype. Parameters and coefficients, small beside them, are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,28 +13,29 @@ import torch
 from torch import Tensor
 
 from .. import boundary, reference
+from ..epsilons import Eps, Epsilons, epsilons
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
-from .build import BuildError, library
+from .build import BuildError, HeldEpsilons, library
 
 # As in operators.cpp.
 _ANCHORED, _GATED, _MIXES, _SINKHORN, _HEAD, _EXACT, _ROW, _TRANSPOSED, _COLUMNS = 1, 2, 4, 8, 16, 32, 64, 128, 256
 _MATRICES = {"logits": 0, "sinkhorn": _SINKHORN, "row": _ROW, "permutation": 512, "kronecker": 1024}
 
 
-def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
+def sinkhorn(logits: Tensor, iters: int, eps: Eps) -> Tensor:
     """See `reference.sinkhorn`."""
     wide = _wide(logits)
     res = torch.empty_like(wide)
-    _call("mhc_sinkhorn", wide, (wide, res), _tokens(wide, 2), iters, eps)
+    _call("mhc_sinkhorn", wide, (wide, res), _tokens(wide, 2), iters, _held(eps))
     return res.to(logits.dtype)
 
 
-def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: Eps) -> Tensor:
     """See `reference.sinkhorn_backward`."""
     grad, wide = _wide(grad_res), _wide(logits)
     grad_logits = torch.empty_like(wide)
-    _call("mhc_sinkhorn_backward", wide, (grad, wide, grad_logits), _tokens(wide, 2), iters, eps)
+    _call("mhc_sinkhorn_backward", wide, (grad, wide, grad_logits), _tokens(wide, 2), iters, _held(eps))
     return grad_logits.to(logits.dtype)
 
 
@@ -44,7 +46,7 @@ def pre(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
@@ -68,7 +70,7 @@ def measure(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
@@ -91,7 +93,7 @@ def collapse(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
@@ -116,7 +118,7 @@ def pre_backward(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
@@ -138,7 +140,7 @@ def head(
     scale: Tensor,
     bias: Tensor,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, Tensor]:
@@ -147,7 +149,7 @@ def head(
     output = _value_like(streams)
     projection = streams.new_empty(*streams.shape[:-2], layout.rows(phi) + 1, dtype=torch.float32)
     tensors = (streams, _wide(phi), _wide(scale), _wide(bias), output, None, None, projection)
-    _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _head(anchored, layout))
+    _call("mhc_pre", streams, tensors, *_sizes(streams), 0, norm_eps, _held(eps), _head(anchored, layout))
     return output, projection
 
 
@@ -159,7 +161,7 @@ def head_backward(
     bias: Tensor,
     projection: Tensor,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Tensor, ...]:
@@ -169,7 +171,7 @@ def head_backward(
     grad_mapping = _empty(mapping)
     grad = _like(grad_output, streams)
     tensors = (grad, None, None, streams, *mapping, _wide(projection), grad_streams, *grad_mapping)
-    _call("mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, eps, _head(anchored, layout))
+    _call("mhc_pre_backward", streams, tensors, *_sizes(streams), 0, norm_eps, _held(eps), _head(anchored, layout))
     return (grad_streams, *_as(grad_mapping, (phi, scale, bias)))
 
 
@@ -298,19 +300,24 @@ def _site(
     streams: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
 ) -> tuple[Any, ...]:
-    return (*_sizes(streams), iters, norm_eps, eps, _flags(manifold, eps, anchored, layout))
+    return (*_sizes(streams), iters, norm_eps, _held(eps), _flags(manifold, eps, anchored, layout))
+
+
+@functools.cache
+def _held(eps: Eps) -> HeldEpsilons:
+    return HeldEpsilons(*epsilons(eps))
 
 
 def _head(anchored: bool, layout: PhiLayout) -> int:
     return _HEAD | _GATED | _ANCHORED * anchored | _COLUMNS * layout.columns
 
 
-def _flags(manifold: str, eps: float, anchored: bool, layout: PhiLayout) -> int:
+def _flags(manifold: str, eps: Eps, anchored: bool, layout: PhiLayout) -> int:
     family = MANIFOLDS[manifold]
     mixing = _MIXES * family.mixes | _MATRICES[family.kernel_matrix or "logits"]
     stored = _TRANSPOSED * (layout.transposed and family.logits is None) | _COLUMNS * layout.columns
@@ -341,14 +348,15 @@ def _plain_site(
     phi_at: int,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
 ) -> Any:
     phi = tensors[phi_at].mT if layout.columns else tensors[phi_at]
     given = (*tensors[:phi_at], phi, *tensors[phi_at + 1 :])
-    return _plain(function, *given, iters, norm_eps, eps, manifold, anchored, layout.transposed)
+    own, sinkhorn_eps = (eps.pre, eps[1:]) if isinstance(eps, Epsilons) else (eps, ())
+    return _plain(function, *given, iters, norm_eps, own, manifold, anchored, layout.transposed, sinkhorn_eps)
 
 
 def _empty(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

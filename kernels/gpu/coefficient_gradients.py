@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..epsilons import Eps, epsilons
 from .coefficients import (
     affine,
     gate_index,
@@ -120,6 +121,9 @@ def coefficient_gradients_kernel(
     iters: tl.tensor,
     norm_eps: tl.tensor,
     eps: tl.tensor,
+    first_eps: tl.tensor,
+    matrix_eps: tl.tensor,
+    sums_eps: tl.tensor,
     splits: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
@@ -130,6 +134,7 @@ def coefficient_gradients_kernel(
     GATED: tl.constexpr,
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     NORM: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -214,7 +219,8 @@ def coefficient_gradients_kernel(
             raw = tl.load(kept[None, None, :] + entry, mask=here, other=0.0)
             row = stored_row(entry, n, TRANSPOSED)
             logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
-            grad = matrix_backward(grad, logits, iters, eps, n, N, MATRIX, HAS_EPS)
+            within = (first_eps, matrix_eps, sums_eps)
+            grad = matrix_backward(grad, logits, iters, within, n, N, MATRIX, HAS_EPS, FIRST_EPS)
             grad = tl.where(here, grad, 0.0)
             bias_matrix = total(grad, 2)
             scale_matrix = total(grad * raw * inverse_rms[None, None, :], 2)
@@ -258,7 +264,7 @@ def coefficient_gradients(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     geometry: Geometry,
     constants: dict[str, Any],
     norm: Norm | None = None,
@@ -291,7 +297,7 @@ def coefficient_gradients(
     launch(
         coefficient_gradients_kernel, (programs,),
         projection, gate_parts, grad_post, grad_res, scale, bias, norm.statistics if norm else projection, *found,
-        tokens, geometry.width, iters, norm_eps, eps, gate_parts.shape[0],
+        tokens, geometry.width, iters, norm_eps, *epsilons(eps), gate_parts.shape[0],
         SLOTS=geometry.slots, PIECES=geometry.pieces,
         NORM=norm is not None, CENTERED=norm is not None and norm.centered,
         BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.matrix(),

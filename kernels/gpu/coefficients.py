@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..epsilons import Eps, epsilons
 from ..manifolds import MANIFOLDS
 from .configurations import Geometry, ceil_div, coefficients_config
 from .launch import empty, launch
@@ -22,20 +23,25 @@ from .primitives import row_softmax, sinkhorn_tile, sinkhorn_tile_backward, tota
 from .row_matrices import kronecker, kronecker_backward, permutation_weights, permuted, permuted_backward
 
 
-def manifold_constants(manifold: str, eps: float) -> dict[str, Any]:
+def sinkhorn_eps_constants(eps: Eps) -> dict[str, bool]:
+    """Return the compile-time constants that say where Sinkhorn has an eps."""
+    return {"HAS_EPS": epsilons(eps).within, "FIRST_EPS": epsilons(eps).first != 0.0}
+
+
+def manifold_constants(manifold: str, eps: Eps) -> dict[str, Any]:
     """Return the compile-time constants by which kernels turn logits into coefficients, or differentiate that."""
     family = MANIFOLDS[manifold]
     return {
         "GATED": family.gated,
         "MATRIX": family.kernel_matrix,
-        "HAS_EPS": eps != 0.0,
+        **sinkhorn_eps_constants(eps),
         "EXACT_ROWS": family.rows_are_exact(eps),
     }
 
 
 def head_constants(eps: float) -> dict[str, Any]:
     """Return `manifold_constants` of a head, which has gates alone."""
-    return {"GATED": True, "MATRIX": "logits", "HAS_EPS": eps != 0.0, "EXACT_ROWS": False}
+    return {"GATED": True, "MATRIX": "logits", **sinkhorn_eps_constants(eps), "EXACT_ROWS": False}
 
 
 @triton.jit
@@ -108,11 +114,12 @@ def matrix_of(
     N: tl.constexpr,
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
 ) -> tl.tensor:
     """Turn logits [out, in, tokens] into res, as MATRIX says."""
     if MATRIX == "sinkhorn":
         o, i = matrix_index(N)
-        return sinkhorn_tile(logits, (o < n) & (i < n), iters, eps, HAS_EPS)
+        return sinkhorn_tile(logits, (o < n) & (i < n), iters, eps, HAS_EPS, FIRST_EPS)
     elif MATRIX == "row":
         o, i = matrix_index(N)
         return row_softmax(logits, (o < n) & (i < n))
@@ -131,11 +138,12 @@ def matrix_backward(
     N: tl.constexpr,
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
 ) -> tl.tensor:
     """Differentiate `matrix_of`; the padding of `grad` must be zero."""
     if MATRIX == "sinkhorn":
         o, i = matrix_index(N)
-        return sinkhorn_tile_backward(grad, logits, (o < n) & (i < n), iters, eps, HAS_EPS)
+        return sinkhorn_tile_backward(grad, logits, (o < n) & (i < n), iters, eps, HAS_EPS, FIRST_EPS)
     elif MATRIX == "row":
         o, i = matrix_index(N)
         matrix = row_softmax(logits, (o < n) & (i < n))
@@ -270,7 +278,9 @@ def coefficients_kernel(
     width: tl.tensor,
     iters: tl.tensor,
     norm_eps: tl.tensor,
-    eps: tl.tensor,
+    first_eps: tl.tensor,
+    matrix_eps: tl.tensor,
+    sums_eps: tl.tensor,
     splits: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
@@ -279,6 +289,7 @@ def coefficients_kernel(
     GATED: tl.constexpr,
     MATRIX: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PADDED: tl.constexpr,
@@ -313,7 +324,7 @@ def coefficients_kernel(
             tl.store(projection + far[None, None, :] * (ROWS + 1) + row, raw, mask=here)
             row = stored_row(row, n, TRANSPOSED)
             logits = affine(raw, row, inside, inverse_rms[None, None, :], scale + 2, bias)
-            matrix = matrix_of(logits, iters, eps, n, N, MATRIX, HAS_EPS)
+            matrix = matrix_of(logits, iters, (first_eps, matrix_eps, sums_eps), n, N, MATRIX, HAS_EPS, FIRST_EPS)
         else:
             matrix = tl.where(o == i, 1.0, 0.0) + tl.full([N, N, BLOCK_TOKENS], 0.0, tl.float32)
         if ANCHORED:
@@ -327,7 +338,7 @@ def coefficients(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     geometry: Geometry,
     constants: dict[str, Any],
     coefficient_outputs: tuple[Tensor, Tensor, Tensor],
@@ -348,7 +359,8 @@ def coefficients(
     config = coefficients_config(geometry)
     launch(
         coefficients_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
-        sums, scale, bias, *coefficient_outputs, geometry.tokens, geometry.width, iters, norm_eps, eps, sums.shape[0],
+        sums, scale, bias, *coefficient_outputs, geometry.tokens, geometry.width, iters, norm_eps, *epsilons(eps)[1:],
+        sums.shape[0],
         BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **geometry.coefficients(), **geometry.matrix(),
         **constants,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..epsilons import Eps, epsilons
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
 from .collapse_weights import collapse_weights, copy_coefficients, weight_of
@@ -92,7 +93,7 @@ def collapse_by(
     bias: Tensor,
     projection: Tensor,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     gated: bool,
     geometry: Geometry,
     *,
@@ -124,7 +125,7 @@ def collapse_by(
         launch(
             collapse_kernel, (blocks,), streams, *(mixing or (streams, *nothing)), scale, bias, projection,
             *(measured or nothing), streams if fresh_streams is None else fresh_streams, layer_input,
-            *(copies or nothing), geometry.tokens, geometry.width, norm_eps, eps,
+            *(copies or nothing), geometry.tokens, geometry.width, norm_eps, epsilons(eps).pre,
             GATED=gated, MIX=mixing is not None, COPY=measured is not None,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, num_warps=config.warps,
             **register_limit(255 if mixing else 64), **geometry.coefficients(), **product_options(),
@@ -142,7 +143,7 @@ def collapse(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..epsilons import Eps, epsilons
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
 from .collapse_weights import collapse_weights, copy_coefficients, weight_of
@@ -197,7 +198,7 @@ def collapse_norm_by(
     bias: Tensor,
     projection: Tensor,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     layer_eps: float,
     centered: bool,
     gated: bool,
@@ -235,7 +236,7 @@ def collapse_norm_by(
             collapse_norm_kernel, (ceil_div(geometry.tokens, config.block_tokens),),
             streams, *(mixing or (streams, *nothing)), *norm, scale, bias, projection, *(measured or nothing),
             streams if fresh_streams is None else fresh_streams, normed, statistics, *(copies or nothing),
-            geometry.tokens, geometry.width, norm_eps, eps, layer_eps,
+            geometry.tokens, geometry.width, norm_eps, epsilons(eps).pre, layer_eps,
             GATED=gated, CENTERED=centered, MIX=mixing is not None, COPY=measured is not None, HELD=config.held,
             BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width,
             **warps_for(config.warps), **geometry.coefficients(),
@@ -255,7 +256,7 @@ def collapse_norm(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     layer_eps: float,
     centered: bool,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..epsilons import Eps
 from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import coefficient_memory, coefficients, manifold_constants
 from .configurations import Geometry
@@ -20,7 +21,7 @@ def measure_by(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     constants: dict[str, Any],
     geometry: Geometry,
     mixing: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -58,7 +59,7 @@ def measure(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,

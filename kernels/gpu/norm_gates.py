@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..epsilons import Eps, epsilons
 from .collapse_weights import collapse_weights, weight_of
 from .configurations import Geometry, ceil_div, chunk_width, gates_config
 from .launch import empty, launch, product_options
@@ -140,7 +141,7 @@ def norm_gates(
     scale: Tensor,
     bias: Tensor,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     gated: bool,
     geometry: Geometry,
     mixing: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -167,7 +168,7 @@ def norm_gates(
     launch(
         norm_gates_kernel, (ceil_div(geometry.tokens, config.block_tokens), splits),
         streams, *(mixing or (streams, parts, parts)), grad_normed, norm.weight, norm.statistics, projection, scale,
-        bias, parts, geometry.tokens, geometry.width, chunk, norm_eps, eps,
+        bias, parts, geometry.tokens, geometry.width, chunk, norm_eps, epsilons(eps).pre,
         GATED=gated, CENTERED=norm.centered, MIX=mixing is not None,
         BLOCK_TOKENS=config.block_tokens, BLOCK_WIDTH=config.block_width, VECTOR=config.vector,
         num_warps=config.warps, num_stages=1, **geometry.coefficients(), **product_options(),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..epsilons import Eps
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import (
@@ -95,7 +96,7 @@ def paper_affine_kernel(
         values = tl.where(o == i, 1.0, 0.0) + tl.full([N, N, BLOCK_TOKENS], 0.0, tl.float32)
     if MATRIX != "sinkhorn":
         if PADDED == 0:
-            values = matrix_of(values, 0, 0.0, n, N, MATRIX, False)
+            values = matrix_of(values, 0, (0.0, 0.0, 0.0), n, N, MATRIX, False, False)
         if ANCHORED:
             values = anchor_matrix(values, n, N, EXACT_ROWS)
     tl.store(matrix + far[None, None, :] * (n * n) + o * n + i, values, mask=here)
@@ -108,7 +109,7 @@ def paper_pre(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..epsilons import Eps
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
 from .collapse_norm import collapse_norm_by
@@ -26,7 +27,7 @@ def post_collapse_norm(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     layer_eps: float,
     centered: bool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..epsilons import Eps
 from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import manifold_constants
 from .launch import geometry_of
@@ -20,7 +21,7 @@ def post_measure(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,

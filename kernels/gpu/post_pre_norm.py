@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..epsilons import Eps
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficients import manifold_constants
@@ -32,7 +33,7 @@ def post_pre_norm(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     layer_eps: float,
     centered: bool,
@@ -74,7 +75,7 @@ def post_pre_norm_backward(
     statistics: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     layer_eps: float,
     centered: bool,

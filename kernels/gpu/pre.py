@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..epsilons import Eps
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficient_gradients import coefficient_gradients
@@ -33,7 +34,7 @@ def pre(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
@@ -76,7 +77,7 @@ def pre_backward(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     anchored: bool = False,
     layout: PhiLayout = ROWS_FIRST,
@@ -113,7 +114,7 @@ def backward(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     constants: dict[str, Any],
     anchored: bool,
     layout: PhiLayout,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..epsilons import Eps
 from ..manifolds import MANIFOLDS
 from ..orientation import ROWS_FIRST, PhiLayout
 from .coefficient_gradients import coefficient_gradients
@@ -33,7 +34,7 @@ def pre_norm(
     bias: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     layer_eps: float,
     centered: bool,
@@ -68,7 +69,7 @@ def pre_norm_backward(
     statistics: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     layer_eps: float,
     centered: bool,
@@ -100,7 +101,7 @@ def norm_walks(
     projection: Tensor,
     iters: int,
     norm_eps: float,
-    eps: float,
+    eps: Eps,
     manifold: str,
     geometry: Geometry,
     **made: Any,

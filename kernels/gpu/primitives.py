@@ -118,18 +118,26 @@ def row_softmax(logits: tl.tensor, valid: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _sinkhorn_start(logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr) -> tuple:
-    """First column and row normalization, in the log domain where eps = 0.
+def _sinkhorn_start(
+    logits: tl.tensor, valid: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr, FIRST_EPS: tl.constexpr
+) -> tuple:
+    """First column and row normalization, in the log domain where no eps is added.
 
-    Returns the column softmax, the matrix and its row sums, all zero in the padding.
+    Returns the exponentials by their sums over columns, the matrix and its row sums, all zero in the padding.
     """
     shown = tl.where(valid, logits, LOWEST)
-    shown = shown - largest(shown, 0)[None, :, :]
-    columns = shown - tl.log(total(tl.exp(shown), 0))[None, :, :]
+    top = largest(shown, 0)
+    shown = shown - top[None, :, :]
+    column_sums = total(tl.exp(shown), 0)
+    columns = shown - tl.log(column_sums)[None, :, :]
     probabilities = tl.where(valid, tl.exp(columns), 0.0)
+    if FIRST_EPS:
+        # Of exponentials too small to matter beside the eps, exp(-top) may be infinite.
+        kept = column_sums / (column_sums + eps[0] * tl.exp(-tl.where(top == LOWEST, 0.0, top)))
+        probabilities *= kept[None, :, :]
     if HAS_EPS:
-        matrix = tl.where(valid, probabilities + eps, 0.0)
-        sums = _nonzero(total(matrix, 1) + eps)
+        matrix = tl.where(valid, probabilities + eps[1], 0.0)
+        sums = _nonzero(total(matrix, 1) + eps[2])
     else:
         columns = tl.where(valid, columns, LOWEST)
         matrix = tl.where(valid, tl.exp(columns - largest(columns, 1)[:, None, :]), 0.0)
@@ -165,12 +173,21 @@ def _sinkhorn_step_backward(
 
 @triton.jit
 def sinkhorn_tile(
-    logits: tl.tensor, valid: tl.tensor, iters: tl.tensor, eps: tl.tensor, HAS_EPS: tl.constexpr
+    logits: tl.tensor,
+    valid: tl.tensor,
+    iters: tl.tensor,
+    eps: tl.tensor,
+    HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
 ) -> tl.tensor:
-    """Project a tile of logits [out, in, tokens] onto the doubly stochastic matrices, rows last (Eq. 9)."""
-    _, matrix, _ = _sinkhorn_start(logits, valid, eps, HAS_EPS)
+    """Project a tile of logits [out, in, tokens] onto the doubly stochastic matrices, rows last (Eq. 9).
+
+    Of `eps`, what is added to the first sums, to the matrix and to later sums, kernels know at compile time whether
+    there is any, and whether there is the first.
+    """
+    _, matrix, _ = _sinkhorn_start(logits, valid, eps, HAS_EPS, FIRST_EPS)
     for _ in range(iters - 1):
-        matrix, _, _ = _sinkhorn_step(matrix, eps, True)
+        matrix, _, _ = _sinkhorn_step(matrix, eps[2], True)
     return matrix
 
 
@@ -182,29 +199,32 @@ def sinkhorn_tile_backward(
     iters: tl.tensor,
     eps: tl.tensor,
     HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
 ) -> tl.tensor:
     """Differentiate `sinkhorn_tile` exactly, replaying the iterates in registers.
 
     Three iterations at a time, last ones first: their start is recomputed, their sums (not their matrices) are kept,
     and walking back multiplies by them. The padding of `grad` must be zero.
     """
-    probabilities, first, first_sums = _sinkhorn_start(logits, valid, eps, HAS_EPS)
+    probabilities, first, first_sums = _sinkhorn_start(logits, valid, eps, HAS_EPS, FIRST_EPS)
+    sums_eps = eps[2]
     rounds = iters - 1
     for segment in range((rounds + 2) // 3):
         end = rounds - 3 * segment
         begin = tl.maximum(end - 3, 0)
         matrix = first
         for _ in range(begin):
-            matrix, _, _ = _sinkhorn_step(matrix, eps, True)
+            matrix, _, _ = _sinkhorn_step(matrix, sums_eps, True)
         second, third = begin + 1 < end, begin + 2 < end
-        matrix, columns_1, rows_1 = _sinkhorn_step(matrix, eps, True)
-        matrix, columns_2, rows_2 = _sinkhorn_step(matrix, eps, second)
-        matrix, columns_3, rows_3 = _sinkhorn_step(matrix, eps, third)
+        matrix, columns_1, rows_1 = _sinkhorn_step(matrix, sums_eps, True)
+        matrix, columns_2, rows_2 = _sinkhorn_step(matrix, sums_eps, second)
+        matrix, columns_3, rows_3 = _sinkhorn_step(matrix, sums_eps, third)
         grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_3, rows_3, valid, third)
         grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_2, rows_2, valid, second)
         grad, matrix = _sinkhorn_step_backward(grad, matrix, columns_1, rows_1, valid, True)
     if HAS_EPS:
         grad = (grad - total(grad * first, 1)[:, None, :]) / first_sums[:, None, :]
+        # An eps in the first sums leaves the derivative of a softmax, p(δ - p).
         grad = grad * probabilities
     else:
         grad = first * (grad - total(grad * first, 1)[:, None, :])

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..epsilons import Eps, epsilons
 from ..manifolds import MANIFOLDS
-from .coefficients import anchor_matrix, matrix_index
+from .coefficients import anchor_matrix, matrix_index, sinkhorn_eps_constants
 from .configurations import ceil_div
 from .launch import launch
 from .primitives import rounded, sinkhorn_tile, sinkhorn_tile_backward
@@ -49,10 +50,13 @@ def sinkhorn_forward_kernel(
     res: tl.tensor,
     tokens: tl.tensor,
     iters: tl.tensor,
-    eps: tl.tensor,
+    first_eps: tl.tensor,
+    matrix_eps: tl.tensor,
+    sums_eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     ANCHORED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -60,7 +64,7 @@ def sinkhorn_forward_kernel(
     """Project a tile of matrices; reads and writes each entry once."""
     offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
-    projected = sinkhorn_tile(tile, valid, iters, eps, HAS_EPS)
+    projected = sinkhorn_tile(tile, valid, iters, (first_eps, matrix_eps, sums_eps), HAS_EPS, FIRST_EPS)
     if ANCHORED:
         projected = anchor_matrix(projected, n, N, EXACT_ROWS)
     tl.store(res + offsets, rounded(projected, res.dtype.element_ty), mask=mask)
@@ -73,21 +77,24 @@ def sinkhorn_backward_kernel(
     grad_logits: tl.tensor,
     tokens: tl.tensor,
     iters: tl.tensor,
-    eps: tl.tensor,
+    first_eps: tl.tensor,
+    matrix_eps: tl.tensor,
+    sums_eps: tl.tensor,
     n: tl.constexpr,
     N: tl.constexpr,
     HAS_EPS: tl.constexpr,
+    FIRST_EPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Differentiate a tile of projections; the iterates are replayed in registers."""
     offsets, valid, mask = _matrix_offsets(tokens, n, N, BLOCK_TOKENS)
     tile = tl.load(logits + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_res + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad = sinkhorn_tile_backward(grad, tile, valid, iters, eps, HAS_EPS)
+    grad = sinkhorn_tile_backward(grad, tile, valid, iters, (first_eps, matrix_eps, sums_eps), HAS_EPS, FIRST_EPS)
     tl.store(grad_logits + offsets, rounded(grad, grad_logits.dtype.element_ty), mask=mask)
 
 
-def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> Tensor:
+def sinkhorn(logits: Tensor, iters: int, eps: Eps, anchored: bool = False) -> Tensor:
     """Project [*, n, n] logits onto the doubly stochastic matrices; see `reference.sinkhorn`.
 
     With `anchored` they are returned as anchored streams are mixed by them. That costs nothing here; as plain
@@ -105,14 +112,14 @@ def sinkhorn(logits: Tensor, iters: int, eps: float, anchored: bool = False) -> 
         config = forward_config(n)
         launch(
             sinkhorn_forward_kernel, (ceil_div(tokens, config.block_tokens),),
-            logits, res, tokens, iters, eps,
-            n=n, N=padded, HAS_EPS=eps != 0.0, EXACT_ROWS=MANIFOLDS["sinkhorn"].rows_are_exact(eps), ANCHORED=anchored,
-            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
+            logits, res, tokens, iters, *epsilons(eps)[1:],
+            n=n, N=padded, EXACT_ROWS=MANIFOLDS["sinkhorn"].rows_are_exact(eps), ANCHORED=anchored,
+            BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **sinkhorn_eps_constants(eps),
         )  # fmt: skip
     return res
 
 
-def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: Eps) -> Tensor:
     """Return the gradient of `sinkhorn` with respect to its logits, [*, n, n] like both arguments."""
     grad_res, logits = grad_res.contiguous(), logits.contiguous()
     grad_logits = torch.empty_like(logits)
@@ -123,7 +130,7 @@ def sinkhorn_backward(grad_res: Tensor, logits: Tensor, iters: int, eps: float) 
         config = backward_config(n)
         launch(
             sinkhorn_backward_kernel, (ceil_div(tokens, config.block_tokens),),
-            grad_res, logits, grad_logits, tokens, iters, eps,
-            n=n, N=padded, HAS_EPS=eps != 0.0, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps,
+            grad_res, logits, grad_logits, tokens, iters, *epsilons(eps)[1:],
+            n=n, N=padded, BLOCK_TOKENS=config.block_tokens, num_warps=config.warps, **sinkhorn_eps_constants(eps),
         )  # fmt: skip
     return grad_logits

@@ -308,7 +308,7 @@ class _Costs:
         if self.n_streams and sites:
             interval = traffic.recompute_interval(sites, self.n_streams)
             saved += self.tokens * traffic.saved_bytes_per_token(
-                sites, self.n_streams, self.chain.width, self.chain.dtype.itemsize, interval
+                sites, self.n_streams, self.chain.width, self.chain.dtype.itemsize, interval, self.manifold
             )
         return _BYTES_A_PARAMETER * self.parameters(start, end) + alive * saved
 
@@ -323,7 +323,7 @@ class _Costs:
         """Return the seconds that the operators of a site take beyond a plain residual add."""
         if not self.n_streams:
             return 0.0
-        sizes = (self.tokens, self.chain.width, self.n_streams, self.chain.dtype)
+        sizes = (self.tokens, self.chain.width, self.n_streams, self.chain.dtype, self.manifold)
         share = self.chain.normed / self.chain.sites
         return sum(_site_seconds(self.gpu, name, *sizes, share) for name in passes)
 
@@ -331,12 +331,18 @@ class _Costs:
 # Putting numbers into a formula takes longer than all that is done with the result.
 @functools.cache
 def _site_seconds(
-    gpu: GPU, name: str, tokens: int, width: int, n_streams: int, dtype: torch.dtype, normed: float
+    gpu: GPU, name: str, tokens: int, width: int, n_streams: int, dtype: torch.dtype, manifold: str, normed: float
 ) -> float:
     """Return the seconds of a pass beyond a plain residual add, on average where a share of the sites is normed."""
-    fusion = choose_on(gpu, tokens, width, n_streams, dtype).fusion
+    fusion = choose_on(gpu, tokens, width, n_streams, dtype, manifold=manifold).fusion
     evaluate: Callable[..., float] = partial(
-        traffic.evaluate, tokens=tokens, width=width, n_streams=n_streams, element_size=dtype.itemsize, sites=2
+        traffic.evaluate,
+        manifold=manifold,
+        tokens=tokens,
+        width=width,
+        n_streams=n_streams,
+        element_size=dtype.itemsize,
+        sites=2,
     )
     moved, folded, plain = (
         evaluate(getattr(one, name).ours.bytes)

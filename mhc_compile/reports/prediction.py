@@ -150,7 +150,9 @@ class Prediction:
         return buffer.getvalue().rstrip()
 
 
-def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workload: Workload) -> Prediction:
+def predict(
+    chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workload: Workload, manifold: str = "sinkhorn"
+) -> Prediction:
     """Predict a training step.
 
     Args:
@@ -158,6 +160,7 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
         work: the plain model's, as traced.
         n_streams: n.
         workload: tokens and GPU.
+        manifold: a name of `MANIFOLDS`.
 
     Raises:
         MHCOptionError: there is no chain, or the streams are float64, for which no rate is known.
@@ -174,7 +177,7 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
 
     def added(fusion: str, amount: str, recomputed: bool) -> float:
         moved = sum(
-            _added_bytes(chain, scale, n_streams, fusion, amount, interval if recomputed else None)
+            _added_bytes(chain, scale, n_streams, manifold, fusion, amount, interval if recomputed else None)
             for chain, interval in zip(chains, intervals, strict=True)
         )
         rate = gpu.kernel_rate if amount == "ours" else gpu.copy_rate
@@ -184,7 +187,7 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
         return sum(
             round(chain.tokens * scale)
             * traffic.saved_bytes_per_token(
-                chain.sites, n_streams, chain.width, chain.dtype.itemsize, interval if recomputed else None
+                chain.sites, n_streams, chain.width, chain.dtype.itemsize, interval if recomputed else None, manifold
             )
             for chain, interval in zip(chains, intervals, strict=True)
         )
@@ -207,14 +210,14 @@ def predict(chains: Sequence[ChainSize], work: BranchWork, n_streams: int, workl
             )
             for fusion in traffic.PER_SITE
         ),
-        auto=choose_on(gpu, tokens, first.width, n_streams, first.dtype),
+        auto=choose_on(gpu, tokens, first.width, n_streams, first.dtype, manifold=manifold),
         sites=sum(chain.sites for chain in chains),
         normed=sum(chain.normed for chain in chains),
     )
 
 
 def _added_bytes(
-    chain: ChainSize, scale: float, n_streams: int, fusion: str, amount: str, interval: int | None
+    chain: ChainSize, scale: float, n_streams: int, manifold: str, fusion: str, amount: str, interval: int | None
 ) -> float:
     """Return the bytes that a chain moves in a step beyond what its plain residual adds, and folded norms, move."""
     sizes = {
@@ -227,7 +230,7 @@ def _added_bytes(
 
     def of(one: traffic.Cost) -> float:
         moved: traffic.Traffic = getattr(one, amount)
-        return traffic.evaluate(moved.bytes, **sizes)
+        return traffic.evaluate(moved.bytes, manifold, **sizes)
 
     passes, again = traffic.chain(fusion, chain.normed), traffic.REPLAYED[FUSIONS[fusion].cost]
     plain = chain.sites * (of(traffic.PLAIN.forward) + of(traffic.PLAIN.backward))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,9 @@ def prove_site(
     """Compare a piece with `pre` on streams and weights of several sizes; None where they agree."""
 
     def ours(streams: Tensor, parameters: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        got = reference.pre(
-            streams, *parameters, form.iters, form.norm_eps, form.eps, form.manifold, False, form.transposed
-        )
+        layout = (False, form.transposed)
+        site: tuple[Any, ...] = (form.iters, form.norm_eps, form.eps, form.manifold, *layout, form.sinkhorn_eps)
+        got = reference.pre(streams, *parameters, *site)
         matrix = got.res.mT if form.columns_last == mixes_by_rows else got.res
         gates = got.post * (form.magnitude / 2) + form.post_eps
         return [got.layer_input, gates] if res is None else [got.layer_input, gates, matrix]

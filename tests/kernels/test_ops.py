@@ -22,7 +22,7 @@ def _samples():
     norm, normed = (draw(WIDTH), draw(WIDTH)), (*constants, 1e-5, True)
     return {
         "sinkhorn": (draw(*TOKENS, N, N), 20, 0.0),
-        "pre": (streams, *site, *constants),
+        "pre": (streams, *site, *constants, False, False, [1e-6, 0.0, 1e-6]),
         "paper_pre": (streams, *site, *constants),
         "post": (streams, draw(*TOKENS, WIDTH), *coefficients),
         "post_pre": (streams, draw(*TOKENS, WIDTH), *coefficients, *site, *constants),
@@ -40,7 +40,10 @@ def _samples():
 
 # Graphs, caches and exported programs know the operators by these.
 _PARAMETERS = "Tensor phi, Tensor scale, Tensor bias"
-_SITE = "SymInt iters, float norm_eps, float eps, str manifold, bool anchored=False, bool transposed=False"
+_SITE = (
+    "SymInt iters, float norm_eps, float eps, str manifold, bool anchored=False, bool transposed=False, "
+    "float[] sinkhorn_eps=[]"
+)
 _HEAD = f"Tensor streams, {_PARAMETERS}"
 _LAYOUT = "float norm_eps, float eps, bool anchored=False"
 _MIXING = "Tensor streams, Tensor branch, Tensor post, Tensor res"

@@ -162,7 +162,8 @@ def test_no_implementation_copies_phi_or_its_gradient(choice, columns):
 
 def test_a_call_without_phi_is_given_no_layout():
     assert in_layout(lambda *arguments: arguments, (STREAMS,), (1,), None) == (STREAMS, 1)
-    called = in_layout(lambda *arguments: arguments, (STREAMS, *PARAMETERS), (*CONSTANTS, True), 1)
+    called = in_layout(lambda *arguments: arguments, (STREAMS, *PARAMETERS), CONSTANTS, 1, transposed=True)
+    assert called[-6:-1] == CONSTANTS
     assert called[-1] == PhiLayout(transposed=True, columns=False)
 
 

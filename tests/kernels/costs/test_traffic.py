@@ -8,6 +8,7 @@ import pytest
 import torch
 from mhc_compile.kernels.costs import traffic
 from mhc_compile.kernels.dispatch import reference_of
+from mhc_compile.kernels.manifolds import MANIFOLDS
 
 from benchmarks import traffic as counter
 from benchmarks.problems import Shape
@@ -94,6 +95,34 @@ def test_our_traffic_is_what_the_kernels_move(operator, tokens, width, n, anchor
     for backward, counted in enumerate(counter.count(shape)):
         assert counted or operator == "post_measure"
         assert counter.disagreement(shape, counted, bool(backward)) <= counter.TOLERANCE
+
+
+# Rows of phi and of the slopes are most of what few tokens move: an identity has 8 of them, a permutation 32.
+@pytest.mark.parametrize("manifold", ["identity", "kronecker", "row", "permutation"])
+@pytest.mark.parametrize("operator", ["post_pre", "pre_norm"])
+def test_traffic_is_counted_by_manifold(operator, manifold):
+    shape = Shape(operator, 40, 4, 64, torch.bfloat16, True, manifold)
+    for backward, counted in enumerate(counter.count(shape)):
+        assert counted
+        assert counter.disagreement(shape, counted, bool(backward)) <= counter.TOLERANCE
+
+
+def test_a_manifold_costs_what_its_logits_do():
+    values = {"n_streams": 4, "width": WIDTH, "tokens": MANY, "element_size": 2, "iters": 20, "sites": 8}
+    for passes in (traffic.OPERATORS["pre"], traffic.PER_SITE["paper"], traffic.chain("boundary")):
+        for one in (passes.forward, passes.backward):
+            flops, moved = (
+                {name: traffic.evaluate(amount, name, **values) for name in MANIFOLDS}
+                for amount in (one.flops, one.ours.bytes)
+            )
+            assert flops["identity"] < flops["kronecker"] < flops["row"] < flops["sinkhorn"] < flops["permutation"]
+            assert moved["identity"] < moved["kronecker"] < moved["row"] <= moved["sinkhorn"] < moved["permutation"]
+    kept = {name: traffic.saved_bytes_per_token(1, 4, 100, 2, manifold=name) for name in MANIFOLDS}
+    # Floats of the projection: 2n gates, the matrix's logits, and the sum of squares.
+    streams = 5 * 100 * 2 + 20 * 4
+    assert {name: (size - streams) / 4 for name, size in kept.items()} == {
+        "sinkhorn": 25, "none": 25, "row": 25, "identity": 9, "kronecker": 11, "permutation": 33,
+    }  # fmt: skip
 
 
 def test_a_norm_within_saves_what_it_moves():
