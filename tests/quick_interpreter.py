@@ -1,7 +1,8 @@
 """Triton's interpreter in half the time: what a kernel computes is untouched.
 
-It prepares `triton.language` anew for each function that a kernel calls, some hundred in each program; once a launch is
-enough. And it checks each sum of integers for overflow, by computing it again in 64 bits; the offsets of tests are small.
+It prepares `triton.language` anew for each function that a kernel calls, some hundred in each program; once a launch
+is enough. And it checks each sum of integers for overflow, by computing it again in 64 bits; the offsets of tests are
+small.
 """
 
 import dataclasses

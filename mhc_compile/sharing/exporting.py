@@ -38,8 +38,8 @@ def export(model: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: A
     """Export the rewritten model to plain ATen: for AOTInductor, ONNX, or `torch.export.save`.
 
     The program takes the arguments given here. It runs, is saved, compiled and converted without this package; whoever
-    loads one of a Hugging Face model has to import `transformers.modeling_outputs`, whose classes it returns. A Hugging Face model is
-    exported without its cache of keys and values unless `use_cache` is among the arguments.
+    loads one of a Hugging Face model has to import `transformers.modeling_outputs`, whose classes it returns. A Hugging
+    Face model is exported without its cache of keys and values unless `use_cache` is among the arguments.
 
     Code that was compiled before is compiled again at its next call.
 
