@@ -13,7 +13,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 _HEAD = """# Compatibility: architectures that were run
 
-Written by `python -m tests.compatibility` from a run of {date}: torch {torch}, transformers {transformers}, CPU. Each
+Written by `python -m tests.compatibility` from runs of {dates}: torch {torch}, transformers {transformers}, CPU. Each
 is built tiny with random weights, attached, its mHC parameters perturbed by 0.3·randn, compiled, and compared with an
 independent interpreter of its plain graph (`tests/oracle.py`), outputs and the gradients of all parameters, in one of
 {choices} combinations of fusion, recomputation, manifold, streams and readout.
@@ -32,7 +32,9 @@ def page(content: dict[str, Any], choices: int) -> str:
     absent = ", ".join(record["name"] for record in records if record not in built)
     missing = f" Not built with this transformers: {absent}." if absent else ""
     counts = {"equal": equal, "all": len(built), "none": nothing, "missing": missing}
-    head = _HEAD.format(date=content["date"], **content["versions"], choices=choices, **counts)
+    days = sorted({record["date"] for record in records})
+    dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    head = _HEAD.format(dates=dates, **content["versions"], choices=choices, **counts)
     lines = [head, "| architecture | sites | outputs differ by | gradients by | result |", "|---|--:|--:|--:|---|"]
     for record in built:
         differences = [f"{record[key]:.0e}" if key in record else "–" for key in ("out", "gradient")]
