@@ -9,9 +9,10 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import UnrewrittenCallError
+from mhc_compile.attachment.sentinels import sentinels_on
 
 from ..carrying import compile_blocks, perturb
-from ..models import CASES, Stack, bart, features, t5, whisper
+from ..models import CASES, WIDTH, Stack, bart, features, t5, whisper
 
 # What is tested here is which calls are rewritten: what compiles them then makes no difference.
 QUICK = {"inner": "eager"}
@@ -103,6 +104,45 @@ def test_an_attached_model_inside_a_wrapper(in_place):
     torch.testing.assert_close(compiled(features()), want, rtol=1e-6, atol=1e-6)
     compiled(features()).sum().backward()
     assert all(parameter.grad is not None for parameter in mhc_compile.parameters(wrapper).values())
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = Stack(), nn.Linear(3, WIDTH)
+
+    def forward(self, hidden):
+        return hidden + self.last(self.inner(hidden))
+
+
+class Nested(nn.Module):
+    """A stream that two modules add to: only what is inside the branch of the lower one holds a whole stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.around = nn.Linear(WIDTH, WIDTH), Around()
+
+    def forward(self, values):
+        return self.around(values + torch.tanh(self.first(values)))
+
+
+def test_parts_of_a_deep_copy():
+    model = Nested()
+    mhc_compile.attach(model, features(), min_sites=1)
+    twin = copy.deepcopy(model)
+    perturb(twin)
+    owners = [hook.owner for module in twin.modules() for hook in sentinels_on(module)]
+    assert {id(owner) for owner in owners} <= {id(module) for module in twin.modules()}
+    for each in (model, twin):
+        each.compile(backend="mhc", options=QUICK)
+    alone = twin.around.inner(features())
+    wanted = torch.compile(copy.deepcopy(twin).around.inner, backend="mhc", options=QUICK)(features())
+    assert torch.equal(alone, wanted)
+    # The original still stands at the start, where it computes what the plain model does.
+    original = model.around.inner(features())
+    assert not torch.allclose(alone, original, atol=1e-3)
+    mhc_compile.detach(twin)
+    torch.testing.assert_close(twin.around.inner(features()), original, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_block", [True, False])
