@@ -9,7 +9,7 @@ import re
 from torch.fx import Graph, Node
 
 from ..residual import StreamForm
-from .dataflow import holds_data, op_name, size_hint, sizes_of, tensor_of
+from .dataflow import holds_data, is_parameter_expression, op_name, shape_of, size_hint, sizes_of, tensor_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
@@ -91,7 +91,8 @@ def feature_dim_of(add: Node, branch: Node) -> int:
     """Return the dimension of an add's result that holds features, counted from the front.
 
     Follows the branch back to the operation that produced its features: convolutions and batch norms put them in
-    dimension 1, linear maps and layer norms last; permutes in between move them.
+    dimension 1, linear maps and layer norms last; permutes in between move them. A factor or a term beside them has
+    produced nothing.
     """
     tensor = tensor_of(add)
     assert tensor is not None
@@ -111,8 +112,15 @@ def feature_dim_of(add: Node, branch: Node) -> int:
             break
         if name in ("permute", "transpose", "movedim", "swapaxes"):
             moves.append(node)
-        node = next((source for source in node.all_input_nodes if holds_data(source)), None)
+        node = _features_before(node)
     return rank - 1
+
+
+def _features_before(node: Node) -> Node | None:
+    """Return the input that a node has its features from: of several, the one of its own shape."""
+    inputs = [source for source in node.all_input_nodes if holds_data(source) and not is_parameter_expression(source)]
+    whole = (source for source in inputs if shape_of(source) == shape_of(node))
+    return next(whole, next(iter(inputs), None))
 
 
 def _move(dim: int, moves: list[Node], rank: int) -> int:
