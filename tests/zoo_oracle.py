@@ -82,7 +82,9 @@ def run_one(zoo_path: Path, name: str) -> dict[str, object]:
             continue
         ((out, gradient, where),) = found
         good = out <= OUT and gradient <= GRADIENT
-        record |= {"sites": len(report.sites), "double": double, "out": out, "gradient": gradient, "where": where}
+        widths = sorted({site.width for site in report.sites})
+        record |= {"sites": len(report.sites), "widths": widths, "double": double}
+        record |= {"out": out, "gradient": gradient, "where": where}
         record["verdict"] = "ok" if good else f"outputs differ by {out:.1e}, gradients by {gradient:.1e} at {where}"
         break
     return record
