@@ -3,7 +3,6 @@
 import pytest
 import torch
 from mhc_compile.passes.residual import Reason
-from torch import nn
 from torch.nn import functional as F
 
 import mhc_compile
@@ -163,38 +162,6 @@ def _check(model, x, chains):
     after = dict(model.named_parameters())
     top = max(float(g.abs().max()) for g in gradients.values())
     assert_same_function([gradients[n] for n in names], [after[n].grad for n in names], 1e-4, floor=1e-3 * top)
-
-
-class Scaled(nn.Module):
-    """Features lie in dimension 1, inside the branch last, and a learned vector or a gate scales them."""
-
-    def __init__(self, gated):
-        super().__init__()
-        self.spatial, self.linear = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 6)
-        self.gain, self.gate = nn.Parameter(torch.rand(6)), nn.Linear(6, 6) if gated else None
-
-    def forward(self, image):
-        branch = (self.gain * self.linear(self.spatial(image).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        if self.gate is not None:
-            branch = torch.sigmoid(self.gate(image.mean((2, 3)))).unsqueeze(-1).unsqueeze(-1) * branch
-        return image + branch
-
-
-def test_features_come_from_no_factor_beside_them():
-    model = nn.Sequential(Scaled(gated=False), Scaled(gated=True))
-    report = mhc_compile.attach(model, torch.randn(2, 6, 4, 5), min_sites=1)
-    assert [site.width for site in report.sites] == [6, 6]
-
-
-class Convolved(nn.Module):
-    def forward(self, conv):
-        scores = torch.softmax(torch.einsum("bic,bjc->bij", conv, conv), -1)
-        return conv + torch.einsum("bij,bjc->bic", scores, conv)
-
-
-def test_an_input_named_after_an_operation_is_none():
-    report = mhc_compile.attach(Convolved(), torch.randn(2, 4, 6), min_sites=1)
-    assert [site.width for site in report.sites] == [6]
 
 
 def test_an_in_place_add_on_an_aliased_value_stays():
