@@ -18,8 +18,8 @@ is built tiny with random weights, attached, its mHC parameters perturbed by 0.3
 independent interpreter of its plain graph (`tests/oracle.py`), outputs and the gradients of all parameters, in one of
 {choices} combinations of fusion, recomputation, manifold, streams and readout.
 
-{equal} of {all} equal it (outputs within 1e-5, every gradient within 1e-4); {none} have no residual add between two
-branches or carry streams of their own.{missing}
+{equal} of {all} equal it (outputs within 1e-5, every gradient within 1e-4); {none} more have no residual add between
+two branches, or carry streams of their own.{missing}
 """
 
 
@@ -31,7 +31,7 @@ def page(content: dict[str, Any], choices: int) -> str:
     nothing = sum(record["verdict"] == "no sites" for record in records)
     absent = ", ".join(record["name"] for record in records if record not in built)
     missing = f" Not built with this transformers: {absent}." if absent else ""
-    counts = {"equal": equal, "all": len(built), "none": nothing, "missing": missing}
+    counts = {"equal": equal, "all": len(built) - nothing, "none": nothing, "missing": missing}
     days = sorted({record["date"] for record in records})
     dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     head = _HEAD.format(dates=dates, **content["versions"], choices=choices, **counts)
