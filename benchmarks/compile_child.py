@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,11 @@ import mhc_compile
 from mhc_compile import backend
 
 from .llama import PLAIN, Setting, build, tokens_of
+
+STEP = "step"
+BY_BLOCK = "step by block"
+GENERATION = "generation"
+WORKS = (STEP, BY_BLOCK, GENERATION)
 
 
 class Clock:
@@ -49,10 +55,11 @@ class Clock:
         return whole
 
 
-def measure(setting: Setting, fusion: str, inner: str, device: str, by_block: bool) -> dict[str, Any]:
-    """Attach, compile and run two training steps; return seconds. `by_block` compiles each layer alone.
+def measure(setting: Setting, fusion: str, inner: str, device: str, work: str) -> dict[str, Any]:
+    """Attach, compile and run what `work` says, until nothing is compiled any more; return seconds.
 
-    `compile` is the first step less the second; `passes` is what the backend takes beside the inner compiler.
+    `compile` is what the first runs took less as many of the last; `passes` is what the backend takes beside the inner
+    compiler.
     """
     model = build(setting, device)
     batch = tokens_of(setting, device)
@@ -64,22 +71,34 @@ def measure(setting: Setting, fusion: str, inner: str, device: str, by_block: bo
         mhc_compile.attach(model, input_ids=batch, labels=batch)
         attach = time.perf_counter() - begin
         backend_of_case = clock.timed({"fusion": fusion, "inner": inner})
-    if by_block:
-        for block in model.model.layers:
-            block.compile(backend=backend_of_case, dynamic=False)
-    compiled = model if by_block else torch.compile(model, backend=backend_of_case, dynamic=False)
-    steps = []
-    for _ in range(2):
+    seconds = []
+    for run in runs(model, batch, backend_of_case, work):
         begin = time.perf_counter()
-        compiled(input_ids=batch, labels=batch).loss.backward()
+        run()
         if device == "cuda":
             torch.cuda.synchronize()
-        steps.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - begin)
+    *first, last = seconds
     return {
-        "compile_seconds": steps[0] - steps[1],
+        "compile_seconds": sum(first) - len(first) * last,
         "attach_seconds": attach,
         "passes_seconds": clock.backend - clock.inner,
     }
+
+
+def runs(model: Any, batch: torch.Tensor, backend_of_case: Any, work: str) -> list[Callable[[], Any]]:
+    """Compile the model for this work; return the runs of which the last compiles nothing."""
+    if work == GENERATION:
+        model.eval()
+        model.compile(backend=backend_of_case)
+        # The second length is the one that makes sizes symbols.
+        prompts = [batch[:1, :length] for length in (5, 9, 7)]
+        return [partial(model.generate, prompt, max_new_tokens=3, do_sample=False) for prompt in prompts]
+    if work == BY_BLOCK:
+        for block in model.model.layers:
+            block.compile(backend=backend_of_case, dynamic=False)
+    compiled = model if work == BY_BLOCK else torch.compile(model, backend=backend_of_case, dynamic=False)
+    return [lambda: compiled(input_ids=batch, labels=batch).loss.backward()] * 2
 
 
 def main() -> None:
@@ -89,11 +108,11 @@ def main() -> None:
     parser.add_argument("--fusion", required=True)
     parser.add_argument("--inner", required=True)
     parser.add_argument("--device", required=True)
-    parser.add_argument("--by-block", action="store_true")
+    parser.add_argument("--work", required=True, choices=WORKS)
     given = parser.parse_args()
     if given.device == "cpu":
         torch.set_num_threads(1)
-    print(json.dumps(measure(Setting(**given.setting), given.fusion, given.inner, given.device, given.by_block)))
+    print(json.dumps(measure(Setting(**given.setting), given.fusion, given.inner, given.device, given.work)))
 
 
 if __name__ == "__main__":

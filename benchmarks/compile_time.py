@@ -3,7 +3,7 @@
     python -m benchmarks.compile_time [--device cuda] [--quick] [--minutes 8] [--out DIR]
 
 Each case compiles a small Llama in a process of its own with an empty cache, then again in another with the cache that
-the first one left. `--only plain`, `--only site/16`: cases by fusion and layers.
+the first one left. `--only plain`, `--only site/16`, `--only site/16/generation`: cases by fusion, layers and work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .compile_child import BY_BLOCK, GENERATION, STEP
 from .figures import Panel, lines
 from .llama import PLAIN, Setting, missing
 from .record import OUT_OF_TIME, Benchmark, Options, Record, in_time, run_as_script
@@ -28,21 +29,21 @@ _ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Case:
-    """A fusion, or the plain model, at a depth; compiled whole, or each layer alone."""
+    """A fusion, or the plain model, at a depth, and what it is compiled for: one of `compile_child.WORKS`."""
 
     fusion: str
     layers: int
-    by_block: bool = False
+    work: str = STEP
 
     @property
     def name(self) -> str:
         """Its name on the command line."""
-        return f"{self.fusion}/{self.layers}{'/by-block' if self.by_block else ''}"
+        return f"{self.fusion}/{self.layers}{'' if self.work == STEP else '/' + self.work.replace(' ', '-')}"
 
     @property
     def label(self) -> str:
         """What tables and figures call it."""
-        return f"{self.fusion}, by block" if self.by_block else self.fusion
+        return self.fusion if self.work == STEP else f"{self.fusion}, {self.work.removeprefix('step ')}"
 
 
 def cases(quick: bool) -> list[Case]:
@@ -52,10 +53,11 @@ def cases(quick: bool) -> list[Case]:
     longer than all the rest.
     """
     if quick:
-        return [Case(PLAIN, 2), Case("site", 2, by_block=True)]
-    by_block = [Case(fusion, layers, True) for layers in (4, 32) for fusion in (PLAIN, "site")]
+        return [Case(PLAIN, 2), Case("site", 2, BY_BLOCK)]
+    by_block = [Case(fusion, layers, BY_BLOCK) for layers in (4, 32) for fusion in (PLAIN, "site")]
+    generation = [Case(fusion, 16, GENERATION) for fusion in (PLAIN, "site")]
     depths = [Case(fusion, layers) for layers in (4, 16, 32) for fusion in (PLAIN, "site")]
-    return [*depths[:2], Case("boundary", 4), *depths[2:4], *by_block, Case("inductor", 4), *depths[4:]]
+    return [*depths[:2], Case("boundary", 4), *depths[2:4], *by_block, *generation, Case("inductor", 4), *depths[4:]]
 
 
 def compile_in_process(case: Case, setting: Setting, inner: str, options: Options, cache: str) -> dict[str, Any]:
@@ -68,8 +70,7 @@ def compile_in_process(case: Case, setting: Setting, inner: str, options: Option
     sizes = {key: value for key, value in asdict(setting).items() if key != "tokens"}
     command = [
         sys.executable, "-m", "benchmarks.compile_child", "--setting", json.dumps(sizes),
-        "--fusion", case.fusion, "--inner", inner, "--device", options.device,
-        *(["--by-block"] if case.by_block else []),
+        "--fusion", case.fusion, "--inner", inner, "--device", options.device, "--work", case.work,
     ]  # fmt: skip
     # Both caches: Inductor's own, and Triton's for the kernels.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": os.path.join(cache, "triton")}
@@ -107,7 +108,7 @@ def run(options: Options, record: Record) -> None:
                 except RuntimeError as error:
                     record.fail(where, str(error))
                     break
-                record.add(fusion=case.label, layers=case.layers, start=start, by_block=case.by_block, **found)
+                record.add(fusion=case.label, layers=case.layers, start=start, work=case.work, **found)
 
 
 def _wanted(case: Case, options: Options) -> bool:
@@ -121,7 +122,7 @@ def total(row: dict[str, Any]) -> float:
 
 def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return what a row shares with the plain model's that it is compared with."""
-    return row["layers"], row["start"], row.get("by_block", False)
+    return row["layers"], row["start"], row["work"]
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -151,12 +152,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
         )
     inner = result["facts"].get("inner", "inductor")
     table = Table(
-        f"Compile time of a training step, inner compiler {inner}",
+        f"Compile time of a training step and of generation, inner compiler {inner}",
         ("model", "fusion", "attach + compile", "to plain", "attach", "passes", "share of both"),
         tuple(cells),
         frozenset(best),
         "Cold: no cache. Warm: another process with the cache of the first. Passes: the backend's time beside the "
-        "inner compiler. Attach traces the model once more than the plain one needs. Two sites a layer.",
+        "inner compiler. Attach traces the model once more than the plain one needs. Two sites a layer. "
+        "Generation: the first two prompts, 5 and 9 tokens, with a dynamic cache.",
     )
     return [table] if cells else []
 
