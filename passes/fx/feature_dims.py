@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .dataflow import holds_data, is_parameter_expression, op_name, shape_of, size_hint, tensor_of
+from .dataflow import holds_data, is_parameter_expression, op_name, operands, shape_of, size_hint, tensor_of
 
-_LAST = {"linear", "matmul", "layer_norm", "rms_norm", "addmm", "embedding"}
+_LAST = {"linear", "layer_norm", "rms_norm", "addmm", "embedding"}
 _CHANNELS_FIRST_NAMES = {"batch_norm", "group_norm", "instance_norm"}
 # Counted from behind by the number of dimensions that they run over.
 _SPATIAL = re.compile(r"(?:conv|pool)\w*?(\d)d")
+_PRODUCTS = {"matmul", "bmm", "mm"}
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
 _PERMUTES = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t"}
 _PERMUTING_ATTRIBUTES = {"T", "mT", "H", "mH"}
@@ -24,26 +26,72 @@ _PERMUTING_ATTRIBUTES = {"T", "mT", "H", "mH"}
 _LONGEST_EXIT = 24
 
 
+@dataclass(frozen=True)
+class _Features:
+    """Where a value of some sizes holds features: in none of its dimensions, as attention scores, in one, or in two."""
+
+    dims: frozenset[int]
+    sizes: tuple[int, ...]
+
+
 def feature_dim_of(add: Node, branch: Node) -> int:
     """Return the dimension of an add's result that holds features, counted from the front.
 
-    Follows the branch back to the operation that produced its features, convolutions before the dimensions that they
-    run over, batch norms in dimension 1, linear maps and layer norms last, and that dimension forward again through the
-    permutes and reshapes in between. A factor or a term beside them has produced nothing. Where it cannot be told, as
-    behind a view that splits the features, it is the last.
+    Convolutions put features before the dimensions that they run over, batch norms in dimension 1, linear maps and
+    layer norms last, products where the operand with features has them. From there the dimension is followed through
+    permutes and reshapes to the end of the branch. A factor or a term beside them has none to give. Where it cannot be
+    told, as behind a view that splits the features, it is the last.
     """
     tensor = tensor_of(add)
     assert tensor is not None
-    passed: list[Node] = []
-    node: Node | None = branch
-    while node is not None and len(passed) < _LONGEST_EXIT:
+    found = _Walk().features(branch, _LONGEST_EXIT)
+    last = tensor.dim() - 1
+    return max((dim for dim in found.dims if dim <= last), default=last) if found is not None else last
+
+
+class _Walk:
+    """Follows values back to what made their features."""
+
+    def __init__(self) -> None:
+        self.known: dict[Node, _Features | None] = {}
+
+    def features(self, node: Node, limit: int) -> _Features | None:
+        """Return where a value has features, None where that cannot be told."""
+        if node not in self.known:
+            self.known[node] = None
+            self.known[node] = self._found(node, limit) if limit else None
+        return self.known[node]
+
+    def _found(self, node: Node, limit: int) -> _Features | None:
         dim = _dim_made(node)
         if dim is not None:
-            found = _followed(dim, node, passed)
-            return tensor.dim() - 1 if found is None else found
-        passed.append(node)
-        node = _features_before(node)
-    return tensor.dim() - 1
+            return _Features(frozenset({dim}), _hints(node))
+        letters = _letters(node)
+        if letters is not None:
+            return self._multiplied(node, *letters, limit)
+        for source in _sources(node):
+            before = self.features(source, limit - 1)
+            if before is not None and before.dims:
+                return _behind(node, before)
+        return None
+
+    def _multiplied(self, node: Node, factors: Sequence[tuple[Node, str]], result: str, limit: int) -> _Features | None:
+        """Return where a product has features: what its factors have and it does not sum over.
+
+        Learned weights make new ones, in what only they have; else they scale.
+        """
+        data = [(factor, letters) for factor, letters in factors if not is_parameter_expression(factor)]
+        held = "".join(letters for _, letters in data)
+        made = {letter for factor, letters in factors if is_parameter_expression(factor) for letter in letters}
+        kept = made - set(held)
+        unknown = False
+        if not kept & set(result):
+            for factor, letters in data:
+                found = self.features(factor, limit - 1)
+                unknown |= found is None
+                kept |= {letters[dim] for dim in found.dims} if found is not None else set()
+        dims = frozenset(dim for dim, letter in enumerate(result) if letter in kept)
+        return None if unknown and not dims else _Features(dims, _hints(node))
 
 
 def _dim_made(node: Node) -> int | None:
@@ -59,39 +107,57 @@ def _dim_made(node: Node) -> int | None:
     return 1 if name in _CHANNELS_FIRST_NAMES or "conv" in name else None
 
 
-def _features_before(node: Node) -> Node | None:
-    """Return the input that a node has its features from: of several, the one of its own shape."""
-    inputs = [source for source in node.all_input_nodes if holds_data(source) and not is_parameter_expression(source)]
-    whole = (source for source in inputs if shape_of(source) == shape_of(node))
-    return next(whole, next(iter(inputs), None))
-
-
-def _followed(dim: int, made: Node, passed: Sequence[Node]) -> int | None:
-    """Return where a dimension of `made` lies behind the last of `passed`, None where it cannot be told."""
-    before = _hints(made)
-    at: int | None = dim
-    for node in reversed(passed):
-        if tensor_of(node) is None:
-            # Several values at once: the one that is picked shows its sizes.
-            continue
-        after = _hints(node)
-        order = _order(node, len(before))
-        if order is not None:
-            at = order.index(at)
-        elif op_name(node) in _RESHAPES:
-            at = _reshaped(at, before, after)
-        elif len(after) != len(before):
-            at = _kept(at, before, after)
-        if at is None:
+def _letters(node: Node) -> tuple[list[tuple[Node, str]], str] | None:
+    """Return a product's factors, each with a letter a dimension, and the letters of the result; None for others."""
+    name = op_name(node)
+    if tensor_of(node) is None:
+        return None
+    if name in _PRODUCTS:
+        left, right = operands(node)
+        ranks = len(shape_of(left)), len(shape_of(right))
+        if min(ranks) < 2:
             return None
-        before = after
-    return at
+        batch = "abcdefgh"[: max(ranks) - 2]
+        letters = (batch[len(batch) - rank + 2 :] + end for rank, end in zip(ranks, ("xy", "yz"), strict=True))
+        return list(zip((left, right), letters, strict=True)), batch + "xz"
+    if name == "einsum" and isinstance(node.args[0], str):
+        terms, arrow, result = node.args[0].replace(" ", "").partition("->")
+        factors = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+        pairs = list(zip(factors, terms.split(","), strict=False))
+        if arrow and all(len(term) == len(shape_of(factor)) for factor, term in pairs):
+            return pairs, result
+    return None
 
 
-def _hints(node: Node) -> list[int]:
+def _sources(node: Node) -> Iterable[Node]:
+    """Yield the inputs that a node may have its features from, those of its own shape first."""
+    inputs = [source for source in node.all_input_nodes if holds_data(source) and not is_parameter_expression(source)]
+    return sorted(inputs, key=lambda source: shape_of(source) != shape_of(node))
+
+
+def _behind(node: Node, before: _Features) -> _Features | None:
+    """Return where features lie behind an operation that makes none; None where it has split or summed them."""
+    if tensor_of(node) is None:
+        # Several values at once: the one that is picked shows its sizes.
+        return before
+    after = _hints(node)
+    order = _order(node, len(before.sizes))
+    moved: set[int | None] = set()
+    for dim in before.dims:
+        if order is not None:
+            moved.add(order.index(dim))
+        elif op_name(node) in _RESHAPES:
+            moved.add(_reshaped(dim, before.sizes, after))
+        else:
+            moved.add(dim if len(after) == len(before.sizes) else _kept(dim, before.sizes, after))
+    dims = frozenset(dim for dim in moved if dim is not None)
+    return _Features(dims, after) if dims else None
+
+
+def _hints(node: Node) -> tuple[int, ...]:
     tensor = tensor_of(node)
     assert tensor is not None
-    return [size_hint(size) for size in tensor.shape]
+    return tuple(size_hint(size) for size in tensor.shape)
 
 
 def _order(node: Node, rank: int) -> list[int] | None:

@@ -109,21 +109,25 @@ def test_an_attached_model_inside_a_wrapper(in_place):
 class Around(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner, self.last = Stack(), nn.Linear(3, WIDTH)
+        self.inner = Stack()
+        self.inner.readout = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, hidden):
-        return hidden + self.last(self.inner(hidden))
+        return hidden + self.inner(hidden)
 
 
 class Nested(nn.Module):
-    """A stream that two modules add to: only what is inside the branch of the lower one holds a whole stream."""
+    """A tower, then a stream that two modules add to, the second of them what another tower computes."""
 
     def __init__(self):
         super().__init__()
+        self.tower = Stack()
+        self.tower.readout = nn.Linear(WIDTH, WIDTH)
         self.first, self.around = nn.Linear(WIDTH, WIDTH), Around()
 
     def forward(self, values):
-        return self.around(values + torch.tanh(self.first(values)))
+        hidden = self.tower(values)
+        return self.around(hidden + torch.tanh(self.first(hidden)))
 
 
 def test_parts_of_a_deep_copy():
@@ -135,14 +139,14 @@ def test_parts_of_a_deep_copy():
     assert {id(owner) for owner in owners} <= {id(module) for module in twin.modules()}
     for each in (model, twin):
         each.compile(backend="mhc", options=QUICK)
-    alone = twin.around.inner(features())
-    wanted = torch.compile(copy.deepcopy(twin).around.inner, backend="mhc", options=QUICK)(features())
+    alone = twin.tower(features())
+    wanted = torch.compile(copy.deepcopy(twin).tower, backend="mhc", options=QUICK)(features())
     assert torch.equal(alone, wanted)
     # The original still stands at the start, where it computes what the plain model does.
-    original = model.around.inner(features())
+    original = model.tower(features())
     assert not torch.allclose(alone, original, atol=1e-3)
     mhc_compile.detach(twin)
-    torch.testing.assert_close(twin.around.inner(features()), original, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(twin.tower(features()), original, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_block", [True, False])

@@ -38,12 +38,35 @@ def _without_batch(m, image):
     return m.conv(m.conv(image).relu())
 
 
+def _attended(m, tokens):
+    return torch.softmax(tokens @ tokens.mT, -1) @ m.linear(tokens)
+
+
+def _attended_features_first(m, tokens):
+    features = m.linear(tokens.mT).mT
+    return features @ torch.softmax(features.mT @ features, -1)
+
+
+def _attended_linearly(m, tokens):
+    keys = m.linear(tokens)
+    return keys @ (keys.mT @ m.linear(tokens))
+
+
+def _contracted(m, tokens):
+    scores = torch.softmax(torch.einsum("bci,bcj->bij", tokens, tokens), -1)
+    return torch.einsum("bij,bcj->bci", scores, torch.einsum("bci,cd->bdi", tokens, m.linear.weight))
+
+
 BRANCHES = {
     "a learned scale in front": (_scaled, (2, WIDTH, 4, 5)),
     "a gate in front": (_gated, (2, WIDTH, 4, 5)),
     "tokens put back to an image": (_tokens, (2, WIDTH, 4, 5)),
     "tokens turned, then put back": (_tokens_turned, (2, WIDTH, 4, 5)),
     "a sum over experts": (_experts, (2, 4, WIDTH)),
+    "attention": (_attended, (2, 5, WIDTH)),
+    "attention, features first": (_attended_features_first, (2, WIDTH, 5)),
+    "linear attention": (_attended_linearly, (2, 5, WIDTH)),
+    "einsum, features first": (_contracted, (2, WIDTH, 5)),
     "no batch": (_without_batch, (WIDTH, 4, 5)),
 }
 
