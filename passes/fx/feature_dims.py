@@ -28,10 +28,18 @@ _LONGEST_EXIT = 24
 
 @dataclass(frozen=True)
 class _Features:
-    """Where a value of some sizes holds features: in none of its dimensions, as attention scores, in one, or in two."""
+    """Where a value of some sizes holds features.
+
+    Attributes:
+        dims: in none of its dimensions, as attention scores, in one, or in two.
+        sizes: of all its dimensions.
+        merged: features that a reshape has merged with other dimensions or split: the number of entries in front of
+            them, and theirs. Another reshape may bring them back.
+    """
 
     dims: frozenset[int]
     sizes: tuple[int, ...]
+    merged: frozenset[tuple[int, int]] = frozenset()
 
 
 def feature_dim_of(add: Node, branch: Node) -> int:
@@ -40,7 +48,7 @@ def feature_dim_of(add: Node, branch: Node) -> int:
     Convolutions put features before the dimensions that they run over, batch norms in dimension 1, linear maps and
     layer norms last, products where the operand with features has them. From there the dimension is followed through
     permutes and reshapes to the end of the branch. A factor or a term beside them has none to give. Where it cannot be
-    told, as behind a view that splits the features, it is the last.
+    told, as behind heads that are put together again, it is the last.
     """
     tensor = tensor_of(add)
     assert tensor is not None
@@ -71,7 +79,7 @@ class _Walk:
             return self._multiplied(node, *letters, limit)
         for source in _sources(node):
             before = self.features(source, limit - 1)
-            if before is not None and before.dims:
+            if before is not None and (before.dims or before.merged):
                 return _behind(node, before)
         return None
 
@@ -88,7 +96,7 @@ class _Walk:
         if not kept & set(result):
             for factor, letters in data:
                 found = self.features(factor, limit - 1)
-                unknown |= found is None
+                unknown |= found is None or bool(found.merged)
                 kept |= {letters[dim] for dim in found.dims} if found is not None else set()
         dims = frozenset(dim for dim, letter in enumerate(result) if letter in kept)
         return None if unknown and not dims else _Features(dims, _hints(node))
@@ -136,22 +144,31 @@ def _sources(node: Node) -> Iterable[Node]:
 
 
 def _behind(node: Node, before: _Features) -> _Features | None:
-    """Return where features lie behind an operation that makes none; None where it has split or summed them."""
+    """Return where features lie behind an operation that makes none; None where it has summed them."""
     if tensor_of(node) is None:
         # Several values at once: the one that is picked shows its sizes.
         return before
     after = _hints(node)
+    if op_name(node) in _RESHAPES:
+        return _reshaped(before, after)
     order = _order(node, len(before.sizes))
-    moved: set[int | None] = set()
-    for dim in before.dims:
-        if order is not None:
-            moved.add(order.index(dim))
-        elif op_name(node) in _RESHAPES:
-            moved.add(_reshaped(dim, before.sizes, after))
-        else:
-            moved.add(dim if len(after) == len(before.sizes) else _kept(dim, before.sizes, after))
-    dims = frozenset(dim for dim in moved if dim is not None)
+    if order is not None:
+        return _Features(frozenset(map(order.index, before.dims)), after)
+    if len(after) == len(before.sizes):
+        return _Features(before.dims, after, before.merged if after == before.sizes else frozenset())
+    kept = (_kept(dim, before.sizes, after) for dim in before.dims)
+    dims = frozenset(dim for dim in kept if dim is not None)
     return _Features(dims, after) if dims else None
+
+
+def _reshaped(before: _Features, after: tuple[int, ...]) -> _Features:
+    """Return where features lie behind a reshape: as large, with as many entries in front of them."""
+    spans = {(math.prod(before.sizes[:dim]), before.sizes[dim]) for dim in before.dims} | before.merged
+    places: dict[tuple[int, int], int] = {}
+    for dim, size in enumerate(after):
+        places.setdefault((math.prod(after[:dim]), size), dim)
+    dims = frozenset(places[span] for span in spans if span in places)
+    return _Features(dims, after, frozenset(span for span in spans if span not in places))
 
 
 def _hints(node: Node) -> tuple[int, ...]:
@@ -172,13 +189,6 @@ def _order(node: Node, rank: int) -> list[int] | None:
     keywords = {name: value for name, value in node.kwargs.items() if name != "input"}
     permuted = target(example, *node.args[1:], **keywords)
     return [sizes.index(size) for size in permuted.shape]
-
-
-def _reshaped(dim: int, before: Sequence[int], after: Sequence[int]) -> int | None:
-    """Return where a dimension lies behind a reshape: as large, with as many entries in front of it."""
-    size, front = before[dim], math.prod(before[:dim])
-    fitting = (new for new, wide in enumerate(after) if wide == size and math.prod(after[:new]) == front)
-    return next(fitting, None)
 
 
 def _kept(dim: int, before: Sequence[int], after: Sequence[int]) -> int | None:

@@ -29,6 +29,10 @@ def _tokens_turned(m, image):
     return m.linear(tokens).transpose(-1, -2).reshape(image.shape)
 
 
+def _merged(m, image):
+    return torch.tanh(m.conv(image).flatten(1)).view(image.shape)
+
+
 def _experts(m, tokens):
     chosen = tokens.unsqueeze(2).expand(-1, -1, 3, -1)
     return torch.tanh(m.linear(chosen)).sum(2)
@@ -62,6 +66,7 @@ BRANCHES = {
     "a gate in front": (_gated, (2, WIDTH, 4, 5)),
     "tokens put back to an image": (_tokens, (2, WIDTH, 4, 5)),
     "tokens turned, then put back": (_tokens_turned, (2, WIDTH, 4, 5)),
+    "merged with the image, then split": (_merged, (2, WIDTH, 4, 5)),
     "a sum over experts": (_experts, (2, 4, WIDTH)),
     "attention": (_attended, (2, 5, WIDTH)),
     "attention, features first": (_attended_features_first, (2, WIDTH, 5)),
