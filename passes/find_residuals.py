@@ -40,7 +40,8 @@ from .fx.dataflow import (
     shape_of,
     tensor_of,
 )
-from .fx.node_info import branch_children, called_children, feature_dim_of, form_of, location_of, module_path_of
+from .fx.feature_dims import feature_dim_of
+from .fx.node_info import branch_children, called_children, form_of, location_of, module_path_of
 from .residual import Findings, Reason, Rejection, ResidualAdd
 
 # Sums of two values that may each be a stream.

@@ -13,13 +13,13 @@ from typing import Any
 FOLDER = Path(__file__).parent
 _HEAD = """# Compatibility: architectures that were run
 
-Written by `python -m tests.compatibility` from a run of {date}: torch {torch}, transformers {transformers}, CPU. Each
+Written by `python -m tests.compatibility` from runs of {dates}: torch {torch}, transformers {transformers}, CPU. Each
 is built tiny with random weights, attached, its mHC parameters perturbed by 0.3·randn, compiled, and compared with an
 independent interpreter of its plain graph (`tests/oracle.py`), outputs and the gradients of all parameters, in one of
 {choices} combinations of fusion, recomputation, manifold, streams and readout.
 
-{equal} of {all} equal it (outputs within 1e-5, every gradient within 1e-4); {none} have no residual add between two
-branches or carry streams of their own.{missing}
+{equal} of {all} equal it (outputs within 1e-5, every gradient within 1e-4); {none} more have no residual add between
+two branches, or carry streams of their own.{missing}
 """
 
 
@@ -31,8 +31,10 @@ def page(content: dict[str, Any], choices: int) -> str:
     nothing = sum(record["verdict"] == "no sites" for record in records)
     absent = ", ".join(record["name"] for record in records if record not in built)
     missing = f" Not built with this transformers: {absent}." if absent else ""
-    counts = {"equal": equal, "all": len(built), "none": nothing, "missing": missing}
-    head = _HEAD.format(date=content["date"], **content["versions"], choices=choices, **counts)
+    counts = {"equal": equal, "all": len(built) - nothing, "none": nothing, "missing": missing}
+    days = sorted({record["date"] for record in records})
+    dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    head = _HEAD.format(dates=dates, **content["versions"], choices=choices, **counts)
     lines = [head, "| architecture | sites | outputs differ by | gradients by | result |", "|---|--:|--:|--:|---|"]
     for record in built:
         differences = [f"{record[key]:.0e}" if key in record else "–" for key in ("out", "gradient")]

@@ -63,7 +63,22 @@ def oracle(plain: nn.Module, report: Report, parameters: dict[str, Tensor], conf
     def backend(graph_module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return _Interpreter(open_regions(graph_module), graphs, parameters, config).run
 
-    return torch.compile(plain, backend=backend, dynamic=False)
+    for owner in {site.owner for site in report.sites}:
+        for path, module in plain.get_submodule(owner).named_modules(prefix=owner):
+            module.oracle_path = path
+            module.register_forward_pre_hook(_tell_apart)
+    compiled = torch.compile(plain, backend=backend, dynamic=False)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+def _tell_apart(module: nn.Module, args: Any) -> None:
+    """Have Dynamo guard on the place of a module: equal blocks that it compiles alone would share one graph."""
+    assert module.oracle_path is not None
 
 
 class _Interpreter:

@@ -7,7 +7,7 @@ from torch import nn
 
 from mhc_compile import MHCConfig
 
-from .models import CASES, Stack, features
+from .models import CASES, WIDTH, Stack, features
 from .perturbed import assert_exact
 
 SEEDS = (0, 1, 2)
@@ -137,6 +137,35 @@ class BeginsInside(Stack):
 def test_a_stream_that_begins_inside_a_branch_begins_with_what_the_branch_reads():
     report = assert_exact(BeginsInside(), (features(),), config=MHCConfig(n_streams=2, min_sites=1), seeds=SEEDS)
     assert sorted(len(chain.sites) for chain in report.chains) == [1, 1, 2]
+
+
+class CompiledAlone(Stack):
+    """Dynamo gives up on the loop, and compiles each block alone; what stands between two ends the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = Between()
+
+    def forward(self, values):
+        hidden = self.stem(values)
+        for block in self.blocks:
+            hidden = self.between(block(hidden))
+            torch._dynamo.graph_break()
+        return self.readout(hidden)
+
+
+class Between(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden):
+        return torch.tanh(self.linear(hidden))
+
+
+def test_equal_blocks_that_are_compiled_alone_have_parameters_of_their_own():
+    report = assert_exact(CompiledAlone(), (features(),), config=MHCConfig(n_streams=2, min_sites=1))
+    assert [len(chain.sites) for chain in report.chains] == [2, 2]
 
 
 def test_with_inductor():

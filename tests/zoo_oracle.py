@@ -5,6 +5,10 @@ PATH is a folder with a `zoo.py` whose `build(name)` returns (name, family, mode
 compiled model with `tests.oracle`, both in float64 where the model runs in it (so that a difference is a wrong rewrite
 and no rounding), else in float32. Outputs to 1e-5, every gradient to 1e-4. Each architecture runs in its own process.
 Exit status 1 if one differs or fails.
+
+With `--json` each record is written as soon as it is there, into what the file holds already: a run of a part of the
+zoo replaces the records of that part. `--resume` leaves out what is in the file, `--minutes` begins nothing further
+after so many.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 OUT, GRADIENT = 1e-5, 1e-4
 # One of these for each architecture, by its name, so that the zoo as a whole sees all of them.
@@ -45,6 +50,7 @@ def run_one(zoo_path: Path, name: str) -> dict[str, object]:
 
     from .perturbed import compare
 
+    _complete(zoo)
     torch.set_num_threads(1)
     (fusion, recompute), manifold, n_streams, readout = CHOICES[zlib.crc32(name.encode()) % len(CHOICES)]
     options = {"n_streams": n_streams, "manifold": manifold, "readout": readout}
@@ -76,10 +82,26 @@ def run_one(zoo_path: Path, name: str) -> dict[str, object]:
             continue
         ((out, gradient, where),) = found
         good = out <= OUT and gradient <= GRADIENT
-        record |= {"sites": len(report.sites), "double": double, "out": out, "gradient": gradient, "where": where}
+        widths = sorted({site.width for site in report.sites})
+        record |= {"sites": len(report.sites), "widths": widths, "double": double}
+        record |= {"out": out, "gradient": gradient, "where": where}
         record["verdict"] = "ok" if good else f"outputs differ by {out:.1e}, gradients by {gradient:.1e} at {where}"
         break
     return record
+
+
+def _complete(zoo: Any) -> None:
+    """Add to a zoo's table what it leaves out: an architecture whose class transformers lists under another name first.
+
+    Which name comes first changes from version to version of transformers.
+    """
+    from transformers.models.auto import modeling_auto
+
+    listed = {name for name, *_ in zoo.table()}
+    for family, mapping in zoo.FAMILY_MAPS:
+        for kind, named in getattr(modeling_auto, mapping).items():
+            if f"{family}/{kind}" not in listed:
+                zoo.table().append((f"{family}/{kind}", family, kind, named if isinstance(named, str) else named[0]))
 
 
 def _without_dropout(model: object, training: bool) -> None:
@@ -105,6 +127,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=400, help="seconds for one architecture")
     parser.add_argument("--json", type=Path, help="write the records here; tests.compatibility makes a page of them")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file of records has")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing further after so many")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -112,8 +136,14 @@ def main() -> int:
         return 0
     known = sorted(json.loads((arguments.zoo / "expected.json").read_text()))
     names = [name for name in known if re.search(arguments.only, name)][arguments.start :: arguments.every]
+    kept = _kept(arguments.json)
+    if arguments.resume:
+        names = [name for name in names if name not in kept]
+    ends = time.time() + 60 * arguments.minutes
 
-    def child(name: str) -> dict[str, object]:
+    def child(name: str) -> dict[str, object] | None:
+        if time.time() > ends:
+            return None
         command = [sys.executable, "-m", "tests.zoo_oracle", "--zoo", str(arguments.zoo)]
         command += ["--one", name]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -125,23 +155,40 @@ def main() -> int:
             record = {"name": name, "verdict": "too slow"}
         except (IndexError, ValueError):
             record = {"name": name, "verdict": f"died: {done.stderr[-400:]}"}
-        record["seconds"] = round(time.time() - started, 1)
+        record |= {"seconds": round(time.time() - started, 1), "date": time.strftime("%Y-%m-%d")}
         print(json.dumps(record), flush=True)
         return record
 
     records = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for record in pool.map(child, names):
+            if record is None:
+                continue
             records.append(record)
+            kept[record["name"]] = record
             if arguments.json:
-                content = {"date": time.strftime("%Y-%m-%d"), "versions": _versions(), "records": records}
+                content = {"versions": _versions(), "records": [kept[name] for name in sorted(kept)]}
                 arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     verdicts = collections.Counter("ok" if record["verdict"] == "ok" else "other" for record in records)
     for record in records:
         if record["verdict"] not in ("ok", "no sites"):
             print(f"{record['name']}: {record['verdict']}")
-    print(f"{verdicts['ok']} of {len(records)} equal the oracle")
+    print(f"{verdicts['ok']} of {len(records)} equal the oracle; {len(names) - len(records)} not begun")
     return int(any(record["verdict"] not in ("ok", "no sites") for record in records))
+
+
+def _kept(path: Path | None) -> dict[str, dict[str, object]]:
+    """Return the records that a file holds, by name.
+
+    Raises:
+        SystemExit: they were made with other versions: one page cannot say both.
+    """
+    if path is None or not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    if content["versions"] != _versions():
+        sys.exit(f"{path} was made with {content['versions']}, here is {_versions()}: choose another file.")
+    return {record["name"]: record for record in content["records"]}
 
 
 if __name__ == "__main__":

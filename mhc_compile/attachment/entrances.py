@@ -3,11 +3,13 @@
 `generate()` calls the encoder of an encoder-decoder alone; `get_image_features` a vision tower. Their forward is not
 the model's, so `model.compile(backend="mhc")` does not reach it. A submodule that holds whole chains therefore gets an
 entrance in the slot of `nn.Module.compile`: inside a compilation it steps aside; called by Python code, it compiles the
-submodule as the model is compiled. Copies and pickles of a module leave the slot empty, as they do for `compile`.
+submodule as the model is compiled. A deep copy of the model gets entrances of its own. A pickle leaves the slot empty,
+and so does a copy of the submodule alone, as they do for `compile`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -123,6 +125,23 @@ def open_entrances(root: nn.Module, chains: Iterable[Iterable[str]]) -> None:
                 continue
             if module is not root and module._compiled_call_impl is None:
                 module._compiled_call_impl = Entrance(module, root)
+
+
+def copy_entrances(root: nn.Module, memo: dict[int, Any]) -> None:
+    """Give the parts of a copy the entrances that the parts of the original have.
+
+    Args:
+        root: a model that `copy.deepcopy` is at work on.
+        memo: its memory of what has been copied.
+    """
+    # From the top, as it goes by itself: a sentinel looks its owner, which lies above it, up in the memory.
+    copy.deepcopy(root._modules, memo)
+    for module in root.modules():
+        entrance = module._compiled_call_impl
+        if isinstance(entrance, Entrance):
+            twin, model = memo.get(id(module)), memo.get(id(entrance.root))
+            if twin is not None and model is not None:
+                twin.__dict__["_compiled_call_impl"] = Entrance(twin, model)
 
 
 def close_entrances(root: nn.Module) -> None:

@@ -25,7 +25,8 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from ..errors import UnrewrittenCallError
-from .entrances import BACKEND_NAME, compiling_backend
+from ..memory import MEMORY
+from .entrances import BACKEND_NAME, compiling_backend, copy_entrances
 from .plain_calls import OTHER_COMPILER, RootMark, plain_call_message, running_sites
 from .site_parameters import parameters_of
 
@@ -85,13 +86,19 @@ class RootSentinel(RootMark):
     nothing: the blocks that it calls may well be compiled, each alone, and their own sentinels know.
     """
 
-    def __init__(self, copied: bool = False) -> None:
-        """Note whether it sits on a copy of the model that was attached."""
+    def __init__(self, root: nn.Module, copied: bool = False) -> None:
+        """Note the model that it sits on, and whether that is a copy of the one that was attached."""
+        self.root = root
         self.copied = copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RootSentinel:
-        """Know a copy of the model by its sentinel."""
-        return RootSentinel(copied=True)
+        """Know a copy of the model by its sentinel; what `attach` keeps beside the model is made for the copy, too."""
+        copied = memo.get(id(self.root))
+        if copied is None:
+            return RootSentinel(self.root, copied=True)
+        copy_entrances(self.root, memo)
+        MEMORY.watched.add(copied)
+        return RootSentinel(copied, copied=True)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Run before the model's forward."""
@@ -192,7 +199,7 @@ def sentinels_on(module: nn.Module) -> list[Sentinel]:
 def arm_root(root: nn.Module) -> None:
     """Put a sentinel on the model itself."""
     if not any(isinstance(hook, RootSentinel) for hook in root._forward_pre_hooks.values()):
-        root.register_forward_pre_hook(RootSentinel())
+        root.register_forward_pre_hook(RootSentinel(root))
 
 
 def disarm(root: nn.Module, owner: nn.Module | None = None) -> None:

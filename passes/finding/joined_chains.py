@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from ..fx.carriers import carrier_between, outputs_over_carriers
 from ..fx.dataflow import dim_of_size, is_activation_input, is_norm, shape_of
-from ..fx.node_info import feature_dim_of, form_of, location_of
+from ..fx.feature_dims import feature_dim_of
+from ..fx.node_info import form_of, location_of
 from ..residual import Carrier, Entry, Exit, ResidualAdd, ResidualChain
 from .stream_walk import StreamWalk
 

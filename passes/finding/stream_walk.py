@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from ..fx.carriers import carried_from
 from ..fx.dataflow import is_float, shape_of, sliced_dims
-from ..fx.node_info import feature_dim_of
+from ..fx.feature_dims import feature_dim_of
 from ..residual import ResidualAdd
 
 

@@ -65,8 +65,13 @@ class Reach(IntFlag):
 
 
 def op_name(node: Node) -> str:
-    """Return the bare name of the operation: "linear", "add", "scaled_dot_product_attention"."""
+    """Return the bare name of the operation: "linear", "add", "scaled_dot_product_attention"; of a value, nothing.
+
+    An input bears the name of what it comes from, such as a parameter of a module called `convnext`.
+    """
     target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return ""
     if isinstance(target, str):
         return target.rsplit(".", 1)[-1]
     if isinstance(target, torch._ops.OpOverload):

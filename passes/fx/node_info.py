@@ -1,4 +1,4 @@
-"""Where a node comes from: source line, modules around it, the child that computed it, its feature dimension."""
+"""Where a node comes from: source line, modules around it, the child that computed it, its form."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ import re
 from torch.fx import Graph, Node
 
 from ..residual import StreamForm
-from .dataflow import holds_data, op_name, size_hint, sizes_of, tensor_of
+from .dataflow import holds_data, size_hint, sizes_of, tensor_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 # Nodes between a branch's exit and its last mixing nodes; the walk for a name stops there.
 _WIDEST_EXIT = 64
-
-# Output features of these lie in dimension 1; of every other operation, in the last.
-_CHANNELS_FIRST_NAMES = {"batch_norm", "group_norm", "instance_norm"}
-_CHANNELS_FIRST_MARKS = ("conv", "pool1d", "pool2d", "pool3d")
-_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
 def location_of(node: Node) -> str:
@@ -85,45 +80,3 @@ def form_of(node: Node, feature_dim: int) -> StreamForm:
     hints = [size_hint(size) for size in tensor.shape]
     width = hints.pop(feature_dim)
     return StreamForm(sizes, math.prod(hints), width, tensor.dtype, tensor.device)
-
-
-def feature_dim_of(add: Node, branch: Node) -> int:
-    """Return the dimension of an add's result that holds features, counted from the front.
-
-    Follows the branch back to the operation that produced its features: convolutions and batch norms put them in
-    dimension 1, linear maps and layer norms last; permutes in between move them.
-    """
-    tensor = tensor_of(add)
-    assert tensor is not None
-    rank = tensor.dim()
-    moves: list[Node] = []
-    node: Node | None = branch
-    for _ in range(24):
-        if node is None:
-            break
-        name = op_name(node)
-        if name in _CHANNELS_FIRST_NAMES or any(mark in name for mark in _CHANNELS_FIRST_MARKS):
-            return _move(1, moves, rank)
-        if name in ("linear", "matmul", "layer_norm", "rms_norm", "addmm", "embedding"):
-            produced = tensor_of(node)
-            return _move(produced.dim() - 1 if produced is not None else rank - 1, moves, rank)
-        if name in _RESHAPES:
-            break
-        if name in ("permute", "transpose", "movedim", "swapaxes"):
-            moves.append(node)
-        node = next((source for source in node.all_input_nodes if holds_data(source)), None)
-    return rank - 1
-
-
-def _move(dim: int, moves: list[Node], rank: int) -> int:
-    """Follow a dimension through permutes, the one nearest to the producer first."""
-    for node in reversed(moves):
-        arguments = list(node.args[1:])
-        if len(arguments) == 1 and isinstance(arguments[0], list | tuple):
-            arguments = list(arguments[0])
-        dims = [int(str(argument)) % rank for argument in arguments if isinstance(argument, int)]
-        if op_name(node) == "permute" and len(dims) == rank:
-            dim = dims.index(dim)
-        elif op_name(node) in ("transpose", "swapaxes") and len(dims) == 2 and dim in dims:
-            dim = dims[1] if dim == dims[0] else dims[0]
-    return dim % rank

@@ -85,10 +85,8 @@ def test_switching_adapters_switches_the_mixing():
 
 
 def test_an_adapter_without_the_mhc_parameters_is_warned_of():
-    # A copy of an attached model is not watched.
-    base = adaptable()
-    mhc_compile.attach(base, input_ids=token_ids())
-    model = get_peft_model(base, LoraConfig(**LORA))
+    # A copy of an attached model is watched as the model is.
+    model = get_peft_model(attached(), LoraConfig(**LORA))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     logits(model).sum().backward()
     with pytest.warns(MHCWarning, match=r'modules_to_save=\["mhc"\]'):

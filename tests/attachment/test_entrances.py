@@ -105,6 +105,22 @@ def test_an_attached_model_inside_a_wrapper(in_place):
     assert all(parameter.grad is not None for parameter in mhc_compile.parameters(wrapper).values())
 
 
+def test_parts_of_a_deep_copy():
+    model = Wrapper(Stack())
+    mhc_compile.attach(model, features())
+    twin = copy.deepcopy(model)
+    perturb(twin)
+    for each in (model, twin):
+        each.compile(backend="mhc", options=QUICK)
+    alone = twin.inner(features())
+    assert torch.equal(alone, torch.compile(copy.deepcopy(twin).inner, backend="mhc", options=QUICK)(features()))
+    # The original still stands at the start, where it computes what the plain model does.
+    original = model.inner(features())
+    assert not torch.allclose(alone, original, atol=1e-3)
+    mhc_compile.detach(twin)
+    torch.testing.assert_close(twin.inner(features()), original, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("by_block", [True, False])
 def test_adapters_of_peft(by_block):
     from peft import LoraConfig, get_peft_model

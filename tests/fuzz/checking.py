@@ -17,7 +17,7 @@ import mhc_compile
 from mhc_compile import MHCConfig
 
 from ..perturbed import compare, outputs_and_gradients, widened
-from .programs import Program
+from .programs import WIDTH, Program
 
 _COUNT = itertools.count()
 
@@ -67,6 +67,8 @@ def check(program: Program, chosen: Options) -> None:
         wanted = program.expected.get(line, 0)
         where = f"line {line}: {program.source.splitlines()[line - 1].strip()}"
         assert wanted is None or found[line] == wanted, f"{where}: {found[line]} sites, not {wanted}{text}\n{report}"
+    for site in report.sites:
+        assert site.width == WIDTH, f"{site.location}: {site.width} features, not {WIDTH}{text}"
     if not found:
         return
     more: dict[str, Any] = {"inner": chosen.inner, "fusion": chosen.fusion}
