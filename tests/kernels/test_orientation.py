@@ -154,9 +154,9 @@ def test_no_implementation_copies_phi_or_its_gradient(choice, columns):
     tensors = (STREAMS.float(), phi.T.contiguous().T if columns else phi, scale, bias)
     grads = (_draw(3, 5, WIDTH).float(), _draw(3, 5, N).float(), _draw(3, 5, N, N).float())
     with dispatch.choosing(choice), _Counting(phi.numel()) as counting:
-        projection = dispatch.run("pre", tensors, N, "sinkhorn", *CONSTANTS, True, phi_at=1)[3]
+        projection = dispatch.run("pre", tensors, N, "sinkhorn", (*CONSTANTS, True), CONSTANTS, 1, transposed=True)[3]
         given = (*grads, *tensors, projection)
-        dispatch.run("pre_backward", given, N, "sinkhorn", *CONSTANTS, True, phi_at=4)
+        dispatch.run("pre_backward", given, N, "sinkhorn", (*CONSTANTS, True), CONSTANTS, 4, transposed=True)
     assert counting.made == []
 
 
