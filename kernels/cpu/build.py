@@ -24,7 +24,9 @@ import torch
 from ..epsilons import Epsilons
 
 _HERE = Path(__file__).parent
-SOURCES = ("operators.cpp", "mixing.h", "projection.h", "tiles.h", "coefficients.h", "vectors.h")
+SOURCES = (
+    "operators.cpp", "site.h", "mixing.h", "projection.h", "chunks.h", "tiles.h", "coefficients.h", "vectors.h",
+)  # fmt: skip
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Sums may be contracted to fused multiply-adds; nothing else may be reordered, and NaN and infinity keep their meaning.

@@ -1,7 +1,7 @@
 // `post` of a tile, forward and backward (Eq. 3): X'_o = Σ_i res[o, i] X_i + post_o · branch.
 #pragma once
 
-#include "tiles.h"
+#include "chunks.h"
 
 static void mix(
     Source streams, Source branch, const float* post, const float* res, int live, Channels channels, Target result
@@ -95,3 +95,61 @@ static void mix_products(
         }
     }
 }
+
+namespace {
+
+void mix_chunk(
+    Chunk chunk, int64_t width, const Stored* streams, const Stored* branch, const float* post, const float* res,
+    Stored* result, float* memory, float* branch_memory, float* result_memory
+) {
+    for (int64_t begin = 0; begin < width; begin += BLOCK) {
+        const Channels channels(begin, width);
+        const Source x = read_tile(streams, width, N, chunk.first, chunk.live, channels, memory);
+        const Source b = read_tile(branch, width, 1, chunk.first, chunk.live, channels, branch_memory);
+        const Target to = open_tile(result, width, N, chunk.first, channels, result_memory);
+        mix(x, b, post + chunk.first * N, res + chunk.first * N * N, chunk.live, channels, to);
+        write_tile(result, width, N, chunk.first, chunk.live, channels, to);
+    }
+}
+
+// What `post` is differentiated with respect to, and its inputs.
+struct MixGradient {
+    int64_t width;
+    const Stored* streams;
+    const Stored* branch;
+    const float* post;
+    const float* res;
+    Stored* grad_streams;
+    Stored* grad_branch;
+    float* grad_post;
+    float* grad_res;
+
+    static constexpr int64_t SCRATCH = 2 * STREAM_TILE + 2 * VALUE_TILE;
+
+    void begin(Chunk chunk) const {
+        memset(grad_post + chunk.first * N, 0, sizeof(float) * chunk.live * N);
+        memset(grad_res + chunk.first * N * N, 0, sizeof(float) * chunk.live * N * N);
+    }
+
+    void block(Chunk chunk, Channels channels, Source grad, float* memory) const {
+        float* result_memory = memory + STREAM_TILE;
+        float* branch_memory = result_memory + STREAM_TILE;
+        const int64_t first = chunk.first;
+        const int live = chunk.live;
+        const Source x = read_tile(streams, width, N, first, live, channels, memory);
+        const Source b = read_tile(branch, width, 1, first, live, channels, branch_memory);
+        const Target to = open_tile(grad_streams, width, N, first, channels, result_memory);
+        const Target to_branch = open_tile(grad_branch, width, 1, first, channels, branch_memory + VALUE_TILE);
+        // A token at a time: what both read of it is then in the first cache.
+        for (int t = 0; t < live; t++) {
+            const int64_t at = first + t;
+            mix_products(grad.from(t), x.from(t), b.from(t), 1, channels, grad_post + at * N, grad_res + at * N * N);
+            mix_backward(
+                grad.from(t), post + at * N, res + at * N * N, 1, channels, to.from(t), to_branch.from(t));
+        }
+        write_tile(grad_streams, width, N, first, live, channels, to);
+        write_tile(grad_branch, width, 1, first, live, channels, to_branch);
+    }
+};
+
+}  // namespace
