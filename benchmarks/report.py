@@ -17,7 +17,18 @@ from . import counted, figures
 from .record import Benchmark
 from .terminal import markdown, say
 
-MODULES = ("checks", "kernels", "peers", "training_step", "compile_time", "native", "overlap", "stability", "upcycle")
+MODULES = (
+    "checks",
+    "kernels",
+    "peers",
+    "peer_steps",
+    "training_step",
+    "compile_time",
+    "native",
+    "overlap",
+    "stability",
+    "upcycle",
+)
 _BEGIN = "<!-- Below this line: written by `python -m benchmarks report`. Edit benchmarks/introduction.md instead. -->"
 
 

@@ -55,6 +55,7 @@ _CPU_PARTS = (
     Part("compile_time", 0.5),
     Part("native", 0.5),
     Part("overlap", 0.8),
+    Part("peer_steps", 0.8),
     Part("peers", 1.0),
 )
 # A machine that is lent for ten minutes at a time: each of these is one call, and writes as it goes.
