@@ -5,6 +5,6 @@ instruction for 16 tokens (8 with AVX2); streams are read in tiles that stay in 
 norm and collapse. What is compiled is plain C++ behind a C interface: it includes nothing of PyTorch's, so that it
 compiles in two or three seconds and outlives a change of PyTorch's version.
 
-`build` compiles and loads, `operators` calls. In C++: `vectors.h` ← `coefficients.h` ← `tiles.h` ← `chunks.h`,
-`projection.h` ← `mixing.h`, `site.h` ← `operators.cpp`.
+`build` compiles and loads, `operators` calls. In C++: `vectors.h` ← `manifolds.h` ← `coefficients.h` ← `tiles.h`
+← `chunks.h`, `projection.h` ← `mixing.h`, `site.h` ← `operators.cpp`.
 """

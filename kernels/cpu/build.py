@@ -25,7 +25,8 @@ from ..epsilons import Epsilons
 
 _HERE = Path(__file__).parent
 SOURCES = (
-    "operators.cpp", "site.h", "mixing.h", "projection.h", "chunks.h", "tiles.h", "coefficients.h", "vectors.h",
+    "operators.cpp", "site.h", "mixing.h", "projection.h", "chunks.h", "tiles.h", "coefficients.h",
+    "manifolds.h", "vectors.h",
 )  # fmt: skip
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
