@@ -32,14 +32,15 @@ def counts(model, graphs):
     return found
 
 
-def test_generation_compiles_no_more_graphs_than_the_plain_model(compiled):
+@pytest.mark.parametrize(("dynamic", "number"), [(None, [3, 4]), (True, [2, 2])])
+def test_generation_compiles_no_more_graphs_than_the_plain_model(compiled, dynamic, number):
     name, graphs = compiled
     plain = llama(num_hidden_layers=1)
-    plain.compile(backend=name)
+    plain.compile(backend=name, dynamic=dynamic)
     wanted = counts(plain, graphs)
     graphs.clear()
     torch._dynamo.reset()
     model = llama(num_hidden_layers=1)
     mhc_compile.attach(model, input_ids=token_ids())
-    model.compile(backend="mhc", options={"inner": name})
-    assert counts(model, graphs) == wanted == [3, 4]
+    model.compile(backend="mhc", options={"inner": name}, dynamic=dynamic)
+    assert counts(model, graphs) == wanted == number
