@@ -9,17 +9,8 @@ import torch
 from benchmarks import hand_written, peer_steps
 from benchmarks.record import Options, Record
 
-QUICK = Options("cpu", quick=True)
 
-
-def measured(tmp_path, monkeypatch, *writings):
-    monkeypatch.setattr(peer_steps, "WRITINGS", writings)
-    record = Record("peer_steps", tmp_path / "peer_steps.json")
-    peer_steps.measure_width(16, QUICK, record)
-    return record.content
-
-
-def test_another_function_is_flagged_and_a_missing_package_named(tmp_path, monkeypatch):
+def test_another_function_is_flagged_and_a_missing_package_named(tmp_path):
     plain, ours, peer, *_ = hand_written.WRITINGS
 
     def other(width, layers):
@@ -28,7 +19,10 @@ def test_another_function_is_flagged_and_a_missing_package_named(tmp_path, monke
         return model
 
     wrong = replace(ours, name="wrong", build=other)
-    found = measured(tmp_path, monkeypatch, plain, ours, wrong, replace(peer, module="no_such_package"))
+    record = Record("peer_steps", tmp_path / "peer_steps.json")
+    writings = (plain, ours, wrong, replace(peer, module="no_such_package"))
+    peer_steps.measure_width(16, writings, Options("cpu", quick=True), record)
+    found = record.content
     assert [bool(row["problems"]) for row in found["rows"]] == [False, False, True]
     assert found["skipped"] == [
         {"case": "hyper-connections, C=16", "why": "not installed (pip install no-such-package)"}
