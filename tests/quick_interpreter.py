@@ -6,13 +6,17 @@ small.
 """
 
 import dataclasses
+import importlib.util
 import inspect
-
-from triton.runtime import interpreter
 
 
 def install():
-    """Replace the interpreter's own function; without effect where a version of Triton has no such function."""
+    """Replace the interpreter's own function; without effect where Triton, or a version's such function, is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    languages = (interpreter.tl, interpreter.tl.core)
     prepare = getattr(interpreter, "_patch_lang", None)
     scope_type = getattr(interpreter, "_LangPatchScope", None)
     if prepare is None or scope_type is None or hasattr(prepare, "prepared"):
@@ -25,7 +29,7 @@ def install():
         # Functions of `triton.language` see its core alone, kernels see both.
         seen = tuple(
             sorted(
-                id(value) for value in function.__globals__.values() if inspect.ismodule(value) and _is_language(value)
+                id(value) for value in function.__globals__.values() if inspect.ismodule(value) and value in languages
             )
         )
         if seen in prepared:
@@ -45,7 +49,3 @@ def install():
 
     prepare_once.prepared = prepared
     interpreter._patch_lang = prepare_once
-
-
-def _is_language(module):
-    return module in (interpreter.tl, interpreter.tl.core)
