@@ -6,6 +6,8 @@ held in float32 (float64 for float64 streams). The definitions are in `mhc_compi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .kernels import ops
@@ -32,6 +34,7 @@ def pre(
     norm_eps: float = NORM_EPS,
     eps: float = 0.0,
     manifold: str = "sinkhorn",
+    sinkhorn_eps: Sequence[float] = (),
 ) -> PreOutput:
     """Compute a site's coefficients and collapse the streams into the branch's input (Eq. 5, 7, 8).
 
@@ -44,11 +47,17 @@ def pre(
         norm_eps: added to the mean square of a token's streams.
         eps: added to pre, and inside Sinkhorn; DeepSeek-V4 uses 1e-6.
         manifold: a name of `mhc_compile.kernels.manifolds.MANIFOLDS`.
+        sinkhorn_eps: what Sinkhorn adds in place of `eps`: to its first sums, to the matrix behind them, and to later
+            sums. `(1e-6, 0, 1e-6)` is `M = exp(logits)`, then `M / (M.sum(...) + 1e-6)` in turn.
 
     Returns:
         layer_input [*, C] in the streams' dtype, post [*, n], res [*, n, n].
+
+    Raises:
+        ValueError: `sinkhorn_eps` holds another number of numbers, or the manifold is not Sinkhorn's.
     """
-    return PreOutput(*ops.pre(streams, phi, scale, bias, iters, norm_eps, eps, manifold)[:3])
+    site = (iters, norm_eps, eps, manifold, False, False, list(sinkhorn_eps))
+    return PreOutput(*ops.pre(streams, phi, scale, bias, *site)[:3])
 
 
 def post(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -72,13 +81,15 @@ def post_pre(
     norm_eps: float = NORM_EPS,
     eps: float = 0.0,
     manifold: str = "sinkhorn",
+    sinkhorn_eps: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One site's `post` followed by the next site's `pre`.
+    """One site's `post` followed by the next site's `pre`; arguments and errors are theirs.
 
     Returns:
         the new streams [*, n, C], layer_input [*, C], post [*, n] and res [*, n, n] of the next site.
     """
-    made = ops.post_pre(streams, branch, post, res, phi, scale, bias, iters, norm_eps, eps, manifold)
+    site = (iters, norm_eps, eps, manifold, False, False, list(sinkhorn_eps))
+    made = ops.post_pre(streams, branch, post, res, phi, scale, bias, *site)
     fresh, layer_input, next_post, next_res, _ = made
     return fresh, layer_input, next_post, next_res
 

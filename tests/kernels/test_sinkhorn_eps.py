@@ -9,6 +9,8 @@ from mhc_compile.kernels.cpu import build
 from mhc_compile.kernels.dispatch import choosing
 from mhc_compile.kernels.fusions import HALVES
 
+from mhc_compile import functional
+
 ITERS, NORM_EPS, PRE_EPS = 5, 1e-6, 1e-3
 # In the first sums, in the matrix behind them, in later sums: every sum; as in DeepSeek-V4, but not pre's; behind a
 # softmax; all three apart.
@@ -172,3 +174,19 @@ def test_what_it_cannot_be_is_said(places, manifold, told):
     for call in (ops.pre, reference.pre):
         with pytest.raises(ValueError, match=told):
             call(streams, phi, scale, bias, ITERS, NORM_EPS, 0.0, manifold, False, False, places)
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_the_functional_interface_takes_the_places(places):
+    streams, branch, post, res, phi, scale, bias = problem(4)
+    more = {"iters": ITERS, "norm_eps": NORM_EPS, "eps": PRE_EPS, "sinkhorn_eps": places}
+    for got, wanted in zip(
+        functional.pre(streams, phi, scale, bias, **more), by_hand(streams, phi, scale, bias, places), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+    wanted = boundary_by_hand(streams, branch, post, res, phi, scale, bias, places, torch.float64)
+    got = functional.post_pre(streams, branch, post, res, phi, scale, bias, **more)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="three numbers"):
+        functional.pre(streams, phi, scale, bias, sinkhorn_eps=places[:2])
