@@ -53,6 +53,15 @@ def _token_and_position(m, x):
     return m.a(x + m.table(torch.arange(5).expand(3, 5)))
 
 
+def _learned_positions(m, x):
+    return m.b(m.a(x) + m.table.weight[:5])
+
+
+def _bias_of_heads(m, x):
+    heads = m.a(x).unflatten(-1, (4, 4))
+    return m.b((heads + m.gain.view(4, 4)).flatten(-2))
+
+
 def _positions_again_in_every_layer(m, x):
     positions = m.table(torch.arange(5).expand(3, 5))
     x = x + m.a(x + positions)
@@ -198,6 +207,8 @@ ALONE = {
     "rotary embedding, positions from the input": (_rotary_by_positions_of_the_input, Reason.ROTATION),
     "token shift": (_token_shift, Reason.TOKEN_SHIFT),
     "token + position embedding": (_token_and_position, Reason.EMBEDDING),
+    "learned positions": (_learned_positions, Reason.EMBEDDING),
+    "a bias for each head": (_bias_of_heads, Reason.BIAS),
     "attention bias, one head": (_attention_bias, Reason.ATTENTION_SCORES),
     "attention mask": (_attention_mask, Reason.ATTENTION_SCORES),
     "attention bias of all layers": (_bias_of_all_layers, Reason.ATTENTION_SCORES),
