@@ -18,3 +18,20 @@ def kernels(device: str) -> Iterator[None]:
 
     with choosing("triton"):
         yield
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def choice(request: pytest.FixtureRequest) -> str:
+    """Each implementation beside plain PyTorch that runs on a CPU: a name for `choosing`."""
+    if request.param == "cpu":
+        from mhc_compile.kernels.cpu import build
+
+        why = build.why_not(4, torch.float32)
+        if why is not None:
+            pytest.skip(f"no C++ here: {why}")
+    else:
+        primitives = pytest.importorskip("mhc_compile.kernels.gpu.primitives")
+        if not primitives.INTERPRETED.value:
+            pytest.skip("needs Triton's interpreter")
+    name: str = request.param
+    return name

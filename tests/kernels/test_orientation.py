@@ -22,19 +22,6 @@ PARAMETERS = (_draw(24, N * WIDTH) * 0.3, _draw(3), _draw(24))
 ORDER = torch.cat([torch.arange(8), 8 + torch.arange(16).view(4, 4).T.flatten()])
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def choice(request):
-    if request.param == "cpu":
-        why = build.why_not(N, torch.float32)
-        if why is not None:
-            pytest.skip(f"no C++ here: {why}")
-    else:
-        primitives = pytest.importorskip("mhc_compile.kernels.gpu.primitives")
-        if not primitives.INTERPRETED.value:
-            pytest.skip("needs Triton's interpreter")
-    return request.param
-
-
 def test_the_flag_is_another_order_of_rows():
     phi, scale, bias = PARAMETERS
     flagged = reference.pre(STREAMS, phi, scale, bias, *CONSTANTS, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from mhc_compile.kernels import ops, reference
-from mhc_compile.kernels.cpu import build
 from mhc_compile.kernels.dispatch import choosing
 from mhc_compile.kernels.fusions import HALVES
 
@@ -17,18 +16,11 @@ ITERS, NORM_EPS, PRE_EPS = 5, 1e-6, 1e-3
 PLACES = [(1e-2, 0.0, 1e-2), (0.0, 2e-2, 2e-2), (0.0, 0.0, 1e-2), (3e-2, 1e-2, 2e-2)]
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def choice(request):
-    if request.param == "cpu":
-        why = build.why_not(4, torch.float32)
-        if why is not None:
-            pytest.skip(f"no C++ here: {why}")
-    else:
-        primitives = pytest.importorskip("mhc_compile.kernels.gpu.primitives")
-        if not primitives.INTERPRETED.value:
-            pytest.skip("needs Triton's interpreter")
-    with choosing(request.param):
-        yield request.param
+@pytest.fixture
+def chosen(choice):
+    """Operators take each implementation."""
+    with choosing(choice):
+        yield choice
 
 
 def problem(n, width=12, tokens=5):
@@ -95,7 +87,7 @@ def leaves(tensors, dtype, wide):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_a_boundary_is_what_a_model_spells(choice, n, places, dtype):
+def test_a_boundary_is_what_a_model_spells(chosen, n, places, dtype):
     given = leaves(problem(n), dtype, wide=2)
     wanted = with_gradients(boundary_by_hand(*given, places, dtype), given)
     held = [
@@ -120,7 +112,7 @@ def test_plain_pytorch_is_exact():
 
 
 @pytest.mark.parametrize("places", [PLACES[0], PLACES[3]])
-def test_all_operators_and_layouts_take_it(choice, places):
+def test_all_operators_and_layouts_take_it(chosen, places):
     """Anchored streams, rows of res [in, out], halves, the paper's kernels, a norm: as plain PyTorch has them."""
     tensors = [tensor.float() for tensor in problem(3)]
     weight, shift = torch.rand(12), torch.rand(12)
@@ -151,7 +143,7 @@ def test_all_operators_and_layouts_take_it(choice, places):
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6)
 
 
-def test_exponentials_far_below_an_eps_and_far_above_stay_finite(choice):
+def test_exponentials_far_below_an_eps_and_far_above_stay_finite(chosen):
     """exp(-300) is no float32; beside an eps it is nothing, and exp(300) is all."""
     tensors = problem(4)
     given = [tensors[0].float(), *(tensor.float() for tensor in tensors[4:])]
