@@ -82,29 +82,36 @@ class HyperConnections(Plain):
         return self.collapse(streams)
 
 
-class DeepSeekV4(Plain):
-    """With the mixers of transformers' DeepSeek-V4."""
+class DeepSeekV4(nn.Module):
+    """The mixers of transformers' DeepSeek-V4 around branches, and its head; the mixers' weights are not set."""
 
-    def __init__(self, width: int, layers: int) -> None:
-        """Build it; the mixers' weights are random."""
+    def __init__(self, width: int, branches: nn.ModuleList) -> None:
+        """Build a mixer for each branch."""
         from transformers import DeepseekV4Config
         from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
 
-        super().__init__(width, layers)
+        super().__init__()
         config = DeepseekV4Config(hidden_size=width, hc_mult=_STREAMS)
-        self.sites = nn.ModuleList(DeepseekV4HyperConnection(config) for _ in range(2 * layers))
+        self.sites = nn.ModuleList(DeepseekV4HyperConnection(config) for _ in branches)
+        self.branches = branches
         self.head = DeepseekV4HyperHead(config)
-        for parameter in (*self.sites.parameters(), *self.head.parameters()):
-            nn.init.normal_(parameter, std=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the streams as the head reads them."""
+        """Return [batch, tokens, C] for such an input: the streams as the head reads them."""
         streams = x.unsqueeze(2).expand(-1, -1, _STREAMS, -1).contiguous()
         for site, branch in zip(self.sites, self.branches, strict=True):
             post, comb, layer_input = site(streams)
             written = post.unsqueeze(-1) * branch(layer_input).unsqueeze(-2)
             streams = written + torch.matmul(comb.transpose(-1, -2), streams)
         return self.head(streams)
+
+
+def deepseek_v4(width: int, layers: int) -> DeepSeekV4:
+    """Build `DeepSeekV4` around the branches of `Plain`, with random mixers."""
+    model = DeepSeekV4(width, Plain(width, layers).branches)
+    for parameter in (*model.sites.parameters(), *model.head.parameters()):
+        nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 @dataclass(frozen=True)
@@ -139,9 +146,9 @@ WRITINGS = (
     Writing(PLAIN, Plain),
     Writing("ours", Plain, fusion="auto", attached=True, same_as=PLAIN),
     Writing("hyper-connections", HyperConnections, module="hyper_connections"),
-    Writing("DeepSeek-V4's mixers", DeepSeekV4, module="transformers"),
+    Writing("DeepSeek-V4's mixers", deepseek_v4, module="transformers"),
     Writing(
-        "DeepSeek-V4's mixers, ours", DeepSeekV4, module="transformers", fusion="auto", same_as="DeepSeek-V4's mixers"
+        "DeepSeek-V4's mixers, ours", deepseek_v4, module="transformers", fusion="auto", same_as="DeepSeek-V4's mixers"
     ),
     Writing("ours, fusion=inductor", Plain, fusion="inductor", attached=True, same_as=PLAIN),
 )

@@ -12,12 +12,14 @@ from unittest import mock
 
 import torch
 from mhc_compile.passes.analyze import analyze
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_compile import backend
+
+from .hand_written import DeepSeekV4
 
 WIDTH, TOKENS = 64, 64
 # What the loss is multiplied by to see whether gradients stay finite.
@@ -30,34 +32,16 @@ _FREE = {
 }  # fmt: skip
 
 
-class Streams(nn.Module):
-    """DeepSeek-V4's mixers around feed-forward branches, two a layer, and its head."""
-
-    def __init__(self, layers: int) -> None:
-        """Build it with random weights."""
-        from transformers import DeepseekV4Config
-        from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
-
-        super().__init__()
-        config = DeepseekV4Config(hidden_size=WIDTH)
-        self.mixers = nn.ModuleList(DeepseekV4HyperConnection(config) for _ in range(2 * layers))
-        self.branches = nn.ModuleList(
-            nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-            for _ in range(2 * layers)
-        )
-        self.head = DeepseekV4HyperHead(config)
-        self.n = config.hc_mult
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [batch, tokens, features] for such an input."""
-        streams = x.unsqueeze(2).expand(-1, -1, self.n, -1).contiguous()
-        for mixer, branch in zip(self.mixers, self.branches, strict=True):
-            post, comb, collapsed = mixer(streams)
-            written = post.unsqueeze(-1) * branch(collapsed).unsqueeze(-2)
-            streams = written + torch.matmul(comb.transpose(-1, -2), streams)
-        return self.head(streams)
+def streams(layers: int) -> DeepSeekV4:
+    """Build DeepSeek-V4's mixers around feed-forward branches, two a layer, and its head, with random weights."""
+    branches = nn.ModuleList(
+        nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        for _ in range(2 * layers)
+    )
+    model = DeepSeekV4(WIDTH, branches)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 class _Launches(TorchDispatchMode):
@@ -101,7 +85,7 @@ class Seen:
 def measure(compiler: str, layers: int, inner: str, device: str) -> dict[str, Any]:
     """Compile and run a few training steps; return seconds and counts."""
     torch.manual_seed(0)
-    model = Streams(layers).to(device)
+    model = streams(layers).to(device)
     x = torch.randn(1, TOKENS, WIDTH, device=device)
     with _Launches() as eager, torch.no_grad():
         model(x)
